@@ -1,0 +1,357 @@
+#!/usr/bin/env python3
+"""A hypervisor, its VMs and their network on one machine: network namespaces, and a real sshd in each.
+
+    python tests/lab.py                     a shell on the client, in the lab
+    python tests/lab.py COMMAND [ARG...]    a command there
+
+                 client 10.83.0.1
+                 |  management network 10.83.0.0/24, sshd on each host
+        +--------+------------+----------------------+
+     src1 .3 (src2 .4 ...)   hv .2                   |
+        | eth0               | eth0 (pif)            |
+        +---- data network --+    |                  |
+          10.83.1.1, .2 ...       bridge or forwarder
+                                  | vif5.0           |
+                                  +--------- eth0 --dst 10.83.1.100
+
+Each host has a /tmp, /root and /etc of its own.  Whatever happens to this process, a guard outlives it, and removes
+namespaces, processes and files.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parent
+NETWEAVER = TESTS.parent / "netweaver.py"
+MANAGEMENT, DATA, DATA6 = "10.83.0", "10.83.1", "fd83:1:"
+HV_UUID, OTHER_HV_UUID = "5fb5a5a8-8a3b-4d5c-9d60-3a1a6d5b1f01", "0d1f7c52-6d7e-4d0c-8f5f-0f0c4d3e2b02"
+NAME = "instance-7c0ee45a-7a3c-4a0f-a8f4-3b7c5f7d1e90"
+NEEDED = ("ip", "tcpdump", "hping3", "unshare", "nsenter", "setsid", "/usr/sbin/sshd", "ssh-keygen")
+
+
+def missing() -> str | None:
+    """Why the lab can't be built here; None if it can."""
+    if not sys.platform.startswith("linux"):
+        return "network namespaces need Linux"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    lacking = [tool for tool in NEEDED if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+    return f"not installed: {', '.join(lacking)}" if lacking else None
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20) -> Any:
+    """The first true value of a condition that is asked again and again."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {seconds} s in vain for: {what}")
+        time.sleep(0.02)
+    return value
+
+
+def pool(*vms: Mapping[str, str], fault: str | None = None) -> dict[str, Any]:
+    """What the stand-in xe answers from."""
+    return {"fault": fault, "vms": list(vms)}
+
+
+def vm(name: str = NAME, dom_id: int = 5, host: str = HV_UUID, **more: str) -> dict[str, str]:
+    """A VM's record in xapi; a halted one has dom-id -1 and no host."""
+    state = {"power-state": "halted", "resident-on": "<not in database>"} if dom_id < 0 else {"resident-on": host}
+    return {"name-label": name, "dom-id": str(dom_id), **state, **more}
+
+
+@dataclasses.dataclass
+class Host:
+    """A namespace with its own network, /tmp, /root and /etc, and a sshd."""
+    name: str
+    namespace: str
+    address: str
+    directory: Path
+    sshd: subprocess.Popen[bytes] | None = None
+
+    def command(self, *words: str) -> list[str]:
+        """The words that run a command on the host."""
+        assert self.sshd is not None
+        return ["nsenter", "-t", str(self.sshd.pid), "-m", "-n", *words]
+
+    def run(self, *words: str) -> str:
+        return subprocess.run(self.command(*words), check=True, capture_output=True, text=True).stdout
+
+    def processes(self) -> dict[int, str]:
+        """pid and command line of what runs there beside sshd itself."""
+        found = {}
+        for pid in subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True,
+                                  check=False).stdout.split():
+            with contextlib.suppress(OSError):
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                if line and (self.sshd is None or int(pid) != self.sshd.pid):
+                    found[int(pid)] = line
+        return found
+
+    def files(self) -> list[str]:
+        return self.run("find", "/tmp", "/root", "-mindepth", "1").split()
+
+
+class Lab:
+    """The lab, built; use it as a context manager.
+
+    `forwarder` are the options of tests/forwarder.py, which then stands between pif and vif; None for the kernel's
+    bridge.  `sources` is the number of source VMs.
+    """
+
+    def __init__(self, forwarder: Sequence[str] | None = None, sources: int = 1) -> None:
+        self.prefix = f"nw{os.getpid() % 100000:x}{os.urandom(2).hex()}"
+        self.directory = Path(tempfile.mkdtemp(prefix="netweaver-lab-", dir="/var/tmp"))
+        self.home = self.directory / "home"
+        self.key = self.directory / "key"
+        self.log = self.directory / "truth.json"
+        self._forwarder_options = forwarder
+        self._forwarder: subprocess.Popen[bytes] | None = None
+        self._guard = self._start_guard()
+        self.client = f"{self.prefix}-client"
+        self.hv = self._host("hv", 2)
+        self.sources = [self._host(f"src{number}", 2 + number) for number in range(1, sources + 1)]
+        self.source = self.sources[0]
+        self.destination = f"{DATA}.100"
+        self._dst = f"{self.prefix}-dst"
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends and removes everything, by letting the guard do its work."""
+        self._guard.communicate()
+        if self._guard.returncode:
+            raise RuntimeError(f"the lab's guard failed with status {self._guard.returncode}")
+
+    @property
+    def hosts(self) -> list[Host]:
+        return [self.hv, *self.sources]
+
+    def _start_guard(self) -> subprocess.Popen[bytes]:
+        script = r"""
+            cat >/dev/null
+            names=`ip netns list | sed -n "s/^\($1-[a-z0-9]*\).*/\1/p"`
+            for name in $names; do
+              tries=0
+              while pids=`ip netns pids "$name"` && [ -n "$pids" ] && [ $tries -lt 100 ]; do
+                kill -KILL $pids 2>/dev/null; tries=$((tries + 1)); sleep 0.05
+              done
+            done
+            for name in $names; do ip netns del "$name" || exit 1; done
+            rm -rf "$2"
+        """
+        return subprocess.Popen(["sh", "-c", script, "guard", self.prefix, str(self.directory)],
+                                stdin=subprocess.PIPE, start_new_session=True)
+
+    def _host(self, name: str, number: int) -> Host:
+        return Host(name, f"{self.prefix}-{name}", f"{MANAGEMENT}.{number}", self.directory / name)
+
+    # -- building --
+
+    def _ip(self, *words: str, namespace: str | None = None) -> None:
+        where = ["-n", namespace] if namespace else []
+        subprocess.run(["ip", *where, *words], check=True)
+
+    def _link(self, namespace: str, name: str, peer_namespace: str, peer: str, addresses: Sequence[str] = ()) -> None:
+        """A cable: an interface in a namespace, the other end in another, up."""
+        self._ip("link", "add", "name", name, "netns", namespace, "type", "veth",
+                 "peer", "name", peer, "netns", peer_namespace)
+        for address in addresses:
+            usable_at_once = ["nodad"] if ":" in address else []
+            self._ip("addr", "add", address, "dev", name, *usable_at_once, namespace=namespace)
+        for space, interface in ((namespace, name), (peer_namespace, peer)):
+            self._ip("link", "set", interface, "up", namespace=space)
+
+    def _bridge(self, namespace: str, name: str, *ports: str) -> None:
+        self._ip("link", "add", "name", name, "type", "bridge", "mcast_snooping", "0", namespace=namespace)
+        for port in ports:
+            self._ip("link", "set", port, "master", name, namespace=namespace)
+        self._ip("link", "set", name, "up", namespace=namespace)
+
+    def _build(self) -> None:
+        for namespace in (self.client, self._dst, *(host.namespace for host in self.hosts)):
+            self._ip("netns", "add", namespace)
+            self._ip("link", "set", "lo", "up", namespace=namespace)
+        self._bridge(self.client, "mgmt")
+        self._bridge(self.client, "data")
+        self._ip("addr", "add", f"{MANAGEMENT}.1/24", "dev", "mgmt", namespace=self.client)
+        for host in self.hosts:
+            self._link(host.namespace, "mgmt0", self.client, f"m-{host.name}", [f"{host.address}/24"])
+            self._ip("link", "set", f"m-{host.name}", "master", "mgmt", namespace=self.client)
+        for number, host in enumerate(self.sources, 1):
+            self._link(host.namespace, "eth0", self.client, f"d-{host.name}",
+                       [f"{DATA}.{number}/24", f"{DATA6}:{number}/64"])
+            self._ip("link", "set", f"d-{host.name}", "master", "data", namespace=self.client)
+        self._link(self.hv.namespace, "eth0", self.client, "d-hv")
+        self._ip("link", "set", "d-hv", "master", "data", namespace=self.client)
+        self._link(self._dst, "eth0", self.hv.namespace, "vif5.0", [f"{self.destination}/24", f"{DATA6}:100/64"])
+        self.home.mkdir()
+        self._generate_key(self.key)
+        for host in self.hosts:
+            self._start_sshd(host)
+        self.set_pool(pool(vm(), vm("halted", -1), vm("twin", 5), vm("twin", -1), vm("elsewhere", 5, OTHER_HV_UUID),
+                           vm("dom0", 0, **{"is-control-domain": "true"})))
+        if self._forwarder_options is None:
+            self._bridge(self.hv.namespace, "xenbr0", "eth0", "vif5.0")
+        else:
+            self.start_forwarder(self._forwarder_options)
+
+    @staticmethod
+    def _generate_key(path: Path) -> None:
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "lab", "-f", str(path)], check=True)
+
+    def _start_sshd(self, host: Host) -> None:
+        host.directory.mkdir()
+        binaries = host.directory / "bin"
+        shutil.copytree("/etc", host.directory / "etc", symlinks=True)
+        for name in ("tmp", "root"):
+            (host.directory / name).mkdir()
+        binaries.mkdir()
+        environment = f"PATH={binaries}:{os.environ['PATH']}"
+        if host is self.hv:
+            shutil.copy(TESTS / "standins" / "xe", binaries / "xe")
+            (host.directory / "etc" / "xensource-inventory").write_text(
+                f"PRODUCT_BRAND='XCP-ng'\nINSTALLATION_UUID='{HV_UUID}'\n")
+            environment += f" XE_POOL={self.directory / 'pool.json'}"
+        for name in ("passwd", "shadow"):
+            path = host.directory / "etc" / name
+            lines = path.read_text().splitlines(keepends=True)
+            fields = {"passwd": "root:x:0:0:root:/root:/bin/sh\n", "shadow": "root:*:19000:0:99999:7:::\n"}
+            path.write_text("".join(fields[name] if line.startswith("root:") else line for line in lines))
+        self._generate_key(host.directory / "host_key")
+        (host.directory / "sshd_config").write_text("\n".join([
+            f"ListenAddress {host.address}", f"HostKey {host.directory / 'host_key'}", "PidFile none", "UsePAM no",
+            "StrictModes no", f"AuthorizedKeysFile {self.key}.pub", "PasswordAuthentication no",
+            "KbdInteractiveAuthentication no", "PermitRootLogin prohibit-password", "UseDNS no",
+            "Subsystem sftp internal-sftp", f"SetEnv {environment}", ""]))
+        self.restart_sshd(host)
+
+    def restart_sshd(self, host: Host) -> None:
+        """Starts a host's sshd, in a mount namespace of its own."""
+        own = "\n".join(f"mount --bind {shlex.quote(str(host.directory / name))} /{name} || exit 1"
+                        for name in ("tmp", "root", "etc"))
+        config = shlex.quote(str(host.directory / "sshd_config"))
+        script = f"{own}\nmount -t tmpfs none /run && mkdir /run/sshd && exec /usr/sbin/sshd -D -e -f {config}"
+        with open(host.directory / "sshd.log", "ab") as log:
+            host.sshd = subprocess.Popen(
+                ["ip", "netns", "exec", host.namespace, "unshare", "--mount", "--propagation", "private",
+                 "sh", "-c", script], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        wait_until(lambda: b"Server listening" in (host.directory / "sshd.log").read_bytes(), f"sshd on {host.name}")
+
+    def start_forwarder(self, options: Sequence[str]) -> None:
+        self._forwarder = subprocess.Popen(
+            ["ip", "netns", "exec", self.hv.namespace, sys.executable, str(TESTS / "forwarder.py"), "eth0", "vif5.0",
+             self.destination, str(self.log), *options], stdout=subprocess.PIPE)
+        assert self._forwarder.stdout is not None
+        if self._forwarder.stdout.readline() != b"ready\n":
+            raise RuntimeError("the forwarder doesn't start")
+
+    # -- using --
+
+    def set_pool(self, description: Mapping[str, Any]) -> None:
+        (self.directory / "pool.json").write_text(json.dumps(description))
+
+    def truth(self) -> list[dict[str, Any]]:
+        """Ends the forwarder; returns what it did to each IP packet."""
+        assert self._forwarder is not None and self._forwarder.stdout is not None
+        self._forwarder.terminate()
+        self._forwarder.wait(20)
+        self._forwarder.stdout.close()
+        self._forwarder = None
+        packets: list[dict[str, Any]] = json.loads(self.log.read_text())["packets"]
+        return packets
+
+    @property
+    def environment(self) -> dict[str, str]:
+        (self.directory / "client-tmp").mkdir(exist_ok=True)
+        return {**{key: value for key, value in os.environ.items() if not key.startswith("SSH_")},
+                "HOME": str(self.home), "TMPDIR": str(self.directory / "client-tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def on_client(self, *words: str) -> list[str]:
+        return ["ip", "netns", "exec", self.client, *words]
+
+    def arguments(self, *more: str, name: str = NAME, source: str | None = None) -> list[str]:
+        """The seed's command line for this lab."""
+        sources = [source] if source else [host.address for host in self.sources]
+        return ["-n", name, "--hv", self.hv.address, *(word for host in sources for word in ("-s", host)),
+                "-d", self.destination, "-k", str(self.key), *more]
+
+    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        """netweaver on the client."""
+        return subprocess.Popen(self.on_client(sys.executable, str(NETWEAVER), *arguments), env=self.environment,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                **options)
+
+    def netweaver(self, *arguments: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+        """netweaver on the client, to its end."""
+        process = self.start(*arguments)
+        try:
+            out, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise
+        return subprocess.CompletedProcess(arguments, process.returncode, out, errors)
+
+    def leftovers(self) -> list[str]:
+        """Processes and files which a run has left, on the hosts and on the client."""
+        found = [f"{host.name}: process {pid}: {line}" for host in self.hosts for pid, line in host.processes().items()
+                 if self._forwarder is None or pid != self._forwarder.pid]
+        found += [f"{host.name}: file {path}" for host in self.hosts for path in host.files()]
+        temporary = self.directory / "client-tmp"
+        return found + [f"client: file {path}" for path in (temporary.rglob("*") if temporary.exists() else ())]
+
+    def wait_clean(self, seconds: float = 15) -> None:
+        """Waits until a run has left nothing; the last orphaned `sleep 1` of a watchdog takes a second to go."""
+        try:
+            wait_until(lambda: not self.leftovers(), "no leftovers", seconds)
+        except TimeoutError:
+            raise AssertionError("left behind:\n" + "\n".join(self.leftovers())) from None
+
+
+@contextlib.contextmanager
+def lab(forwarder: Sequence[str] | None = None, sources: int = 1) -> Iterator[Lab]:
+    with Lab(forwarder, sources) as built:
+        yield built
+
+
+def main() -> int:
+    if reason := missing():
+        print(f"lab: {reason}", file=sys.stderr)
+        return 1
+    with Lab() as built:
+        words = sys.argv[1:]
+        variables = {**built.environment, "LAB_NAME": NAME, "LAB_HV": built.hv.address,
+                     "LAB_SOURCE": built.source.address, "LAB_DESTINATION": built.destination,
+                     "LAB_KEY": str(built.key)}
+        if not words:
+            print("In the lab, on the client. For example:\n  "
+                  f"python {NETWEAVER} -n $LAB_NAME --hv $LAB_HV -s $LAB_SOURCE -d $LAB_DESTINATION -k $LAB_KEY",
+                  file=sys.stderr)
+            words = [os.environ.get("SHELL", "/bin/sh")]
+        return subprocess.run(built.on_client(*words), env=variables, check=False).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,69 @@
+"""Analysis: pairing, counts and statistics."""
+from __future__ import annotations
+
+import random
+from array import array
+
+import numpy
+import pytest
+
+import netweaver
+
+
+def block(*sightings: tuple[str, int]) -> list[tuple[list[bytes], array[int]]]:
+    return [([key.encode() for key, _ in sightings], array("q", [time for _, time in sightings]))]
+
+
+def paired(pif: list[tuple[str, int]], vif: list[tuple[str, int]]) -> netweaver.Matching:
+    return netweaver.match(block(*pif), block(*vif))
+
+
+def test_loss_does_not_end_the_matching() -> None:
+    result = paired([("a", 0), ("b", 10), ("c", 20)], [("c", 25)])
+    assert (result.pif, result.vif, result.matched, result.lost) == (3, 1, 1, 2)
+    assert list(result.delays) == [netweaver.LOST, netweaver.LOST, 5]
+
+
+def test_copies_pair_in_order() -> None:
+    result = paired([("a", 0), ("a", 10), ("a", 20), ("b", 30)], [("a", 1), ("b", 31), ("a", 12)])
+    assert list(result.delays) == [1, 2, netweaver.LOST, 1]
+    assert (result.lost, result.duplicated, result.alike) == (1, 0, 3)
+
+
+def test_more_copies_on_the_vif_are_duplicates() -> None:
+    result = paired([("a", 0), ("a", 10), ("b", 20)], [("a", 1), ("a", 11), ("a", 12), ("b", 21), ("b", 22), ("x", 9)])
+    assert (result.matched, result.lost, result.duplicated, result.vif_only) == (3, 0, 2, 1)
+    assert result.pif == result.matched + result.lost
+    assert result.vif == result.matched + result.duplicated + result.vif_only
+
+
+def test_a_delay_of_zero_and_a_negative_one_are_delays() -> None:
+    assert list(paired([("a", 5), ("b", 6)], [("a", 5), ("b", 4)]).delays) == [0, -2]
+
+
+def test_many_copies_take_linear_time() -> None:
+    many = [("same", i) for i in range(50_000)]
+    assert paired(many, many).matched == 50_000
+
+
+def test_reordered() -> None:
+    assert netweaver.reordered([]) == 0
+    assert netweaver.reordered([0, 1, 2, 3]) == 0
+    assert netweaver.reordered([1, 0, 3, 2]) == 2
+    assert netweaver.reordered([3, 0, 1, 2, 4]) == 3
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_statistics_agree_with_numpy(seed: int) -> None:
+    chance = random.Random(seed)
+    delays = [chance.randrange(-2000, 10 ** chance.randrange(4, 12)) for _ in range(chance.choice([1, 2, 3, 10, 1001]))]
+    found = netweaver.statistics(delays)
+    values = numpy.array(delays) / 1000
+    nanosecond = pytest.approx
+    assert found["average"] == nanosecond(values.mean(), abs=1e-3)
+    assert found["minimum"] == values.min()
+    assert found["maximum"] == values.max()
+    assert found["stdev"] == nanosecond(values.std(), abs=1e-3)
+    assert found["median"] == nanosecond(numpy.median(values), abs=1e-3)
+    for percent, value in found["percentiles"].items():
+        assert value == nanosecond(numpy.percentile(values, float(percent)), abs=1e-3)

@@ -1,0 +1,140 @@
+"""The command line, as far as it goes without a network; and the parts that are pure text."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lab import NETWEAVER
+
+import netweaver
+
+COMPLETE = ["-n", "web1", "--hv", "hv", "-s", "192.0.2.1", "-d", "192.0.2.2"]
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(NETWEAVER), *arguments], capture_output=True, text=True, check=False,
+                          cwd=cwd, timeout=60)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ([], "the following arguments are required"),
+    (["--hv", "hv", "-s", "192.0.2.1", "-d", "192.0.2.2"], "give its name with -n, or its interface with --vif"),
+    ([*COMPLETE, "--nonsense"], "unrecognized arguments: --nonsense"),
+    ([*COMPLETE, "-c", "0"], "'0' is not a whole number above 0"),
+    ([*COMPLETE, "--num", "x"], "'x' is not the number of an interface"),
+    ([*COMPLETE, "--timeout", "nan"], "'nan' is not a number of seconds"),
+    ([*COMPLETE, "-i", "eth0; reboot"], "can't be the name of a network interface"),
+    ([*COMPLETE, "-i", "-w/etc/passwd"], "expected one argument"),
+    ([*COMPLETE, "--interface=-w/etc"], "can't be the name of a network interface"),
+    ([*COMPLETE, "--source-command", "ping {host}"], "unknown placeholder {host}"),
+    ([*COMPLETE, "--source-command", "ping {count.__class__}"], "unknown placeholder {count.__class__}"),
+    ([*COMPLETE, "--source-command", "ping {"], "--source-command"),
+    (["-n", "web1", "--hv", "hv:0", "-s", "192.0.2.1", "-d", "192.0.2.2"], "'hv:0' is not [user@]host[:port]"),
+    (["-n", "web1", "--hv", "-oProxyCommand=id", "-s", "192.0.2.1", "-d", "192.0.2.2"], "expected one argument"),
+    (["-n", "web1", "--hv=-oProxyCommand=id", "-s", "192.0.2.1", "-d", "192.0.2.2"], "is not [user@]host[:port]"),
+    (["-n", "web1", "--hv", "hv", "-s", "192.0.2.1", "-d", "no such host"], "neither an IP address nor a name"),
+])
+def test_usage_errors_are_one_line(arguments: list[str], words: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("netweaver: error: ")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_has_groups_examples_and_exit_codes() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for words in ("what is measured:", "traffic:", "examples:", "exit codes:", "130, 143", "-k KEYFILE"):
+        assert words in done.stdout
+    assert run("--version").stdout == f"netweaver {netweaver.__version__}\n"
+
+
+@pytest.mark.parametrize(("text", "parts", "shown"), [
+    ("hv", ("root", "hv", 22), "root@hv"),
+    ("admin@hv.example.org:2222", ("admin", "hv.example.org", 2222), "admin@hv.example.org:2222"),
+    ("user@domain@hv", ("user@domain", "hv", 22), "user@domain@hv"),
+    ("[fd00::1]:2222", ("root", "fd00::1", 2222), "root@[fd00::1]:2222"),
+    ("root@[fd00::1]", ("root", "fd00::1", 22), "root@[fd00::1]"),
+    ("fd00::1", ("root", "fd00::1", 22), "root@[fd00::1]"),
+    ("fe80::1%eth0", ("root", "fe80::1%eth0", 22), "root@[fe80::1%eth0]"),
+])
+def test_targets(text: str, parts: tuple[str, str, int], shown: str) -> None:
+    target = netweaver.Target(text)
+    assert (target.user, target.host, target.port) == parts
+    assert str(target) == shown
+
+
+@pytest.mark.parametrize("text", ["", "@hv", "hv:", "hv:65536", "hv:x", "a b", "-x", "$(id)", "hv;id", "hv\n", "[hv",
+                                  "-oX@hv", "hv/../x", "`id`@hv"])
+def test_no_targets(text: str) -> None:
+    with pytest.raises(netweaver.UsageError):
+        netweaver.Target(text)
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    ("\n\n", "there is no VM with the name-label 'web1'"),
+    ("-1\n\n", "is not running"),
+    ("5,-1\n5\n", "2 VMs have the name-label 'web1' (dom-ids 5,-1)"),
+    ("5\n\n", "runs on another host of the pool"),
+    ("<not in database>\n\n", "which is no dom-id"),
+])
+def test_xe_answers_that_are_no_domain(answer: str, words: str) -> None:
+    with pytest.raises(netweaver.RemoteCommandError) as caught:
+        netweaver.parse_xe_dom_id(answer, "web1")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", ["5\n5\n", "5\n"])
+def test_xe_answers_that_are_a_domain(answer: str) -> None:
+    assert netweaver.parse_xe_dom_id(answer, "web1") == 5
+
+
+def test_filters() -> None:
+    assert netweaver.capture_filter(["10.0.0.2"], "10.0.0.1") == "ip and (src host 10.0.0.2) and dst host 10.0.0.1"
+    assert netweaver.capture_filter(["10.0.0.2", "fd00::2", "fd00::3"], "fd00::1") == (
+        "ip6 and (src host fd00::2 or src host fd00::3) and dst host fd00::1")
+    assert netweaver.capture_filter(["10.0.0.2"], "fd00::1") == "ip6 and dst host fd00::1"
+
+
+def test_an_old_tcpdump_gets_no_option_that_it_does_not_know() -> None:
+    assert "precision" not in netweaver.capture_command("eth0", "ip", "[ -B size ] [ -c count ]")
+    old = netweaver.capture_command("eth0", "ip", "tcpdump [-aAdDeflLnNOpqRStuUvxX] [ -c count ]")
+    assert old == "exec tcpdump -i eth0 -p -nn -s 128 -w - -- ip"
+
+
+def test_what_tcpdump_says_at_its_end() -> None:
+    text = ("tcpdump: listening on eth0, link-type EN10MB (Ethernet), snapshot length 128 bytes\n1 packet captured\n"
+            "30 packets received by filter\n4 packets dropped by kernel\n2 packets dropped by interface\n")
+    assert netweaver.tcpdump_counts(text) == {"captured": 1, "received": 30, "dropped": 4, "dropped_by_interface": 2}
+    assert netweaver.tcpdump_counts("tcpdump: eth9: No such device exists\n") == {}
+
+
+def test_nothing_reaches_a_terminal_unquoted() -> None:
+    assert netweaver.printable("a\x1b[2Jb\nc\r\x9b\u202eé") == "a\\x1b[2Jb\\nc\\r\\x9b\\u202eé"
+
+
+def test_known_hosts(tmp_path: Path) -> None:
+    """Patterns, hashes, ports, revoked keys and lines of other kinds, as OpenSSH reads them."""
+    paramiko = pytest.importorskip("paramiko")
+    old, new = paramiko.ECDSAKey.generate(), paramiko.ECDSAKey.generate()
+    line = f"{old.get_name()} {old.get_base64()}"
+    path = tmp_path / "known_hosts"
+    target = netweaver.Target("hv.example.org:2222")
+    name = "[hv.example.org]:2222"
+    for hosts in (name, "other,*.EXAMPLE.*", "*", "[h?.example.org]:2222", paramiko.HostKeys.hash_host(name)):
+        path.write_text(f"# comment\nnonsense\n@cert-authority * {line}\n{name} sk-unknown AAAA\n{hosts} {line}\n")
+        known = netweaver.KnownHosts(str(path), target)
+        known.check(old)
+        with pytest.raises(netweaver.HostConnectionError, match=f"remove line 5 of {path}"):
+            known.check(new)
+    path.write_text(f"hv.example.org {line}\n*,!* {line}")
+    netweaver.KnownHosts(str(path), target).check(new)
+    assert path.read_text().splitlines()[2] == f"[hv.example.org]:2222 {new.get_name()} {new.get_base64()}"
+    path.write_text(f"@revoked * {line}\n")
+    with pytest.raises(netweaver.HostConnectionError, match=f"revoked: {path} line 1"):
+        netweaver.KnownHosts(str(path), target).check(old)
