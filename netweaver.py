@@ -634,7 +634,7 @@ def statistics(delays: Iterable[int]) -> dict[str, Any]:
 
 WRAPPER = r"""
 umask 077
-PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin LC_ALL=C; export PATH LC_ALL
+LC_ALL=C; export LC_ALL
 dir= p= lease= dog= group= detach= gone=
 command -v setsid >/dev/null 2>&1 && detach=setsid group=-
 tell() { kill -s "$1" -- "$group$p" || kill -s "$1" "$p"; } 2>/dev/null
@@ -906,9 +906,12 @@ def _load_key(path: str) -> paramiko.PKey:
 
 def _connect(target: Target, key: paramiko.PKey | None, key_path: str | None) -> paramiko.SSHClient:
     """An authenticated connection; HostConnectionError says what failed and what to do."""
+    import logging
     import socket
 
     import paramiko
+
+    logging.getLogger("paramiko").addHandler(logging.NullHandler())      # else it prints tracebacks
 
     def failure(what: str, advice: str = "") -> HostConnectionError:
         return HostConnectionError(f"{target}: {what}" + (f": {advice}" if advice else ""))

@@ -1,9 +1,13 @@
 """The command line, as far as it goes without a network; and the parts that are pure text."""
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lab import NETWEAVER
@@ -13,9 +17,9 @@ import netweaver
 COMPLETE = ["-n", "web1", "--hv", "hv", "-s", "192.0.2.1", "-d", "192.0.2.2"]
 
 
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(NETWEAVER), *arguments], capture_output=True, text=True, check=False,
-                          cwd=cwd, timeout=60)
+                          timeout=60, **options)
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -116,6 +120,23 @@ def test_what_tcpdump_says_at_its_end() -> None:
 
 def test_nothing_reaches_a_terminal_unquoted() -> None:
     assert netweaver.printable("a\x1b[2Jb\nc\r\x9b\u202eé") == "a\\x1b[2Jb\\nc\\r\\x9b\\u202eé"
+
+
+@pytest.mark.parametrize("greeting", [b"HTTP/1.0 400 Bad Request\r\n\r\n", b"SSH-2.0-x\r\n" + bytes(99), b""])
+def test_a_port_that_speaks_no_ssh(greeting: bytes, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def answer() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.sendall(greeting)
+
+        threading.Thread(target=answer, daemon=True).start()
+        done = run("-n", "web1", "--hv", f"127.0.0.1:{server.getsockname()[1]}", "-s", "127.0.0.1:1", "-d", "192.0.2.2",
+                   env={**os.environ, "HOME": str(tmp_path)})
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert done.stderr.startswith("netweaver: error: root@127.0.0.1:")
+    assert done.stderr.count("\n") == 1
 
 
 def test_known_hosts(tmp_path: Path) -> None:
