@@ -20,6 +20,9 @@ import os
 import re
 import sys
 from array import array
+from bisect import bisect, bisect_left
+from itertools import count, islice
+from operator import itemgetter, le, mul, sub
 from struct import Struct, iter_unpack, unpack_from
 
 TYPE_CHECKING = False                                # importing typing costs more than analysing 10,000 packets
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     import argparse
     import threading
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, BinaryIO, NoReturn, TypeVar
+    from typing import IO, Any, BinaryIO, NoReturn, TypeVar
 
     import paramiko
 
@@ -37,7 +40,8 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 __all__ = [
     "Capture", "CaptureError", "HostConnectionError", "Matching", "NetWeaver", "NetWeaverError", "NoMatchError",
-    "RemoteCommandError", "TextCapture", "UsageError", "main", "match", "statistics",
+    "RemoteCommandError", "TextCapture", "UsageError", "build_report", "describe", "main", "match", "match_files",
+    "match_text_files", "merged", "reordering", "statistics", "variation", "write_csv",
 ]
 
 SCHEMA_VERSION = 1
@@ -85,23 +89,30 @@ class NoMatchError(NetWeaverError):
 # length and layout, which is what generators send, are read column by column without a step of Python for each.
 
 CHUNK = 1 << 19
-LARGEST_RECORD = 1 << 18                             # libpcap's own limit (MAXIMUM_SNAPLEN)
+LARGEST_RECORD, LARGEST_BLOCK = 1 << 18, 1 << 24     # libpcap's own limits
 SHORTEST_RUN = 32                                    # records from which on reading by columns pays
+MOST_LAYOUTS, MOST_ADMITTED = 16, 4096               # what is remembered of the frames so far
 PAYLOAD = 32                                         # bytes of payload that take part in an identity
 
-IPV4, IPV6, TRANSPARENT_ETHERNET = 0x0800, 0x86DD, 0x6558
-VLAN_TAGS = frozenset((0x8100, 0x88A8, 0x9100))
-EN10MB, LINUX_SLL, LINUX_SLL2 = 1, 113, 276
-RAW_IP = frozenset((12, 14, 101, 228, 229))
+IPV4, IPV6, TRANSPARENT_ETHERNET, MPLS = 0x0800, 0x86DD, 0x6558, (0x8847, 0x8848)
+VLAN_TAGS = (0x8100, 0x88A8, 0x9100)
+IDENTIFIED, UNKNOWN = -1, 0                          # beside ethertypes: where a dissection ends
+NULL, EN10MB, LOOP, LINUX_SLL, LINUX_SLL2, RAW_IP = 0, 1, 108, 113, 276, (12, 14, 101, 228, 229)
+LINK_TYPES = frozenset((NULL, EN10MB, LOOP, LINUX_SLL, LINUX_SLL2, *RAW_IP))
+ADDRESS_FAMILIES = {2: IPV4, 10: IPV6, 24: IPV6, 28: IPV6, 30: IPV6}     # Linux, and the BSDs
 ICMP, IP_IN_IP, TCP, UDP, IPV6_IN_IP, GRE, ICMPV6 = 1, 4, 6, 17, 41, 47, 58
 HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION_OPTIONS = 0, 43, 44, 51, 60
 EXTENSION_HEADERS = frozenset((HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION_OPTIONS))
 VXLAN_PORTS, GENEVE_PORT = frozenset((4789, 8472)), 6081
 TUNNEL_PORTS = VXLAN_PORTS | {GENEVE_PORT}
 SYN = 0x02
+MOST_HEADERS = 32                                    # in one frame; more are no traffic that anyone sends
+# An identity's first byte: IP's version or TEXT, and whether it is a fragment but the first, has no addresses, or has
+# IPv6 extension headers.
+TEXT, NOT_FIRST, TRANSLATED, EXTENDED = 0, 0x80, 0x40, 0x20
 
 
-IDENTIFIED, UNKNOWN = -1, 0                          # beside ethertypes: where a dissection ends
+_PCAP_RECORD = Struct("<IIII").pack
 
 
 class _Truncated(Exception):
@@ -111,20 +122,27 @@ class _Truncated(Exception):
 class _Dissection:
     """What a walk through the headers of one frame finds out.
 
-    `checks` are the byte ranges (offset, size) whose values led the way, `guards` the 16-bit values which only
-    had to lie in a range and outside a set, `spans` the byte ranges that identify the innermost packet; no spans
-    for a frame without an IP packet.
+    `checks` are the byte ranges (offset, size) whose values led the way, `guards` the 16-bit values (offset, least,
+    most, others that are barred) which only had to be in a range; `spans` are the byte ranges that identify the
+    innermost packet, `addresses` those of its source and destination, and `kind` the identity's first byte.  There
+    are no spans in a frame without an IP packet.
     """
 
-    def __init__(self, frame: bytes, linktype: int) -> None:
-        self.frame = frame
+    def __init__(self, frame: bytes, linktype: int, translated: bool) -> None:
+        self.frame, self.translated = frame, translated
         self.checks: list[tuple[int, int]] = []
         self.guards: list[tuple[int, int, int, frozenset[int]]] = []
         self.spans: list[tuple[int, int]] = []
-        kind, at = self._link(linktype)
-        while kind in (IPV4, IPV6):                  # one turn for each IP header, outermost first
-            kind, at = self._ipv4(at) if kind == IPV4 else self._ipv6(at)
-        if kind != IDENTIFIED:
+        self.addresses: list[tuple[int, int]] = []
+        self.kind = 0
+        steps = {IPV4: self._ipv4, IPV6: self._ipv6, TRANSPARENT_ETHERNET: self._ethernet,
+                 **dict.fromkeys(MPLS, self._mpls), **dict.fromkeys(VLAN_TAGS, self._tag)}
+        protocol, at = self._link(linktype)
+        for _ in range(MOST_HEADERS):                # outermost header first
+            if protocol not in steps:
+                break
+            protocol, at = steps[protocol](at)
+        if protocol != IDENTIFIED:
             self.spans = []
 
     def _value(self, at: int, size: int) -> int:
@@ -137,31 +155,44 @@ class _Dissection:
         self.checks.append((at, size))
         return self._value(at, size)
 
+    # Each step returns the ethertype of what follows and its offset.
+
     def _link(self, linktype: int) -> tuple[int, int]:
-        """(ethertype, offset) of the packet in a frame of this link type."""
         if linktype == EN10MB:
             return self._ethernet(0)
         if linktype in RAW_IP:
-            return {4: IPV4, 6: IPV6}.get(self._look(0, 1) >> 4, UNKNOWN), 0
-        field, at = (14, 16) if linktype == LINUX_SLL else (0, 20)
-        return self._tags(self._look(field, 2), at)
+            return self._ip_version(0)
+        if linktype in (LINUX_SLL, LINUX_SLL2):
+            return (self._look(14, 2), 16) if linktype == LINUX_SLL else (self._look(0, 2), 20)
+        if linktype in (NULL, LOOP):                 # NULL is in the byte order of the host that captured
+            family = self._look(0, 4)
+            return ADDRESS_FAMILIES.get(family if family < 256 else family >> 24, UNKNOWN), 4
+        return UNKNOWN, 0
+
+    def _ip_version(self, at: int) -> tuple[int, int]:
+        return {4: IPV4, 6: IPV6}.get(self._look(at, 1) >> 4, UNKNOWN), at
 
     def _ethernet(self, at: int) -> tuple[int, int]:
-        return self._tags(self._look(at + 12, 2), at + 14)
+        return self._look(at + 12, 2), at + 14
 
-    def _tags(self, kind: int, at: int) -> tuple[int, int]:
-        while kind in VLAN_TAGS:
-            kind = self._look(at + 2, 2)
-            at += 4
-        return kind, at
+    def _tag(self, at: int) -> tuple[int, int]:
+        return self._look(at + 2, 2), at + 4
+
+    def _mpls(self, at: int) -> tuple[int, int]:
+        bottom = self._look(at + 2, 1) & 1
+        return self._ip_version(at + 4) if bottom else (MPLS[0], at + 4)
 
     def _ipv4(self, at: int) -> tuple[int, int]:
         header = (self._look(at, 1) & 15) * 4
         if header < 20:
             return UNKNOWN, 0
-        self.spans = [(at + 2, 4), (at + 9, 1), (at + 12, 8)]          # length, id; protocol; addresses
+        self.kind, self.addresses = 4, [(at + 12, 4), (at + 16, 4)]
+        self.spans = [(at + 2, 4), (at + 9, 1)]      # length, id; protocol
+        if not self.translated:
+            self.spans += self.addresses
         fragment = self._value(at + 6, 2)
         if fragment & 0x1FFF:                        # not the first: no transport header
+            self.kind |= NOT_FIRST
             more = fragment & 0xE000
             self.guards.append((at + 6, more | 1, more | 0x1FFF, frozenset()))
             self.spans.append((at + 6, 2))
@@ -171,12 +202,20 @@ class _Dissection:
 
     def _ipv6(self, at: int) -> tuple[int, int]:
         protocol, here = self._look(at + 6, 1), at + 40
-        self.spans = [(at + 4, 2), (at + 8, 32)]     # length; addresses
-        while protocol in EXTENSION_HEADERS:
+        self.kind, self.addresses = 6, [(at + 8, 16), (at + 24, 16)]
+        self.spans = [(at + 4, 3)]                   # length, next header
+        if not self.translated:
+            self.spans += self.addresses
+        for _ in range(MOST_HEADERS):
+            if protocol not in EXTENSION_HEADERS:
+                break
+            self.kind |= EXTENDED
+            self.spans.append((here, 1))
             extension, protocol, size = protocol, self._look(here, 1), self._look(here + 1, 1)
             if extension == FRAGMENT:
                 self.spans.append((here + 4, 4))
                 if self._value(here + 2, 2) & 0xFFF8:
+                    self.kind |= NOT_FIRST
                     self.guards.append((here + 2, 8, 0xFFFF, frozenset()))
                     self.spans.append((here + 2, 2))
                     return IDENTIFIED, 0
@@ -184,7 +223,6 @@ class _Dissection:
                 here += 8
             else:
                 here += (size + 2) * 4 if extension == AUTHENTICATION else (size + 1) * 8
-        self.spans.append((at + 6, 1))
         return self._transport(protocol, here, at + 4, here - at - 40)
 
     def _transport(self, protocol: int, at: int, length: int, excess: int) -> tuple[int, int]:
@@ -194,10 +232,10 @@ class _Dissection:
         """
         if protocol in (IP_IN_IP, IPV6_IN_IP):
             return (IPV4 if protocol == IP_IN_IP else IPV6), at
-        if protocol == GRE:
-            return self._gre(at, length, excess)
         if protocol == UDP:
             return self._udp(at)
+        if protocol == GRE:
+            return self._gre(at)
         if protocol == TCP:
             header, flags = (self._look(at + 12, 1) >> 4) * 4, self._look(at + 13, 1)
             self.spans.append((at, 14))              # ports, sequence and acknowledgment numbers, flags
@@ -214,26 +252,18 @@ class _Dissection:
         if port in TUNNEL_PORTS:
             self._look(at + 2, 2)
             if port == GENEVE_PORT:
-                inner = at + 16 + (self._look(at + 8, 1) & 63) * 4
-                kind = self._look(at + 10, 2)
-                return self._ethernet(inner) if kind == TRANSPARENT_ETHERNET else (kind, inner)
+                return self._look(at + 10, 2), at + 16 + (self._look(at + 8, 1) & 63) * 4
             if self._look(at + 8, 1) & 8:            # VXLAN with a valid VNI
-                return self._ethernet(at + 16)
+                return TRANSPARENT_ETHERNET, at + 16
         else:
             self.guards.append((at + 2, 0, 0xFFFF, TUNNEL_PORTS))
         self.spans.append((at, 6))                   # ports, length
         self._payload(at + 8, at + 4, 8)
         return IDENTIFIED, 0
 
-    def _gre(self, at: int, length: int, excess: int) -> tuple[int, int]:
-        flags, kind = self._look(at, 2), self._look(at + 2, 2)
-        inner = at + 4 + 4 * ((flags >> 15 & 1) + (flags >> 13 & 1) + (flags >> 12 & 1))
-        if kind == TRANSPARENT_ETHERNET:
-            return self._ethernet(inner)
-        if kind in (IPV4, IPV6):
-            return kind, inner
-        self._payload(at, length, excess)
-        return IDENTIFIED, 0
+    def _gre(self, at: int) -> tuple[int, int]:
+        flags = self._look(at, 2)                    # checksum, key and sequence number are there or not
+        return self._look(at + 2, 2), at + 4 + 4 * ((flags >> 15 & 1) + (flags >> 13 & 1) + (flags >> 12 & 1))
 
     def _payload(self, at: int, length: int, excess: int) -> None:
         """Up to PAYLOAD bytes at an offset, of which the field at `length` counts `excess` more."""
@@ -247,18 +277,24 @@ class _Dissection:
 
 class _Layout:
     """The byte ranges of one kind of frame, compiled."""
-    __slots__ = ("admit", "decide", "expected", "fixed", "guards", "identity", "need", "pick")
+    __slots__ = ("addresses", "admit", "admitted", "decide", "expected", "fixed", "guards", "identity", "need", "pick",
+                 "prefix")
 
-    def __init__(self, frame: bytes, linktype: int) -> None:
-        found = _Dissection(frame, linktype)
+    def __init__(self, frame: bytes, linktype: int, translated: bool = False) -> None:
+        found = _Dissection(frame, linktype, translated)
         checks, spans = _joined(found.checks), _joined(found.spans)
-        self.guards = found.guards
-        self.need = max(at + size for at, size in [*checks, *spans, *((at, 2) for at, *_ in self.guards)])
+        self.guards, self.addresses = found.guards, found.addresses
+        self.prefix = bytes((found.kind | TRANSLATED * translated,))
+        ranges = [*checks, *spans, *self.addresses, *((at, 2) for at, *_ in self.guards)]
+        self.need = max((at + size for at, size in ranges), default=0)
         if self.need > len(frame):
             raise _Truncated
         self.decide = Struct(_form(checks)).unpack_from
         self.pick = Struct(_form(spans)).unpack_from
         self.expected = self.decide(frame, 0)
+        # Values for which the guards held once need no second look.
+        self.admit = Struct(_form(_joined((at, 2) for at, *_ in self.guards))).unpack_from
+        self.admitted: set[tuple[bytes, ...]] = set() if self.guards else {()}
         self.fixed = [(at + i, frame[at + i]) for at, size in checks for i in range(size)]
         self.identity = [at + i for at, size in spans for i in range(size)]
 
@@ -268,6 +304,8 @@ class _Layout:
             value = data[at + offset] << 8 | data[at + offset + 1]
             if not low <= value <= high or value in barred:
                 return False
+        if len(self.admitted) < MOST_ADMITTED:
+            self.admitted.add(self.admit(data, at))
         return True
 
 
@@ -292,10 +330,11 @@ def _form(ranges: Iterable[tuple[int, int]]) -> str:
     return out
 
 
-def _gather(data: bytes, start: int, stop: int, stride: int, offsets: Sequence[int], width: int) -> bytearray:
-    """The bytes at the offsets of equally long records, packed into rows of `width` bytes."""
+def _gather(data: bytes, start: int, stop: int, stride: int, offsets: Sequence[int], width: int,
+            first: int = 0) -> bytearray:
+    """The bytes at the offsets of equally long records, packed into rows of `width` bytes from column `first` on."""
     rows = bytearray(len(range(start, stop, stride)) * width)
-    for column, offset in enumerate(offsets):
+    for column, offset in enumerate(offsets, first):
         rows[column::width] = data[start + offset:stop:stride]
     return rows
 
@@ -310,59 +349,134 @@ def _alike(data: bytes, start: int, stride: int, count: int, fixed: Iterable[tup
 
 
 class Capture:
-    """The packets in a pcap file, as blocks of sightings.
+    """The packets in a pcap or pcapng file, as blocks of sightings.
 
-    Iterating yields pairs (identities, times in integer nanoseconds) of equal length and raises CaptureError for
-    what is no capture.  The counts are complete when the iteration is: `records` in the file, `other` of them
-    without an IP packet, `cut` of them too short to identify the packet, and `partial`, the number of bytes of a
-    last record that is not whole.
+    Iterating yields pairs (identities, times in integer nanoseconds) of equal length, and raises CaptureError for
+    what is no capture.  With `translated` the addresses take no part in the identities (the path has NAT); with
+    `sources` or `destinations` (IP addresses) only packets from and to one of them count.
+
+    The counts are complete when the iteration is: `records` in the file, `other` of them without an IP packet,
+    `filtered` of them with other addresses, `cut` of them too short to identify the packet, and `partial`, the
+    number of bytes of a last record that is not whole.
     """
 
-    def __init__(self, file: BinaryIO, name: str) -> None:
+    def __init__(self, file: BinaryIO, name: str, *, translated: bool = False, sources: Iterable[str] = (),
+                 destinations: Iterable[str] = ()) -> None:
         self.name = name
-        self.records = self.other = self.cut = self.partial = 0
+        self.records = self.other = self.filtered = self.cut = self.partial = 0
         self.precision = "microseconds"
-        self._file = file
-        self._order = "<"
-        self._unit = 1
-        self._linktype = EN10MB
-        self._layouts: list[_Layout] = []
+        self._file, self._translated = file, translated
+        self._wanted = [packed_addresses(sources), packed_addresses(destinations)]
+        self._order, self._unit, self._linktype = "<", 1, -1
+        self._layouts: list[_Layout] = []            # of this link type, the newest first
 
     def __iter__(self) -> Iterator[Block]:
-        self._header()
         base, rest = 24, b""
-        while chunk := self._file.read(CHUNK):
+        for chunk in self._chunks(self._file.read(24)):
             data = rest + chunk if rest else chunk
             keys: list[bytes] = []
             times: array[int] = array("q")
             used = self._take(data, base, keys, times)
             base, rest = base + used, data[used:]
             yield keys, times
-        self.partial = len(rest)
+        self.partial = self.partial or len(rest)
 
-    def _header(self) -> None:
-        head = self._file.read(24)
+    # -- files --
+
+    def _chunks(self, head: bytes) -> Iterator[bytes]:
+        """The file's records, a pcapng's as if it were a pcap; chunks may end within a record."""
+        if head[:2] == b"\x1f\x8b":
+            raise CaptureError(f"{self.name}: compressed: gunzip it first (byte 0)")
         if len(head) < 24:
-            raise CaptureError(f"{self.name}: too short for a capture file ({len(head)} bytes)")
+            raise CaptureError(f"{self.name}: too short for a capture file (it ends at byte {len(head)})")
+        if head[:4] == b"\n\r\r\n":
+            yield from self._pcapng(head)
+            return
         for self._order in "<>":
             magic, linktype = unpack_from(self._order + "I16xI", head)
             if magic in (0xA1B2C3D4, 0xA1B23C4D):
                 break
         else:
-            raise CaptureError(f"{self.name}: not a pcap file (it starts with {head[:4].hex()})")
+            raise CaptureError(f"{self.name}: not a capture file (byte 0: {head[:4].hex()})")
         if magic == 0xA1B23C4D:
             self.precision = "nanoseconds"
         self._unit = 1 if magic == 0xA1B23C4D else 1000
         self._linktype = linktype & 0xFFFF
-        if self._linktype not in RAW_IP | {EN10MB, LINUX_SLL, LINUX_SLL2}:
+        if self._linktype not in LINK_TYPES:
             raise CaptureError(f"{self.name}: link type {self._linktype} is not supported (byte 20)")
+        yield from iter(lambda: self._file.read(CHUNK), b"")
+
+    def _pcapng(self, data: bytes) -> Iterator[bytes]:
+        """The packets of a pcapng file as records of a little-endian nanosecond pcap, whole ones of one link type."""
+        order, base, records = "<", 0, []            # type: str, int, list[bytes]
+        interfaces: list[tuple[int, int, int]] = []
+        while more := self._file.read(CHUNK):
+            data, at = data + more, 0
+            while at + 12 <= len(data):
+                kind, size = unpack_from(order + "II", data, at)
+                if kind == 0x0A0D0D0A:               # a new section: its byte order, and interfaces of its own
+                    order = {b"\x4d\x3c\x2b\x1a": "<", b"\x1a\x2b\x3c\x4d": ">"}.get(data[at + 8:at + 12], "")
+                    if not order:
+                        raise CaptureError(f"{self.name}: damaged section header at byte {base + at}")
+                    size, = unpack_from(order + "I", data, at + 4)
+                    interfaces = []
+                if size < 12 or size % 4 or size > LARGEST_BLOCK:
+                    raise CaptureError(f"{self.name}: impossible block length {size} at byte {base + at + 4}")
+                if at + size > len(data):
+                    break
+                if kind == 1:
+                    interfaces.append(self._interface(data[at + 8:at + size - 4], order))
+                elif kind in (2, 6) and size >= 32:  # (obsolete) packet block, enhanced packet block
+                    fields = order + ("Hxx4I" if kind == 2 else "5I")
+                    number, high, low, kept, length = unpack_from(fields, data, at + 8)
+                    if number >= len(interfaces) or kept > size - 32:
+                        raise CaptureError(f"{self.name}: damaged packet block at byte {base + at}")
+                    linktype, per_second, offset = interfaces[number]
+                    time = (high << 32 | low) * NANOSECONDS // per_second + offset * NANOSECONDS
+                    if not 0 <= time < NANOSECONDS << 32:
+                        raise CaptureError(f"{self.name}: impossible time stamp at byte {base + at + 12}")
+                    if linktype != self._linktype:
+                        if records:
+                            yield b"".join(records)
+                        self._linktype, self._layouts, records = linktype, [], []
+                    records.append(_PCAP_RECORD(*divmod(time, NANOSECONDS), kept, length))
+                    records.append(data[at + 28:at + 28 + kept])
+                elif kind == 3:                      # a simple packet block has no time
+                    self.records += 1
+                    self.other += 1
+                at += size
+            base, data = base + at, data[at:]
+            if records:
+                yield b"".join(records)
+            records = []
+        self.partial = len(data)
+
+    def _interface(self, body: bytes, order: str) -> tuple[int, int, int]:
+        """(link type, ticks per second, seconds to add) of an interface description block."""
+        linktype, at = int.from_bytes(body[:2], "little" if order == "<" else "big"), 8
+        per_second, offset = 1_000_000, 0
+        while at + 4 <= len(body):
+            code, size = unpack_from(order + "HH", body, at)
+            value = body[at + 4:at + 4 + size]
+            if code == 9 and value:                  # if_tsresol
+                per_second = 2 ** (value[0] & 127) if value[0] & 128 else 10 ** value[0]
+            elif code == 14 and len(value) == 8:     # if_tsoffset
+                offset, = unpack_from(order + "q", value)
+            elif not code:
+                break
+            at += 4 + (size + 3 & ~3)
+        if per_second >= NANOSECONDS:
+            self.precision = "nanoseconds"
+        return linktype, per_second, offset
+
+    # -- records --
 
     def _take(self, data: bytes, base: int, keys: list[bytes], times: array[int]) -> int:
         """Adds the whole records of data; returns how many bytes they have."""
         head = Struct(self._order + "III").unpack_from
-        unit, layouts, join = self._unit, self._layouts, b"".join
+        unit, layouts, join, filtered = self._unit, self._layouts, b"".join, any(self._wanted)
         add_key, add_time = keys.append, times.append
-        at, end, attempt = 0, len(data), 0           # attempt: where to look for a run again
+        at, end, attempt, last = 0, len(data), 0, -1         # attempt: where to look for a run again
         while at + 16 <= end:
             seconds, fraction, size = head(data, at)
             stride = 16 + size
@@ -371,9 +485,11 @@ class Capture:
                     raise CaptureError(f"{self.name}: impossible record length {size} at byte {base + at + 8}")
                 break
             frame = at + 16
-            for layout in layouts:
+            for place, layout in enumerate(layouts):
                 if (size >= layout.need and layout.decide(data, frame) == layout.expected
-                        and (not layout.guards or layout.guarded(data, frame))):
+                        and (layout.admit(data, frame) in layout.admitted or layout.guarded(data, frame))):
+                    if place > 1:                    # what comes often is found first
+                        layouts.insert(0, layouts.pop(place))
                     break
             else:
                 learned = self._learn(data, at, stride)
@@ -382,26 +498,34 @@ class Capture:
                     continue
                 layout = learned
             far = at + SHORTEST_RUN * stride
-            if at >= attempt and data[far + 8:far + 12] == data[at + 8:at + 12]:
+            if size == last and at >= attempt and data[far + 8:far + 12] == data[at + 8:at + 12]:
                 count = self._run(data, at, stride, layout, keys, times)
                 if count:
                     at += count * stride
                     continue
                 attempt = far
-            if layout.identity:
-                add_key(join(layout.pick(data, frame)))
-                add_time(seconds * NANOSECONDS + fraction * unit)
-            else:
-                self.other += 1
+            last = size
             self.records += 1
+            if not layout.identity:
+                self.other += 1
+            elif filtered and not self._passes(data, frame, layout):
+                self.filtered += 1
+            else:
+                add_key(layout.prefix + join(layout.pick(data, frame)))
+                add_time(seconds * NANOSECONDS + fraction * unit)
             at += stride
         return at
+
+    def _passes(self, data: bytes, frame: int, layout: _Layout) -> bool:
+        """Whether the addresses of a packet are among those that are wanted."""
+        return all(not wanted or data[frame + at:frame + at + size] in wanted
+                   for (at, size), wanted in zip(layout.addresses, self._wanted))
 
     def _learn(self, data: bytes, at: int, stride: int) -> _Layout | None:
         """The layout of the record at an offset; None, and counted, if it holds no whole packet."""
         size, = unpack_from(self._order + "I", data, at + 12)
         try:
-            layout = _Layout(data[at + 16:at + stride], self._linktype)
+            layout = _Layout(data[at + 16:at + stride], self._linktype, self._translated)
         except _Truncated:
             self.records += 1
             if stride - 16 < size:
@@ -410,15 +534,18 @@ class Capture:
                 self.other += 1                      # whole, yet shorter than its headers say: malformed
             return None
         self._layouts.insert(0, layout)
-        del self._layouts[16:]
+        del self._layouts[MOST_LAYOUTS:]
         return layout
 
     def _run(self, data: bytes, start: int, stride: int, layout: _Layout, keys: list[bytes],
              times: array[int]) -> int:
         """Adds a run of records of one length and layout, if there is a long one; returns how many they are."""
+        fixed = layout.fixed
+        if any(self._wanted):                        # then the run is of one flow, wanted or not
+            fixed = fixed + [(at + i, data[start + 16 + at + i]) for at, size in layout.addresses for i in range(size)]
         count = (len(data) - start) // stride
         count = _alike(data, start, stride, count, [(8 + i, data[start + 8 + i]) for i in range(4)])
-        count = _alike(data, start, stride, count, [(16 + at, value) for at, value in layout.fixed])
+        count = _alike(data, start, stride, count, [(16 + at, value) for at, value in fixed])
         for at, low, high, barred in layout.guards:
             rows = _gather(data, start + 16, start + count * stride, stride, (at, at + 1), 2)
             values = [value for value, in iter_unpack(">H", rows)]
@@ -431,8 +558,12 @@ class Capture:
         if not layout.identity:
             self.other += count
             return count
-        stop, width = start + count * stride, len(layout.identity)
-        rows = _gather(data, start + 16, stop, stride, layout.identity, width)
+        if not self._passes(data, start + 16, layout):
+            self.filtered += count
+            return count
+        stop, width = start + count * stride, 1 + len(layout.identity)
+        rows = _gather(data, start + 16, stop, stride, layout.identity, width, 1)
+        rows[::width] = layout.prefix * count
         keys += [key for key, in iter_unpack(f"{width}s", rows)]
         # Seconds and fractions as two huge numbers with a 64-bit digit for each packet: two multiplications.
         digits = (0, 1, 2, 3) if self._order == "<" else (3, 2, 1, 0)
@@ -443,6 +574,47 @@ class Capture:
             run.byteswap()
         times.extend(run)
         return count
+
+
+def packed_addresses(addresses: Iterable[str]) -> frozenset[bytes]:
+    """IP addresses as they stand in a packet."""
+    wanted = list(addresses)
+    if not wanted:
+        return frozenset()
+    from ipaddress import ip_address
+    return frozenset(ip_address(address).packed for address in wanted)
+
+
+def describe(identity: bytes) -> dict[str, Any]:
+    """The fields of an identity, for people; those that it doesn't have are missing."""
+    if identity[0] == TEXT:
+        return {"sequence": identity[1:].decode()}
+    kind, version = identity[0], identity[0] & 15
+    fields: dict[str, Any] = {"length": int.from_bytes(identity[1:3], "big") + (40 if version == 6 else 0)}
+    if version == 4:
+        fields["ip_id"], at = int.from_bytes(identity[3:5], "big"), 5
+        if kind & NOT_FIRST:
+            fields["fragment_offset"], at = (int.from_bytes(identity[5:7], "big") & 0x1FFF) * 8, 7
+        protocol, at = identity[at], at + 1
+    else:
+        protocol, at = identity[3], 4
+    if not kind & TRANSLATED:
+        from ipaddress import ip_address
+        size = 4 if version == 4 else 16
+        fields["source"] = str(ip_address(identity[at:at + size]))
+        fields["destination"] = str(ip_address(identity[at + size:at + 2 * size]))
+        at += 2 * size
+    if kind & EXTENDED:
+        return fields
+    fields["protocol"] = {ICMP: "ICMP", ICMPV6: "ICMPv6", TCP: "TCP", UDP: "UDP"}.get(protocol, str(protocol))
+    if not kind & NOT_FIRST and protocol in (TCP, UDP):
+        fields["source_port"], fields["destination_port"] = unpack_from(">HH", identity, at)
+    if not kind & NOT_FIRST and protocol == TCP:
+        fields["sequence"], fields["acknowledgment"] = unpack_from(">II", identity, at + 4)
+    if not kind & NOT_FIRST and protocol in (ICMP, ICMPV6):
+        fields["icmp_type"], fields["icmp_code"], fields["identifier"], fields["sequence"] = unpack_from(
+            ">BBHH", identity, at)
+    return fields
 
 
 class TextCapture:
@@ -490,7 +662,7 @@ class TextCapture:
             elif date is not None:
                 time += date * DAY
             self.dated |= date is not None or not clock
-            keys.append(key.encode())
+            keys.append(bytes((TEXT,)) + key.encode(errors="replace"))
             times.append(time)
         self.records = len(keys)
         yield keys, times
@@ -521,23 +693,31 @@ def _text_date(text: str) -> int | None:
 # nanoseconds.  A lost packet has no delay.
 
 LOST = -1 << 63
+ABREAST = 32                                         # packets that are compared at once while they come in order
+SAMPLE = 1000                                        # unmatched packets that are kept to find out why
 
 
 class Matching:
     """Which packets of the pif were seen on the vif, and when.
 
-    `sent` holds t_pif of each packet in the pif's order, `delays` its D or LOST (both in nanoseconds), `arrivals`
-    the pif's ranks of the matched packets in the vif's order.  `pif` and `vif` count the sightings, `duplicated`
-    the copies on the vif beyond those on the pif, `vif_only` the sightings of packets never seen on the pif,
-    and `alike` the packets of the pif that share their identity with another one.
+    By the packet's rank in the pif's order: `identities`, `sent` (t_pif) and `delays` (D, or LOST), in nanoseconds;
+    `arrivals` are the ranks of the matched packets in the vif's order.  `pif` and `vif` count the sightings,
+    `duplicated` the copies on the vif beyond those on the pif (`extra_copies` by rank), `vif_only` the sightings of
+    packets never seen on the pif (`strangers` are the first of them).  `alike` are the ranks of the packets that
+    share their identity with another one.
     """
-    __slots__ = ("alike", "arrivals", "delays", "duplicated", "pif", "sent", "vif", "vif_only")
+    __slots__ = ("alike", "arrivals", "delays", "duplicated", "extra_copies", "identities", "pif", "sent", "strangers",
+                 "vif", "vif_only")
 
     def __init__(self) -> None:
+        self.identities: list[bytes] = []
         self.sent: array[int] = array("q")
         self.delays: array[int] = array("q")
-        self.arrivals: array[int] = array("q")
-        self.pif = self.vif = self.duplicated = self.vif_only = self.alike = 0
+        self.arrivals: array[int] = array("I")
+        self.pif = self.vif = self.duplicated = self.vif_only = 0
+        self.extra_copies: dict[int, int] = {}
+        self.strangers: list[bytes] = []
+        self.alike: set[int] = set()
 
     @property
     def matched(self) -> int:
@@ -547,58 +727,105 @@ class Matching:
     def lost(self) -> int:
         return self.pif - self.matched
 
+    def samples(self) -> list[int]:
+        """The delays of the matched packets, in the pif's order."""
+        return [delay for delay in self.delays if delay != LOST] if self.lost else self.delays.tolist()
+
 
 def match(pif: Iterable[Block], vif: Iterable[Block]) -> Matching:
     """Pairs the sightings on the pif with those on the vif: the k-th copy of a packet with its k-th copy."""
     result = Matching()
-    sent, first = result.sent, {}                    # type: array[int], dict[bytes, int]
-    order: list[bytes | None] = []                   # the identities by rank; None for further copies
-    copies: dict[bytes, list[int]] = {}
+    identities, sent, first = result.identities, result.sent, {}       # type: list[bytes], array[int], dict[bytes, int]
+    copies: dict[bytes, list[int]] = {}              # the ranks of further copies, by identity
     for keys, times in pif:
-        start, known = len(order), len(first)
-        ranks = [first.setdefault(key, rank) for rank, key in enumerate(keys, start)]
-        order += keys
+        start, known = len(identities), len(first)
+        ranks = list(map(first.setdefault, keys, count(start)))
+        identities += keys
         sent.extend(times)
         if len(first) - known < len(keys):
-            for place, (key, original) in enumerate(zip(keys, ranks), start):
-                if place != original:
-                    order[place] = None
-                    copies.setdefault(key, []).append(place)
-    order.append(None)
+            for rank, (key, original) in enumerate(zip(keys, ranks), start):
+                if rank != original:
+                    copies.setdefault(key, []).append(rank)
+    order: list[bytes | None] = [*identities, None] if copies else identities    # type: ignore[assignment]
+    for key, ranks in copies.items():
+        result.alike.update(ranks, (first[key],))
+        for rank in ranks:
+            order[rank] = None                       # never the expected one
     further = {key: iter(ranks) for key, ranks in copies.items()}
-    result.pif = len(sent)
-    result.alike = len(copies) + sum(map(len, copies.values()))
-    result.delays = delays = array("q", [LOST]) * len(sent)
-    arrive, find = result.arrivals.append, first.get
+    result.pif = size = len(sent)
+    result.delays = delays = array("q", [LOST]) * size
+    arrivals, seen, find = result.arrivals, bytearray(size), first.get
     expected = 0
     for keys, times in vif:
         result.vif += len(keys)
-        for key, time in zip(keys, times):
-            # Most often it is the next one, without a look-up.
-            rank = expected if order[expected] == key else find(key, -1)
-            if rank < 0:
-                result.vif_only += 1
+        for place in range(0, len(keys), ABREAST):
+            some, when = keys[place:place + ABREAST], times[place:place + ABREAST]
+            until = expected + len(some)
+            if some == order[expected:until] and 1 not in seen[expected:until]:
+                delays[expected:until] = array("q", map(sub, when, sent[expected:until]))
+                seen[expected:until] = b"\1" * len(some)
+                arrivals.extend(range(expected, until))
+                expected = until
                 continue
-            if delays[rank] != LOST:
-                rank = next(further.get(key, iter(())), -1)
-                if rank < 0:
-                    result.duplicated += 1
-                    continue
-            expected = rank + 1
-            delays[rank] = time - sent[rank]
-            arrive(rank)
+            for key, time in zip(some, when):
+                if expected < size and order[expected] == key:
+                    rank = expected
+                else:
+                    rank = find(key, -1)
+                    if rank < 0:
+                        result.vif_only += 1
+                        if len(result.strangers) < SAMPLE:
+                            result.strangers.append(key)
+                        continue
+                if seen[rank]:
+                    original, rank = rank, next(further.get(key, iter(())), -1)
+                    if rank < 0:
+                        result.duplicated += 1
+                        result.extra_copies[original] = result.extra_copies.get(original, 0) + 1
+                        continue
+                seen[rank] = 1
+                delays[rank] = time - sent[rank]
+                arrivals.append(rank)
+                expected = rank + 1
     return result
 
 
-def reordered(arrivals: Sequence[int]) -> int:
-    """How many packets arrived after one that was sent later (RFC 4737, type-P-reordered)."""
-    count = expected = 0
-    for rank in arrivals:
-        if rank < expected:
-            count += 1
-        else:
-            expected = rank + 1
-    return count
+def merged(captures: Sequence[Iterable[Block]]) -> Iterator[Block]:
+    """The blocks of one capture, or those of several (the slaves of a bond) as one block in the order of time."""
+    if len(captures) == 1:
+        yield from captures[0]
+        return
+    rows = [(time, key) for capture in captures for keys, times in capture for key, time in zip(keys, times)]
+    rows.sort(key=itemgetter(0))
+    yield [key for _, key in rows], array("q", [time for time, _ in rows])
+
+
+def reordering(arrivals: Sequence[int]) -> dict[int, int]:
+    """The reordered packets (RFC 4737: type-P-reordered): their ranks, with the extent of each.
+
+    Takes the ranks of the unique packets in the order in which they arrived.
+    """
+    if all(map(le, arrivals, islice(arrivals, 1, None))):
+        return {}
+    extents = {}
+    newest, peaks, places = -1, [], []               # type: int, list[int], list[int]
+    for place, rank in enumerate(arrivals):
+        if rank > newest:
+            newest = rank
+            peaks.append(rank)
+            places.append(place)
+        else:                                        # back to the earliest arrival that was sent later
+            extents[rank] = place - places[bisect(peaks, rank)]
+    return extents
+
+
+def variation(delays: Sequence[int]) -> float | None:
+    """The mean absolute IPDV (RFC 3393) in nanoseconds: between consecutive packets that both arrived; None if none."""
+    if LOST in delays:
+        steps = [abs(b - a) for a, b in zip(delays, islice(delays, 1, None)) if a != LOST and b != LOST]
+    else:
+        steps = list(map(abs, map(sub, islice(delays, 1, None), delays)))
+    return sum(steps) / len(steps) if steps else None
 
 
 def statistics(delays: Iterable[int]) -> dict[str, Any]:
@@ -608,7 +835,7 @@ def statistics(delays: Iterable[int]) -> dict[str, Any]:
     """
     ranked = sorted(delays)
     size, total = len(ranked), sum(ranked)
-    squares = sum(delay * delay for delay in ranked)
+    squares = sum(map(mul, ranked, ranked))
 
     def percentile(permille: int) -> float:          # linear between the two nearest ranks
         low, part = divmod(permille * (size - 1), 1000)
@@ -622,6 +849,8 @@ def statistics(delays: Iterable[int]) -> dict[str, Any]:
         "stdev": (size * squares - total * total) ** 0.5 / size / 1000,
         "median": percentile(500),
         "percentiles": {"90": percentile(900), "95": percentile(950), "99": percentile(990), "99.9": percentile(999)},
+        "pdv": (percentile(990) * 1000 - ranked[0]) / 1000,
+        "negative": bisect_left(ranked, 0),
     }
 
 
@@ -1164,7 +1393,9 @@ class NetWeaver:
 
     `source_ip` (one, or several) and `destination_host_ip` are `[user@]host[:port]`; `destination_name_label` is
     the VM's name in the toolstack and `destination_ip` its address.  Without `ssh_key_path` the SSH agent and the
-    default keys are used.  `timeout` bounds the traffic (seconds).  `progress` and `log` are called with lines
+    default keys are used.  `timeout` bounds the traffic (seconds).  With `match_nat` addresses take no part in the
+    matching, and `slowest` is how many of the slowest packets to list.  `matching` is set by `analyze`: the packets
+    themselves.  `progress` and `log` are called with lines
     for people: the steps, and each command run.
 
     Use it as a context manager, or call `close`.  The methods are meant to be called in the order in which they
@@ -1175,12 +1406,15 @@ class NetWeaver:
     def __init__(self, source_ip: str | Sequence[str], destination_name_label: str, destination_ip: str,
                  destination_host_ip: str, ssh_key_path: str | None = None, *, host_interface: str = "eth0",
                  vif_number: int = 0, vif: str | None = None, count: int = 1000, timeout: float | None = None,
+                 match_nat: bool = False, slowest: int = 0,
                  progress: Callable[[str], None] = lambda line: None,
                  log: Callable[[str], None] = lambda line: None) -> None:
         import threading
         self.destination_name_label = destination_name_label
         self.destination_ip = destination_ip
         self.host_interface, self.vif_number, self.vif, self.count = host_interface, vif_number, vif, count
+        self.match_nat, self.slowest = match_nat, slowest
+        self.matching: Matching | None = None
         self.timeout = max(600, count // 5) if timeout is None else timeout
         self._hypervisor = Target(destination_host_ip)
         self._sources = [Target(source) for source in ([source_ip] if isinstance(source_ip, str) else source_ip)]
@@ -1276,17 +1510,13 @@ class NetWeaver:
         pif_path, vif_path = self._files["pif"], self._files["vif"]
         warnings = list(self._warnings)
         if seq_no_col is None or timestamp_col is None:
-            matching = match_files(pif_path, vif_path, warnings)
+            self.matching, files = match_files([pif_path], [vif_path], warnings, match_nat=self.match_nat)
         else:
-            matching = match_text_files(pif_path, vif_path, warnings, seq_no_col, timestamp_col, seq_no_split_by,
-                                        seq_no_split_index)
-        capture = {side: {"interface": self._config[side], **tcpdump_counts(job.errors)}
+            self.matching, files = match_text_files(pif_path, vif_path, warnings, seq_no_col, timestamp_col,
+                                                    seq_no_split_by, seq_no_split_index)
+        capture = {side: {"interface": self._config[side], **tcpdump_counts(job.errors), **files[side]}
                    for side, job in self._captures.items()}
-        for side, count in (("pif", matching.pif), ("vif", matching.vif)):
-            warnings += capture_warnings(side, capture[side], count)
-        if not matching.matched:
-            raise NoMatchError(no_match_message(matching, self._config["pif"], self._config["vif"]))
-        return build_report(matching, capture, warnings, self._config)
+        return build_report(self.matching, capture, warnings, self._config, self.slowest)
 
     # -- for subclasses, and for the end --
 
@@ -1446,29 +1676,50 @@ def format_source_command(template: str, count: int, destination: str) -> str:
 
 # ---- Report: what was measured, as a document ------------------------------------------------------------------
 
-def match_files(pif_path: str, vif_path: str, warnings: list[str]) -> Matching:
-    """Pairs the packets of two pcap files; what was odd in them is added to the warnings."""
-    captures = []
-    try:
-        with open(pif_path, "rb") as pif, open(vif_path, "rb") as vif:
-            captures = [Capture(pif, pif_path), Capture(vif, vif_path)]
-            matching = match(*captures)
-    except OSError as error:
-        raise CaptureError(f"{error.filename}: can't read it: {error.strerror}") from error
-    for side, capture in zip(("pif", "vif"), captures):
+def match_files(pif_paths: Sequence[str], vif_paths: Sequence[str], warnings: list[str], *,
+                match_nat: bool = False, sources: Iterable[str] = (),
+                destinations: Iterable[str] = ()) -> tuple[Matching, dict[str, dict[str, Any]]]:
+    """Pairs the packets of pcap or pcapng files; those of one side are merged by time.
+
+    Returns the matching and, for each side, what was in its files; what was odd in them is added to the warnings.
+    With `match_nat` the addresses take no part; `sources` and `destinations` are addresses to which the packets are
+    limited.  Raises CaptureError for a file that can't be read.
+    """
+    from contextlib import ExitStack
+    sources, destinations = list(sources), list(destinations)
+    sides: dict[str, list[Capture]] = {"pif": [], "vif": []}
+    with ExitStack() as files:
+        for side, paths in (("pif", pif_paths), ("vif", vif_paths)):
+            for path in paths:
+                try:
+                    file = files.enter_context(open(path, "rb"))
+                    file.peek()                      # a directory can be opened
+                except OSError as error:
+                    raise CaptureError(f"{path}: can't read it: {error.strerror}") from error
+                sides[side].append(Capture(file, path, translated=match_nat, sources=sources,
+                                           destinations=destinations))
+        matching = match(merged(sides["pif"]), merged(sides["vif"]))
+    return matching, {side: file_counts(side, captures, warnings) for side, captures in sides.items()}
+
+
+def file_counts(side: str, captures: Sequence[Capture], warnings: list[str]) -> dict[str, Any]:
+    """What was in the files of a side, for the report; what was odd is added to the warnings."""
+    for capture in captures:
         if capture.partial:
-            warnings.append(f"{side}: the last record is not whole; the {capture.records} before it are used")
+            warnings.append(f"{side}: the last record of {os.path.basename(capture.name)} is not whole "
+                            f"({capture.partial} bytes); the {capture.records} before it are used")
         if capture.cut:
-            warnings.append(f"{side}: {capture.cut} packets were cut before what identifies them and are left out: "
-                            "capture with a longer snap length")
-    if matching.alike:
-        warnings.append(f"{matching.alike} packets on the pif can't be told apart from another one; they were "
-                        "paired in order of appearance")
-    return matching
+            warnings.append(f"{side}: {capture.cut} packets were cut by the snap length before what identifies them, "
+                            "and are left out of all counts: capture more of each packet (tcpdump -s)")
+    names = ("records", "other", "filtered", "cut")
+    counts: dict[str, Any] = {name: sum(getattr(capture, name) for capture in captures) for name in names}
+    precisions = {capture.precision for capture in captures}
+    return {**counts, "precision": "microseconds" if "microseconds" in precisions else "nanoseconds"}
 
 
-def match_text_files(pif_path: str, vif_path: str, warnings: list[str], *columns: Any) -> Matching:
-    """Pairs the lines of two text captures by the columns which TextCapture describes."""
+def match_text_files(pif_path: str, vif_path: str, warnings: list[str],
+                     *columns: Any) -> tuple[Matching, dict[str, dict[str, Any]]]:
+    """Pairs the lines of two text captures by the columns which TextCapture describes; returns as match_files."""
     with open(pif_path, errors="replace") as pif, open(vif_path, errors="replace") as vif:
         captures = [TextCapture(pif, *columns), TextCapture(vif, *columns)]
         [(_, sent)], [(_, seen)] = blocks = [list(capture) for capture in captures]
@@ -1477,30 +1728,70 @@ def match_text_files(pif_path: str, vif_path: str, warnings: list[str], *columns
         for i in range(len(seen) if days else 0):
             seen[i] -= days * DAY
     matching = match(*blocks)
+    sides = {}
     for side, capture in zip(("pif", "vif"), captures):
+        sides[side] = {"records": capture.records, "skipped": capture.skipped}
         if capture.skipped:
             warnings.append(f"{side}: {capture.skipped} lines without a sequence number or time were left out")
     if matching.alike:
-        warnings.append(f"{matching.alike} lines on the pif share their sequence number with another one; they were "
-                        "paired in order of appearance: is seq_no_col right?")
-    return matching
+        warnings.append("are the sequence numbers really in column seq_no_col?")
+    return matching, sides
 
 
-def capture_warnings(side: str, counts: Mapping[str, Any], records: int) -> list[str]:
+def capture_warnings(side: str, counts: Mapping[str, Any]) -> list[str]:
     """What tcpdump's own counts say against a capture."""
     warnings = []
     if counts.get("dropped"):
-        warnings.append(f"{side}: the kernel dropped {counts['dropped']} packets before tcpdump read them, so "
-                        "\"lost\" can't be trusted: generate less traffic, or give the hypervisor more CPU")
-    if counts.get("captured", records) > records:
-        warnings.append(f"{side}: tcpdump captured {counts['captured']} packets and {records} are in the file: is the "
-                        "hypervisor's disk full?")
+        warnings.append(f"{side}: the kernel dropped {counts['dropped']} packets before tcpdump read them, so \"lost\" "
+                        "can't be trusted: generate less traffic, or give the hypervisor more CPU")
+    if counts.get("captured", 0) > counts["records"]:
+        warnings.append(f"{side}: tcpdump captured {counts['captured']} packets and {counts['records']} are in the "
+                        "file: is the hypervisor's disk full?")
     return warnings
 
 
-def no_match_message(matching: Matching, pif: str, vif: str) -> str:
+def quality_warnings(matching: Matching, figures: Mapping[str, Any]) -> list[str]:
+    """What speaks against the numbers of a matching, with what to do about it."""
+    warnings = []
+    if matching.alike:
+        warnings.append(f"{len(matching.alike)} packets on the pif share all that identifies them with another one; "
+                        "they were paired in order of appearance, which is a guess where some are lost")
+    merged_segments = mergers(matching)
+    if merged_segments:
+        warnings.append(f"{merged_segments} packets have another length on the vif than on the pif, so they are in "
+                        "neither's matches: segments were merged or split (GRO, TSO); measure with small packets, or "
+                        "switch it off (ethtool -K)")
+    if 2 * matching.matched < min(matching.pif, matching.vif) and not merged_segments:
+        warnings.append("most packets of each interface were not seen on the other: is there address translation "
+                        "(--match-nat), a tunnel of an unknown kind, or other traffic?")
+    if figures["negative"]:
+        warnings.append(f"{figures['negative']} delays are negative (down to {figures['minimum']:g} µs): the stamps of "
+                        "two CPU cores disagree, the clock was set, or pif and vif are swapped")
+    few = [percent for percent, enough in (("90", 5), ("95", 10), ("99", 50), ("99.9", 500))
+           if matching.matched < enough]
+    if few:
+        warnings.append(f"too few packets matched ({matching.matched}) for the percentiles {', '.join(few)}, which are "
+                        "hardly more than the maximum: send more (-c)")
+    return warnings
+
+
+def mergers(matching: Matching) -> int:
+    """How many of the packets that only the vif saw are the same as one lost from the pif, but for their length.
+
+    It looks at no more than the first SAMPLE of them.
+    """
+    if not matching.strangers or not matching.lost:
+        return 0
+    rest = {identity[:1] + identity[3:] for identity, delay in zip(matching.identities, matching.delays)
+            if delay == LOST and identity[0] != TEXT}
+    return sum(identity[:1] + identity[3:] in rest for identity in matching.strangers)
+
+
+def no_match_message(matching: Matching, pif: str, vif: str, cut: int) -> str:
     """Why two captures may have nothing in common."""
-    if not matching.pif and not matching.vif:
+    if cut:
+        cause = f"{cut} packets were cut by the snap length before what identifies them: capture more (tcpdump -s)"
+    elif not matching.pif and not matching.vif:
         cause = ("the traffic passes neither: is DESTINATION the address of this VM, do the packets carry SOURCE's "
                  "address, does a firewall drop them earlier?")
     elif not matching.pif:
@@ -1508,26 +1799,108 @@ def no_match_message(matching: Matching, pif: str, vif: str) -> str:
     elif not matching.vif:
         cause = (f"none reaches {vif}: does a firewall drop them, is the VM's address on another interface (--num), "
                  "does an HVM guest use its emulated one (tap instead of vif)?")
+    elif mergers(matching):
+        cause = "they differ in length: segments were merged or split (GRO, TSO); measure with small packets"
     else:
-        cause = "the packets differ: are they translated (NAT), or was it other traffic?"
-    return (f"no packet was seen on both interfaces ({matching.pif} on {pif}, {matching.vif} on {vif}): {cause}")
+        cause = "the packets differ: are they translated (--match-nat), or was it other traffic?"
+    return f"no packet was seen on both interfaces ({matching.pif} on {pif}, {matching.vif} on {vif}): {cause}"
 
 
-def build_report(matching: Matching, capture: Mapping[str, Any], warnings: Sequence[str],
-                 config: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON document for a matching with at least one matched packet."""
-    return {
-        **statistics(delay for delay in matching.delays if delay != LOST),
+def build_report(matching: Matching, capture: Mapping[str, Mapping[str, Any]], warnings: Sequence[str],
+                 config: Mapping[str, Any], slowest: int = 0) -> dict[str, Any]:
+    """The JSON document on a matching, as the README describes it; NoMatchError if no packet matched.
+
+    `capture` holds, for each side, what is known of its capture (`records` at least), `warnings` what is wrong so
+    far, `config` what ran (`pif` and `vif` name the interfaces or files).
+    """
+    if not matching.matched:
+        cut = sum(counts.get("cut", 0) for counts in capture.values())
+        raise NoMatchError(no_match_message(matching, str(config["pif"]), str(config["vif"]), cut))
+    figures = statistics(matching.samples())
+    ipdv, extents = variation(matching.delays), reordering(matching.arrivals)
+    pdv, negative = figures.pop("pdv"), figures["negative"]
+    warnings = [*warnings, *(warning for side in capture for warning in capture_warnings(side, capture[side])),
+                *quality_warnings(matching, figures)]
+    del figures["negative"]
+    report = {
+        **figures,
         "unit": "microseconds",
         "packets": {
             "pif": matching.pif, "vif": matching.vif, "matched": matching.matched, "lost": matching.lost,
-            "duplicated": matching.duplicated, "reordered": reordered(matching.arrivals),
-            "vif_only": matching.vif_only},
-        "capture": dict(capture),
-        "warnings": list(warnings),
+            "duplicated": matching.duplicated, "reordered": len(extents), "vif_only": matching.vif_only},
+        "loss_ratio": matching.lost / matching.pif,
+        "reordering": {"ratio": len(extents) / matching.matched, "maximum_extent": max(extents.values(), default=0)},
+        "pdv": pdv,
+        "ipdv": None if ipdv is None else ipdv / 1000,
+        "negative": negative,
+        "capture": {side: dict(counts) for side, counts in capture.items()},
+        "warnings": warnings,
         "config": dict(config),
         "schema_version": SCHEMA_VERSION,
     }
+    if slowest:
+        report["slowest"] = slowest_packets(matching, slowest)
+    return report
+
+
+def iso_time(nanoseconds: int) -> str:
+    """A time as ISO 8601 in UTC, with nanoseconds."""
+    import time
+    seconds, fraction = divmod(nanoseconds, NANOSECONDS)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{fraction:09}Z"
+
+
+def slowest_packets(matching: Matching, count: int) -> list[dict[str, Any]]:
+    """The matched packets with the largest delays, the slowest first: times, delay in microseconds, and identity."""
+    from heapq import nlargest
+    ranks = nlargest(count, matching.arrivals, key=matching.delays.__getitem__)
+    return [{"t_pif": iso_time(matching.sent[rank]), "t_vif": iso_time(matching.sent[rank] + matching.delays[rank]),
+             "delay": matching.delays[rank] / 1000, **describe(matching.identities[rank])} for rank in ranks]
+
+
+CSV_FIELDS = ("source", "destination", "protocol", "source_port", "destination_port", "sequence", "acknowledgment",
+              "icmp_type", "icmp_code", "identifier", "ip_id", "fragment_offset", "length")
+
+
+def csv_rows(matching: Matching) -> Iterator[Sequence[Any]]:
+    """A table of the pif's packets: time, identity, delay in microseconds (empty if lost) and flags."""
+    yield "time", *CSV_FIELDS, "delay_us", "flags"
+    late = reordering(matching.arrivals)
+    for rank, (time, delay) in enumerate(zip(matching.sent, matching.delays)):
+        fields = describe(matching.identities[rank])
+        flags = [flag for flag, applies in (
+            ("lost", delay == LOST), ("reordered", rank in late), ("duplicated", rank in matching.extra_copies),
+            ("alike", rank in matching.alike)) if applies]
+        yield (iso_time(time), *(fields.get(name, "") for name in CSV_FIELDS),
+               "" if delay == LOST else f"{delay / 1000:.3f}", " ".join(flags))
+
+
+def write_csv(matching: Matching, path: str) -> None:
+    """Writes the table of the pif's packets."""
+    import csv
+    write_whole(path, lambda file: csv.writer(file, lineterminator="\n").writerows(csv_rows(matching)))
+
+
+def write_whole(path: str, write: Callable[[IO[str]], object]) -> None:
+    """Writes a file which is there whole or not at all; UsageError if it can't be."""
+    import tempfile
+    name = None
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):        # a device or a pipe
+            with open(path, "w") as file:
+                write(file)
+            return
+        with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path) or ".", prefix=".netweaver-",
+                                         delete=False) as temporary:
+            name = temporary.name
+            write(temporary)
+        os.replace(name, path)
+        name = None
+    except OSError as error:
+        raise UsageError(f"can't write {path}: {error.strerror}") from error
+    finally:
+        if name:
+            os.unlink(name)
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------
@@ -1541,6 +1914,8 @@ examples:
       --source-command 'hping3 -c {count} -S -i u1000 {destination}'
   a known interface, without asking the toolstack:
     netweaver --vif vif5.0 --hv HV_IP -s SOURCE_IP -d DESTINATION_IP
+  captures that are there already, and a table of their packets:
+    netweaver --pcaps pif.pcap vif.pcap -d 10.0.0.1 --csv packets.csv --slowest 5
 
 exit codes:
   0 measured   2 usage   3 connection, authentication or host key
@@ -1584,10 +1959,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=columns))
     what = parser.add_argument_group("what is measured")
     what.add_argument("-n", "--name-label", metavar="NAME", help="the destination VM's name in the toolstack")
-    what.add_argument("--hv", metavar="HOST", required=True, help="its hypervisor, as [user@]host[:port]")
-    what.add_argument("-s", "--source", metavar="SOURCE", required=True, action="append",
+    what.add_argument("--hv", metavar="HOST", help="its hypervisor, as [user@]host[:port]")
+    what.add_argument("-s", "--source", metavar="SOURCE", default=[], action="append",
                       help="a VM that generates traffic, as [user@]host[:port]; may be repeated")
-    what.add_argument("-d", "--destination", metavar="DESTINATION", required=True, help="the destination VM's address")
+    what.add_argument("-d", "--destination", metavar="DESTINATION", help="the destination VM's address")
     what.add_argument("-i", "--interface", metavar="PIF", default="eth0", type=interface,
                       help="the hypervisor's physical interface (default: %(default)s)")
     what.add_argument("--num", metavar="N", default=0, type=nic,
@@ -1602,10 +1977,19 @@ def build_parser() -> argparse.ArgumentParser:
                               "filled in, {{ and }} are braces (default: %(default)s)")
     traffic.add_argument("--timeout", metavar="SECONDS", type=seconds,
                          help="stop the traffic after so long (default: 600, or COUNT / 5 if that is more)")
+    analysis = parser.add_argument_group("analysis")
+    analysis.add_argument("--pcaps", nargs=2, metavar=("PIF", "VIF"),
+                          help="analyse existing captures (pcap or pcapng) instead of making them; several files of "
+                               "one side are separated by commas; -s and -d then select by address")
+    analysis.add_argument("--match-nat", action="store_true",
+                          help="leave addresses out of the matching, where the path translates them")
+    analysis.add_argument("--slowest", metavar="N", default=0, type=positive,
+                          help="list the N slowest packets in the JSON")
     login = parser.add_argument_group("login")
     login.add_argument("-k", "--key", metavar="KEYFILE",
                        help="SSH private key (default: the SSH agent and the keys in ~/.ssh)")
     output = parser.add_argument_group("output")
+    output.add_argument("--csv", metavar="FILE", help="write a table of the pif's packets, a line each")
     output.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
     output.add_argument("-v", "--verbose", action="store_true", help="show the commands that are run")
     output.add_argument("-h", "--help", action="help", help="show this help and exit")
@@ -1614,7 +1998,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def resolve(name: str) -> str:
-    """The IP address of a destination given as an address or a name; UsageError if it is neither."""
+    """The IP address of a host given as an address or a name; UsageError if it is neither."""
+    if re.fullmatch(r"[\d.]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", name, re.ASCII):
+        from ipaddress import ip_address
+        try:
+            return str(ip_address(name))
+        except ValueError:
+            raise UsageError(f"{name!r} is not an IP address") from None
     import socket
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
@@ -1626,16 +2016,40 @@ def resolve(name: str) -> str:
 def measure(arguments: argparse.Namespace, progress: Callable[[str], None],
             log: Callable[[str], None]) -> dict[str, Any]:
     """Runs a whole measurement; returns the report."""
+    lacking = [option for option, value in (("--hv", arguments.hv), ("-s", arguments.source),
+                                            ("-d", arguments.destination)) if not value]
+    if lacking:
+        raise UsageError(f"missing: {', '.join(lacking)} (see netweaver --help; --pcaps analyses existing captures)")
     if not arguments.name_label and not arguments.vif:
         raise UsageError("the destination VM is missing: give its name with -n, or its interface with --vif")
     destination = resolve(arguments.destination)
     source_command = format_source_command(arguments.source_command, arguments.count, destination)
     with NetWeaver(arguments.source, arguments.name_label or "", destination, arguments.hv, arguments.key,
                    host_interface=arguments.interface, vif_number=arguments.num, vif=arguments.vif,
-                   count=arguments.count, timeout=arguments.timeout, progress=progress, log=log) as weaver:
+                   count=arguments.count, timeout=arguments.timeout, match_nat=arguments.match_nat,
+                   slowest=arguments.slowest, progress=progress, log=log) as weaver:
         weaver.generate_and_record(source_command)
         weaver.pull_generated_files()
-        return weaver.analyze()
+        report = weaver.analyze()
+        if arguments.csv and weaver.matching:
+            write_csv(weaver.matching, arguments.csv)
+        return report
+
+
+def analyze_files(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Analyses existing captures; returns the report."""
+    pif, vif = ([path] if os.path.exists(path) else path.split(",") for path in arguments.pcaps)
+    sources = [resolve(Target(source).host) for source in arguments.source]
+    destinations = [resolve(arguments.destination)] if arguments.destination else []
+    warnings: list[str] = []
+    matching, capture = match_files(pif, vif, warnings, match_nat=arguments.match_nat, sources=sources,
+                                    destinations=destinations)
+    config = {"version": __version__, "pif": ",".join(pif), "vif": ",".join(vif), "sources": sources,
+              "destination": destinations[0] if destinations else None, "match_nat": arguments.match_nat}
+    report = build_report(matching, capture, warnings, config, arguments.slowest)
+    if arguments.csv:
+        write_csv(matching, arguments.csv)
+    return report
 
 
 def printable(text: str) -> str:
@@ -1659,8 +2073,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         verbose = arguments.verbose
-        report = measure(arguments, (lambda line: None) if arguments.quiet else say,
-                         say if verbose else lambda line: None)
+        if arguments.pcaps:
+            report = analyze_files(arguments)
+        else:
+            report = measure(arguments, (lambda line: None) if arguments.quiet else say,
+                             say if verbose else lambda line: None)
         for warning in report["warnings"]:
             say(f"netweaver: warning: {warning}")
         print(json.dumps(report), flush=True)

@@ -7,7 +7,7 @@ if [ "$(id -u)" != 0 ]; then
     echo "demo: please run this as root: the lab is made of network namespaces" >&2
     exit 1
 fi
-prepare yes ""
+prepare lab ""
 exec .venv/bin/python tests/lab.py sh -c '
     set -- .venv/bin/python netweaver.py -n "$LAB_NAME" --hv "$LAB_HV" -s "$LAB_SOURCE" -d "$LAB_DESTINATION" \
         -i eth0 --num 0 -k "$LAB_KEY" -c 100

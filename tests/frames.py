@@ -62,3 +62,48 @@ def pcap(records: Iterable[tuple[int, bytes]], order: str = "<", nanoseconds: bo
 def write(path: Path, data: bytes) -> str:
     path.write_bytes(data)
     return str(path)
+
+
+def vxlan(frame: bytes, port: int = 4789) -> tuple[int, int, bytes]:
+    """(source port, destination port, payload) of the UDP datagram around a frame."""
+    return 49152, port, b"\x08\0\0\0\0\0\x2a\0" + frame
+
+
+def geneve(content: bytes, kind: int = 0x6558, options: bytes = b"") -> tuple[int, int, bytes]:
+    return 49153, 6081, struct.pack(">BBHI", len(options) // 4, 0, kind, 0x2A00) + options + content
+
+
+def gre(content: bytes, kind: int, flags: int = 0) -> bytes:
+    optional = sum(4 for bit in (0x8000, 0x2000, 0x1000) if flags & bit)
+    return struct.pack(">HH", flags, kind) + bytes(optional) + content
+
+
+def mpls(content: bytes, *labels: int) -> bytes:
+    last = len(labels) - 1
+    return b"".join(struct.pack(">I", label << 12 | (i == last) << 8 | 64)
+                    for i, label in enumerate(labels)) + content
+
+
+def block(kind: int, body: bytes, order: str = "<") -> bytes:
+    """A pcapng block."""
+    padded = body + bytes(-len(body) % 4)
+    size = struct.pack(order + "I", 12 + len(padded))
+    return struct.pack(order + "I", kind) + size + padded + size
+
+
+def interface(linktype: int, resolution: int | None = None, offset: int | None = None, order: str = "<") -> bytes:
+    options = b""
+    if resolution is not None:
+        options += struct.pack(order + "HHB3x", 9, 1, resolution)
+    if offset is not None:
+        options += struct.pack(order + "HHq", 14, 8, offset)
+    return block(1, struct.pack(order + "HHI", linktype, 0, 0) + options + (bytes(4) if options else b""), order)
+
+
+def packet(number: int, ticks: int, frame: bytes, order: str = "<") -> bytes:
+    return block(6, struct.pack(order + "5I", number, ticks >> 32, ticks & 0xFFFFFFFF, len(frame), len(frame)) + frame,
+                 order)
+
+
+def pcapng(*blocks: bytes, order: str = "<") -> bytes:
+    return block(0x0A0D0D0A, struct.pack(order + "IHHq", 0x1A2B3C4D, 1, 0, -1), order) + b"".join(blocks)

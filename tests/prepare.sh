@@ -1,18 +1,23 @@
 # Sourced by demo.sh and run.sh, in the project's directory: installs what is missing.
-#   prepare SYSTEM-LAB EXTRAS
-# SYSTEM-LAB "yes" also installs what the lab needs (as root, with apt-get); EXTRAS are netweaver's, or empty.
+#   prepare SYSTEM EXTRAS
+# SYSTEM is what beside Python is installed (as root, with apt-get): "lab", "tests" (the lab, and what the tests compare
+# with) or "nothing"; EXTRAS are netweaver's, or empty.
 # Afterwards .venv/bin/python has netweaver's dependencies.
 
 prepare() {
     packages=
     python3 -c 'import ensurepip, venv' 2>/dev/null || packages="python3 python3-venv"
-    if [ "$1" = yes ]; then
+    if [ "$1" != nothing ]; then
         command -v ip >/dev/null || packages="$packages iproute2"
         command -v tcpdump >/dev/null || [ -x /usr/sbin/tcpdump ] || packages="$packages tcpdump"
         command -v hping3 >/dev/null || [ -x /usr/sbin/hping3 ] || packages="$packages hping3"
         command -v ping >/dev/null || packages="$packages iputils-ping"
-        command -v busybox >/dev/null || packages="$packages busybox"
         [ -x /usr/sbin/sshd ] && command -v ssh-keygen >/dev/null || packages="$packages openssh-server openssh-client"
+    fi
+    if [ "$1" = tests ]; then
+        command -v busybox >/dev/null || packages="$packages busybox"
+        command -v tshark >/dev/null || packages="$packages tshark"
+        command -v editcap >/dev/null || packages="$packages wireshark-common"
     fi
     if [ -n "$packages" ]; then
         if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then

@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 . tests/prepare.sh
-lab=no
-if [ "$(id -u)" = 0 ] && [ "$(uname)" = Linux ]; then lab=yes; fi
-prepare $lab test
+system=nothing
+if [ "$(id -u)" = 0 ] && [ "$(uname)" = Linux ]; then system=tests; fi
+prepare $system test
 exec .venv/bin/python -m pytest "$@"

@@ -27,7 +27,7 @@ def test_loss_does_not_end_the_matching() -> None:
 def test_copies_pair_in_order() -> None:
     result = paired([("a", 0), ("a", 10), ("a", 20), ("b", 30)], [("a", 1), ("b", 31), ("a", 12)])
     assert list(result.delays) == [1, 2, netweaver.LOST, 1]
-    assert (result.lost, result.duplicated, result.alike) == (1, 0, 3)
+    assert (result.lost, result.duplicated, result.alike) == (1, 0, {0, 1, 2})
 
 
 def test_more_copies_on_the_vif_are_duplicates() -> None:
@@ -46,11 +46,20 @@ def test_many_copies_take_linear_time() -> None:
     assert paired(many, many).matched == 50_000
 
 
-def test_reordered() -> None:
-    assert netweaver.reordered([]) == 0
-    assert netweaver.reordered([0, 1, 2, 3]) == 0
-    assert netweaver.reordered([1, 0, 3, 2]) == 2
-    assert netweaver.reordered([3, 0, 1, 2, 4]) == 3
+def test_reordering() -> None:
+    """Ranks and extents as RFC 4737 has them, in its example and some more."""
+    assert netweaver.reordering([]) == {}
+    assert netweaver.reordering([0, 1, 2, 3]) == {}
+    assert netweaver.reordering([1, 0, 3, 2]) == {0: 1, 2: 1}
+    assert netweaver.reordering([3, 0, 1, 2, 4]) == {0: 1, 1: 2, 2: 3}
+    assert netweaver.reordering([0, 1, 2, 6, 7, 3, 4, 5]) == {3: 2, 4: 3, 5: 4}
+
+
+def test_variation() -> None:
+    lost = netweaver.LOST
+    assert netweaver.variation([]) is netweaver.variation([7]) is netweaver.variation([7, lost, 9]) is None
+    assert netweaver.variation([7, 5, lost, 100, 103, 103]) == (2 + 3 + 0) / 3
+    assert netweaver.variation([-7, 5]) == 12
 
 
 @pytest.mark.parametrize("seed", range(20))

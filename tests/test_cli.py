@@ -23,7 +23,7 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    ([], "the following arguments are required"),
+    ([], "missing: --hv, -s, -d"),
     (["--hv", "hv", "-s", "192.0.2.1", "-d", "192.0.2.2"], "give its name with -n, or its interface with --vif"),
     ([*COMPLETE, "--nonsense"], "unrecognized arguments: --nonsense"),
     ([*COMPLETE, "-c", "0"], "'0' is not a whole number above 0"),
