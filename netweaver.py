@@ -28,6 +28,7 @@ from struct import Struct, iter_unpack, unpack_from
 TYPE_CHECKING = False                                # importing typing costs more than analysing 10,000 packets
 if TYPE_CHECKING:
     import argparse
+    import socket
     import threading
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from typing import IO, Any, BinaryIO, NoReturn, TypeVar
@@ -89,7 +90,7 @@ class NoMatchError(NetWeaverError):
 # length and layout, which is what generators send, are read column by column without a step of Python for each.
 
 CHUNK = 1 << 19
-LARGEST_RECORD, LARGEST_BLOCK = 1 << 18, 1 << 24     # libpcap's own limits
+PCAP_HEADER, LARGEST_RECORD, LARGEST_BLOCK = 24, 1 << 18, 1 << 24       # bytes; the limits are libpcap's own
 SHORTEST_RUN = 32                                    # records from which on reading by columns pays
 MOST_LAYOUTS, MOST_ADMITTED = 16, 4096               # what is remembered of the frames so far
 PAYLOAD = 32                                         # bytes of payload that take part in an identity
@@ -371,8 +372,8 @@ class Capture:
         self._layouts: list[_Layout] = []            # of this link type, the newest first
 
     def __iter__(self) -> Iterator[Block]:
-        base, rest = 24, b""
-        for chunk in self._chunks(self._file.read(24)):
+        base, rest = PCAP_HEADER, b""
+        for chunk in self._chunks(self._file.read(PCAP_HEADER)):
             data = rest + chunk if rest else chunk
             keys: list[bytes] = []
             times: array[int] = array("q")
@@ -387,7 +388,7 @@ class Capture:
         """The file's records, a pcapng's as if it were a pcap; chunks may end within a record."""
         if head[:2] == b"\x1f\x8b":
             raise CaptureError(f"{self.name}: compressed: gunzip it first (byte 0)")
-        if len(head) < 24:
+        if len(head) < PCAP_HEADER:
             raise CaptureError(f"{self.name}: too short for a capture file (it ends at byte {len(head)})")
         if head[:4] == b"\n\r\r\n":
             yield from self._pcapng(head)
@@ -694,6 +695,7 @@ def _text_date(text: str) -> int | None:
 
 LOST = -1 << 63
 ABREAST = 32                                         # packets that are compared at once while they come in order
+LONGEST_DELAY = 1 * NANOSECONDS                      # in one host; a longer one is hardly true
 SAMPLE = 1000                                        # unmatched packets that are kept to find out why
 
 
@@ -703,21 +705,38 @@ class Matching:
     By the packet's rank in the pif's order: `identities`, `sent` (t_pif) and `delays` (D, or LOST), in nanoseconds;
     `arrivals` are the ranks of the matched packets in the vif's order.  `pif` and `vif` count the sightings,
     `duplicated` the copies on the vif beyond those on the pif (`extra_copies` by rank), `vif_only` the sightings of
-    packets never seen on the pif (`strangers` are the first of them).  `alike` are the ranks of the packets that
-    share their identity with another one.
+    packets never seen on the pif (`stranger_times` are all of their times, `strangers` the first identities).  `alike`
+    are the ranks of the packets that share their identity with another one; `last_seen` is the last time on the vif.
     """
-    __slots__ = ("alike", "arrivals", "delays", "duplicated", "extra_copies", "identities", "pif", "sent", "strangers",
-                 "vif", "vif_only")
+    __slots__ = ("alike", "arrivals", "delays", "extra_copies", "identities", "last_seen", "sent", "stranger_times",
+                 "strangers")
 
     def __init__(self) -> None:
         self.identities: list[bytes] = []
         self.sent: array[int] = array("q")
         self.delays: array[int] = array("q")
         self.arrivals: array[int] = array("I")
-        self.pif = self.vif = self.duplicated = self.vif_only = 0
         self.extra_copies: dict[int, int] = {}
         self.strangers: list[bytes] = []
+        self.stranger_times: array[int] = array("q")
         self.alike: set[int] = set()
+        self.last_seen = 0
+
+    @property
+    def pif(self) -> int:
+        return len(self.sent)
+
+    @property
+    def vif(self) -> int:
+        return self.matched + self.duplicated + self.vif_only
+
+    @property
+    def duplicated(self) -> int:
+        return sum(self.extra_copies.values())
+
+    @property
+    def vif_only(self) -> int:
+        return len(self.stranger_times)
 
     @property
     def matched(self) -> int:
@@ -752,12 +771,12 @@ def match(pif: Iterable[Block], vif: Iterable[Block]) -> Matching:
         for rank in ranks:
             order[rank] = None                       # never the expected one
     further = {key: iter(ranks) for key, ranks in copies.items()}
-    result.pif = size = len(sent)
+    size = len(sent)
     result.delays = delays = array("q", [LOST]) * size
     arrivals, seen, find = result.arrivals, bytearray(size), first.get
     expected = 0
     for keys, times in vif:
-        result.vif += len(keys)
+        result.last_seen = times[-1] if times else result.last_seen
         for place in range(0, len(keys), ABREAST):
             some, when = keys[place:place + ABREAST], times[place:place + ABREAST]
             until = expected + len(some)
@@ -773,14 +792,13 @@ def match(pif: Iterable[Block], vif: Iterable[Block]) -> Matching:
                 else:
                     rank = find(key, -1)
                     if rank < 0:
-                        result.vif_only += 1
+                        result.stranger_times.append(time)
                         if len(result.strangers) < SAMPLE:
                             result.strangers.append(key)
                         continue
                 if seen[rank]:
                     original, rank = rank, next(further.get(key, iter(())), -1)
                     if rank < 0:
-                        result.duplicated += 1
                         result.extra_copies[original] = result.extra_copies.get(original, 0) + 1
                         continue
                 seen[rank] = 1
@@ -788,6 +806,31 @@ def match(pif: Iterable[Block], vif: Iterable[Block]) -> Matching:
                 arrivals.append(rank)
                 expected = rank + 1
     return result
+
+
+def within(matching: Matching, start: int, pif_end: int, vif_end: int) -> Matching:
+    """What is left of a matching when only the time counts in which both captures certainly ran (ns).
+
+    Both saw everything from `start` on, the pif's until `pif_end` and the vif's until `vif_end`.  A packet counts if it
+    passed the pif in that time, and so early that even the longest delay would have brought it to the vif in time; one
+    that only the vif saw, if it can't have passed the pif before `start`.
+    """
+    longest = max(0, max(matching.delays, default=0))
+    end = min(pif_end, vif_end - longest)
+    ranks = [rank for rank, time in enumerate(matching.sent) if start <= time <= end]
+    times = [time for time in matching.stranger_times if start + longest <= time <= pif_end]
+    if len(ranks) == matching.pif and len(times) == matching.vif_only:
+        return matching
+    new = {rank: place for place, rank in enumerate(ranks)}
+    kept = Matching()
+    kept.identities = [matching.identities[rank] for rank in ranks]
+    kept.sent, kept.delays = (array("q", map(values.__getitem__, ranks)) for values in (matching.sent, matching.delays))
+    kept.arrivals.extend(new[rank] for rank in matching.arrivals if rank in new)
+    kept.extra_copies = {new[rank]: copies for rank, copies in matching.extra_copies.items() if rank in new}
+    kept.alike = {new[rank] for rank in matching.alike if rank in new}
+    kept.stranger_times.extend(times)
+    kept.strangers, kept.last_seen = matching.strangers, matching.last_seen
+    return kept
 
 
 def merged(captures: Sequence[Iterable[Block]]) -> Iterator[Block]:
@@ -798,6 +841,18 @@ def merged(captures: Sequence[Iterable[Block]]) -> Iterator[Block]:
     rows = [(time, key) for capture in captures for keys, times in capture for key, time in zip(keys, times)]
     rows.sort(key=itemgetter(0))
     yield [key for _, key in rows], array("q", [time for time, _ in rows])
+
+
+def since(blocks: Iterable[Block], start: int) -> Iterator[Block]:
+    """The sightings from a time on (ns).
+
+    What one capture saw before the other was there must not be taken for the first copy of a later packet.
+    """
+    for keys, times in blocks:
+        if times and min(times) < start:
+            kept = [place for place, time in enumerate(times) if time >= start]
+            keys, times = [keys[place] for place in kept], array("q", map(times.__getitem__, kept))
+        yield keys, times
 
 
 def reordering(arrivals: Sequence[int]) -> dict[int, int]:
@@ -857,9 +912,10 @@ def statistics(delays: Iterable[int]) -> dict[str, Any]:
 # ---- Remote: one SSH connection, and commands that certainly end ---------------------------------------------
 # Every remote command runs under WRAPPER, which is fed to `sh` on standard input: login shells of any kind see
 # nothing but "exec sh", and no process list shows an argument.  What remains of standard input is a lease: lines
-# that say "stop" (end the command), "bye" (end everything) or "alive".  The command ends, and its directory is
-# removed, when the lease ends (the client died), when it is not renewed for IDLE seconds (the network did) and
-# after LIMIT seconds.  POSIX sh and coreutils only: dom0s have neither Python nor, some of them, timeout(1).
+# that say "stop" (end the command), "bye" (end everything), "mark" (tell the time) or "alive".  The command ends, and
+# its directory is removed, when the lease ends (the client died), when it is not renewed for IDLE seconds (the network
+# did) and after LIMIT seconds.  Its file takes no more than SIZE KiB, nor than half of the free space divided by SHARE.
+# POSIX sh and coreutils only: dom0s have neither Python nor, some of them, timeout(1).
 
 WRAPPER = r"""
 umask 077
@@ -868,58 +924,72 @@ dir= p= lease= dog= group= detach= gone=
 command -v setsid >/dev/null 2>&1 && detach=setsid group=-
 tell() { kill -s "$1" -- "$group$p" || kill -s "$1" "$p"; } 2>/dev/null
 linger() { for i in 1 2 3; do tell 0 || return 0; sleep 1; done; tell KILL; }
-rest() { sleep 1 & nap=$!; wait $nap; wait $nap; }   # again: a trap cuts a wait short
 finish() {
-  trap '' HUP INT TERM PIPE; trap - EXIT; exec >/dev/null 2>&1
+  trap '' HUP INT TERM PIPE; trap - EXIT; exec 2>/dev/null         # stdout stays: its end says that all is done
   if [ -n "$p" ]; then
     tell TERM
-    (trap 'kill -s KILL $nap; exit' TERM; for i in 1 2 3; do rest; done; tell KILL) 3<&- & killer=$!
-    wait "$p"; kill -s TERM $killer; wait $killer; linger
+    (for i in 1 2 3; do sleep 1; done; tell KILL) 3<&- 4>&- >/dev/null & killer=$!
+    wait "$p"; kill -s KILL $killer; linger
   fi
-  [ -z "$lease" ] || kill -s KILL $lease
-  [ -z "$dog" ] || { kill -s TERM $dog; wait $dog; }
+  for i in $lease $dog; do kill -s KILL $i; done     # a young subshell can lose any other signal
   [ -z "$dir" ] || rm -rf "$dir"
 }
+bound() {
+  set -- `df -Pk "$dir" | sed -n '$p'`
+  case ${4:-x} in *[!0-9]*) ;; *) [ "$SIZE" -le $(($4 / 2 / SHARE)) ] || SIZE=$(($4 / 2 / SHARE)) ;; esac
+  [ "$SIZE" -ge 64 ] || { echo "no space left in ${dir%/*}" >&2; return 1; }
+  units=1; ulimit -S -f 8                            # in units of 512 bytes or of 1024: it depends on the shell
+  case `grep '^Max file size' /proc/self/limits` in *" 4096 "*) units=2 ;; esac
+  ulimit -f $((SIZE * units)); trap '' XFSZ
+}
 main() {
-  exec 3<&0 </dev/null                               # only here: shells read their script bit by bit
+  exec 3<&0 </dev/null 4>&1                          # only here: shells read their script bit by bit
   trap finish EXIT; trap 'gone=1' HUP INT TERM PIPE
-  dir=`mktemp -d "${TMPDIR:-/tmp}/netweaver.XXXXXXXXXX"` || exit 70
-  printf '\n%s begin %s\n' "$TOKEN" "$dir"
   case $OUTPUT in
-    -) $detach sh -c "$COMMAND" 3<&- & ;;
-    /*) $detach sh -c "$COMMAND" >"$OUTPUT" 3<&- & ;;
-    *) $detach sh -c "$COMMAND" >"$dir/$OUTPUT" 3<&- & ;;
+    -|/*) ;;
+    *) dir=`mktemp -d "${TMPDIR:-/tmp}/netweaver.XXXXXXXXXX"` && bound || exit 70; OUTPUT=$dir/$OUTPUT ;;
   esac
+  printf '\n%s begin %s %s\n' "$TOKEN" "${dir:--}" "$SIZE"
+  if [ "$OUTPUT" = - ]; then $detach sh -c "$COMMAND" 3<&- 4>&- &
+  else $detach sh -c "$COMMAND" >"$OUTPUT" 3<&- 4>&- & fi
   p=$!
-  (trap 'n=0' USR1; trap 'kill -s KILL $nap; exit' TERM; t=0 n=0
+  (trap 'n=0' USR1; t=0 n=0
    while [ $t -lt "$LIMIT" ] && [ $n -lt "$IDLE" ]; do
-     rest; t=$((t + 1)) n=$((n + 1)); kill -s 0 $$ || break
+     sleep 1; t=$((t + 1)) n=$((n + 1)); kill -s 0 $$ || break
    done
-   kill -s TERM $$; for i in 1 2 3 4 5; do rest; kill -s 0 $$ || break; done
-   tell KILL; rm -rf "$dir") 3<&- >/dev/null 2>&1 & dog=$!
+   kill -s TERM $$; for i in 1 2 3 4 5; do sleep 1; kill -s 0 $$ || break; done
+   tell KILL; rm -rf "$dir") 3<&- 4>&- >/dev/null 2>&1 & dog=$!
   (while read -r line; do
-     case $line in alive) kill -s USR1 $dog ;; stop) tell TERM ;; bye) break ;; esac
+     case $line in
+       alive) kill -s USR1 $dog ;;
+       mark) printf '\n%s mark %s\n' "$TOKEN" "`date +%s%N`" >&4 ;;
+       stop) tell TERM ;;
+       bye) break ;;
+     esac
    done
    kill -s TERM $$ || { tell KILL; rm -rf "$dir"; }) <&3 >/dev/null 2>&1 & lease=$!
   trap 'exit 143' HUP INT TERM PIPE; [ -z "$gone" ] || exit 143
   wait "$p"; status=$?; linger; p=
-  printf '\n%s end %s\n' "$TOKEN" "$status"
-  case $OUTPUT in -|/*) exit 0 ;; esac
-  wait "$lease"
+  printf '\n%s end %s\n' "$TOKEN" "$status"; printf '\n%s end %s\n' "$TOKEN" "$status" >&2
+  [ -z "$dir" ] || wait "$lease"
   exit 0
 }
 main
 """
 
-CONNECT_SECONDS = 10                                 # for each step of a connection: TCP, banner, key, channel
+CONNECT_SECONDS, CONNECT_ATTEMPTS = 10, 5            # for each step of a connection; a busy sshd drops new ones
 ANSWER_SECONDS = 12                                  # for a look-up or a tool's start or end
 ALIVE_SECONDS, IDLE_SECONDS = 2, 10
 DEAD_PEER_SECONDS = 8                                # unacknowledged data after which the network is down
+SLOWEST_TRANSFER = 100_000                           # bytes per second
 LARGEST_ANSWER = 1 << 20
 
 
 class Target:
-    """Whom to log in as, and where: `[user@]host[:port]`, IPv6 literals in brackets when a port follows."""
+    """Whom to log in as, and where: `[user@]host[:port]`, IPv6 literals in brackets when a port follows.
+
+    `user` and `port` are None where the text doesn't say: then ~/.ssh/config does, or they are root and 22.
+    """
     __slots__ = ("host", "port", "user")
 
     def __init__(self, text: str) -> None:
@@ -927,38 +997,44 @@ class Target:
         found = re.fullmatch(r"(?:\[([^]]+)]|([^:]+))(?::(\d{1,5}))?", place)
         if not found and place.count(":") > 1:       # a bare IPv6 literal
             found = re.fullmatch(r"()([0-9A-Fa-f:.]+(?:%\w+)?)()", place)
-        self.user = user if at else "root"
+        self.user = user if at else None
         self.host = (found[1] or found[2]) if found else ""
-        self.port = int(found[3] or 22) if found else 22
-        if (not re.fullmatch(r"[\w.:%][\w.:%-]*", self.host, re.ASCII) or not 0 < self.port < 65536
-                or not re.fullmatch(r"[\w.][\w.@\\$-]*", self.user)):
+        self.port = int(found[3]) if found and found[3] else None
+        if (not re.fullmatch(r"[\w.:%][\w.:%-]*", self.host, re.ASCII) or self.port not in (None, *range(1, 65536))
+                or (at and not re.fullmatch(r"[\w.][\w.@\\$-]*", user))):
             raise UsageError(f"{text!r} is not [user@]host[:port] (an IPv6 address with a port goes in brackets)")
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.user}@{host}" + (f":{self.port}" if self.port != 22 else "")
+        return f"{self.user or 'root'}@{host}" + (f":{self.port}" if self.port not in (None, 22) else "")
 
 
 class Job:
     """A command that runs on a host under WRAPPER, and what is known of it so far.
 
-    `directory` is set when it was started; `status` is its exit status once it has ended, and `ended` is also
-    true when the connection broke before.  `output` is its standard output, if that was asked for, and `errors`
-    the end of its standard error.  `changed` is notified whenever one of them changes.
+    `directory` is set when it was started ("-" if it has none), and `size_limit` (bytes) with it; `status` is its exit
+    status once it has ended, and `ended` is also true when the connection broke before.  `output` is its standard
+    output, if that was asked for (in `sink` instead, if there is one), `errors` the end of its standard error, and
+    `mark` the host's time in nanoseconds when it was last asked.  `changed` is notified whenever one of them changes.
     """
 
-    def __init__(self, host: str, command: str, channel: paramiko.Channel, token: str,
-                 changed: threading.Condition) -> None:
+    def __init__(self, host: str, command: str, channel: paramiko.Channel, token: str, changed: threading.Condition,
+                 sink: IO[bytes] | None = None, most: int = LARGEST_ANSWER) -> None:
         import threading
         self.host, self.command = host, command
         self.directory: str | None = None
+        self.size_limit = 0
         self.status: int | None = None
-        self.ended = self.stopped = False
+        self.mark: int | None = None
+        self.ended = self.stopped = self._complete = False
         self.output = b""
-        self._channel, self._changed = channel, changed
+        self._channel, self._changed, self._sink, self._most = channel, changed, sink, most
         self._out, self._errors = bytearray(), bytearray()
-        self._begin = re.compile(rb"\n%b begin (/\S+/netweaver\.\w{10})\n" % token.encode(), re.ASCII)
-        self._end = re.compile(rb"\n%b end (\d{1,3})\n" % token.encode(), re.ASCII)
+        word = re.escape(token.encode())
+        self._begin = re.compile(rb"\n%b begin (-|/\S+) (\d+)\n" % word, re.ASCII)
+        self._mark = re.compile(rb"\n%b mark (\S+)\n" % word, re.ASCII)
+        self._end = re.compile(rb"\n%b end (\d{1,3})\n" % word, re.ASCII)
+        self._tail = len(token) + 64                 # what may be the beginning of one of these lines
         self._reader = threading.Thread(target=self._read, name=f"netweaver {host}", daemon=True)
         self._reader.start()
 
@@ -1005,28 +1081,48 @@ class Job:
                     self.say("alive")
         except OSError:
             pass
-        with self._changed:
-            self.ended = True
-            self._changed.notify_all()
+        finally:
+            with self._changed:
+                self.ended = True
+                self._changed.notify_all()
 
     def _take(self, data: bytes) -> None:
         with self._changed:
             self._out += data
             if self.directory is None and (found := self._begin.search(self._out)):
-                self.directory = found[1].decode()
+                self.directory, self.size_limit = found[1].decode(), int(found[2]) * 1024
                 del self._out[:found.end()]
-            if self.directory is not None and (found := self._end.search(self._out)):
-                self.output = bytes(self._out[:found.start()])
-                self.status, self.ended = int(found[1]), True
-            if len(self._out) > LARGEST_ANSWER:
+            if self.directory is not None:
+                if found := self._mark.search(self._out):
+                    self.mark = int(found[1]) if re.fullmatch(rb"\d{19}", found[1]) else 0
+                    del self._out[found.start():found.end()]
+                if found := self._end.search(self._out):
+                    self.status = int(found[1])
+                    self._over()
+                ready = bytes(self._out[:found.start() if found else -self._tail])
+                if self._sink:
+                    self._sink.write(ready)
+                    self._most -= len(ready)
+                    del self._out[:len(ready)]
+                elif found:
+                    self.output = ready
+            if len(self._out) > LARGEST_ANSWER or self._most < 0:
                 self._channel.close()
             self._changed.notify_all()
 
     def _take_errors(self, data: bytes) -> None:
         with self._changed:
             self._errors += data
+            if found := self._end.search(self._errors):
+                del self._errors[found.start():]
+                self._complete = True
+                self._over()
             del self._errors[:-65536]
             self._changed.notify_all()
+
+    def _over(self) -> None:
+        """It has ended when both streams say so: they may come in any order."""
+        self.ended = self.ended or (self.status is not None and self._complete)
 
 
 def last_line(text: str) -> str:
@@ -1038,69 +1134,127 @@ def last_line(text: str) -> str:
 class Remote:
     """An SSH connection to a host: runs commands under WRAPPER and fetches files."""
 
-    def __init__(self, target: Target, key: paramiko.PKey | None, key_path: str | None,
-                 changed: threading.Condition, log: Callable[[str], None]) -> None:
-        self.target = target
+    def __init__(self, target: Target, access: Access, changed: threading.Condition,
+                 log: Callable[[str], None]) -> None:
         self.name = str(target)
         self._changed, self._log = changed, log
-        self._client = _connect(target, key, key_path)
+        self._clients = access.connect(target)
 
     @property
     def address(self) -> str:
-        """The IP address of the host, as the connection has it."""
-        return str(self._transport().getpeername()[0])
+        """The IP address of the host, as the connection has it; nothing if that is made by a proxy."""
+        try:
+            return str(self.transport().getpeername()[0]).split("%")[0].removeprefix("::ffff:")
+        except (OSError, AttributeError, IndexError):
+            return ""
 
-    def _transport(self) -> paramiko.Transport:
-        transport = self._client.get_transport()
+    def transport(self) -> paramiko.Transport:
+        """The connection; HostConnectionError if it is lost."""
+        transport = self._clients[-1].get_transport()
         if transport is None or not transport.is_active():
             raise HostConnectionError(f"the connection to {self.name} is lost")
         return transport
 
-    def start(self, command: str, seconds: float, output: str = "-") -> Job:
+    def start(self, command: str, seconds: float, output: str = "-", *, size: int = 0, share: int = 1,
+              sink: IO[bytes] | None = None, most: int = LARGEST_ANSWER) -> Job:
         """Starts a shell command that ends after so many seconds at the latest.
 
-        Its standard output goes to the job ("-"), to an absolute path, or to a file of that name in the job's
-        private directory, which then stays until `Job.leave`.
+        Its standard output goes to the job ("-"; to `sink`, if there is one, at most `most` bytes), to an absolute
+        path, or to a file of that name in the job's private directory, which then stays until `Job.leave` and takes at
+        most `size` bytes, and half of the free space divided by `share`.
         """
         from shlex import quote
         token = f"netweaver-{os.urandom(12).hex()}"
         self._log(f"{self.name}: {command}")
         assignments = {"TOKEN": token, "COMMAND": command, "OUTPUT": output, "LIMIT": str(int(seconds) + 1),
-                       "IDLE": str(IDLE_SECONDS)}
+                       "IDLE": str(IDLE_SECONDS), "SIZE": str(size // 1024), "SHARE": str(share)}
         script = "".join(f"{name}={quote(value)}\n" for name, value in assignments.items()) + WRAPPER
         with _ssh_errors(self.name):
-            channel = self._transport().open_session(timeout=CONNECT_SECONDS)
+            channel = self.transport().open_session(timeout=CONNECT_SECONDS)
             channel.settimeout(CONNECT_SECONDS)
             channel.exec_command("exec sh")
-            channel.sendall(script.encode())
-            return Job(self.name, command, channel, token, self._changed)
+            channel.sendall(script.encode(errors="surrogateescape"))
+            return Job(self.name, command, channel, token, self._changed, sink, most)
+
+    def finish(self, job: Job, seconds: float) -> None:
+        """Waits for the end of a job; RemoteCommandError if it was not one of its own."""
+        with self._changed:
+            self._changed.wait_for(lambda: job.ended, seconds + 2)
+        if job.status is None:
+            self.transport()
+            why = "did not answer in time" if not job.ended else f"could not be run: {last_line(job.errors)}"
+            job.leave(0)
+            raise RemoteCommandError(f"{self.name}: {job.command}: {why}")
 
     def run(self, command: str, seconds: float = ANSWER_SECONDS) -> Job:
         """Runs a shell command to its end; returns the job, whatever its status."""
         job = self.start(command, seconds)
-        with self._changed:
-            self._changed.wait_for(lambda: job.ended, seconds + 2)
-        if job.status is None:
-            self._transport()
-            job.leave(0)
-            why = "did not answer in time" if not job.ended else f"could not be run: {last_line(job.errors)}"
-            raise RemoteCommandError(f"{self.name}: {command}: {why}")
+        self.finish(job, seconds)
         return job
 
-    def fetch(self, remote_path: str, local_path: str, sftp: paramiko.SFTPClient) -> None:
-        """Copies a file of the host over SFTP."""
-        with _ssh_errors(self.name):
-            try:
-                sftp.get(remote_path, local_path)
-            except OSError as error:
-                raise CaptureError(f"{self.name}: can't fetch {remote_path}: {error}") from error
+    def open_sftp(self) -> paramiko.SFTPClient | None:
+        """An SFTP session; None if the host has none."""
+        from paramiko import SFTPClient, SFTPError, SSHException
+        try:
+            channel = self.transport().open_session(timeout=CONNECT_SECONDS)
+            channel.settimeout(CONNECT_SECONDS)
+            channel.invoke_subsystem("sftp")
+            return SFTPClient(channel)
+        except (SFTPError, SSHException, EOFError, OSError):
+            self.transport()
+            self._log(f"{self.name}: no SFTP; files come over the channel of a command")
+            return None
 
-    def open_sftp(self) -> paramiko.SFTPClient:
-        with _ssh_errors(self.name):
-            return self._client.open_sftp()
+    def fetch(self, path: str, local: str, sftp: paramiko.SFTPClient | None, most: int) -> None:
+        """Copies a file of the host, of `most` bytes at the most, over SFTP or else over a command's channel.
+
+        CaptureError if it can't be copied whole; then there is no local file.
+        """
+        from paramiko import SFTPError, SSHException
+        try:
+            with open(local, "wb") as file:
+                if sftp:
+                    try:
+                        self._fetch_by_sftp(path, file, sftp, most)
+                        return
+                    except (SFTPError, SSHException, EOFError, OSError):
+                        self.transport()
+                        file.seek(0)
+                        file.truncate()
+                self._fetch_by_command(path, file, most)
+        except OSError as error:
+            os.unlink(local)
+            raise CaptureError(f"can't write {local}: {error.strerror}") from error
+        except BaseException:
+            os.unlink(local)
+            raise
+
+    def _fetch_by_sftp(self, path: str, file: IO[bytes], sftp: paramiko.SFTPClient, most: int) -> None:
+        import time
+        with sftp.open(path, "rb") as remote:
+            size = remote.stat().st_size or 0
+            if size > most:
+                raise CaptureError(f"{self.name}: {path} has {size} bytes, which is more than it was allowed to have")
+            deadline = time.monotonic() + ANSWER_SECONDS + size / SLOWEST_TRANSFER
+            remote.prefetch(size)
+            while size > 0:
+                data = remote.read(min(size, 1 << 15))
+                if not data or time.monotonic() > deadline:
+                    raise CaptureError(f"{self.name}: the transfer of {path} broke off")
+                file.write(data)
+                size -= len(data)
+
+    def _fetch_by_command(self, path: str, file: IO[bytes], most: int) -> None:
+        from shlex import quote
+        seconds = ANSWER_SECONDS + most / SLOWEST_TRANSFER
+        job = self.start(f"exec cat -- {quote(path)}", seconds, sink=file, most=most)
+        self.finish(job, seconds)
+        if job.status:
+            raise CaptureError(f"{self.name}: can't fetch {path}: {last_line(job.errors)}")
 
     def close(self) -> None:
-        self._client.close()
+        for client in reversed(self._clients):
+            client.close()
 
 
 class _ssh_errors:
@@ -1119,128 +1273,222 @@ class _ssh_errors:
             raise HostConnectionError(f"{self._name}: the SSH connection failed: {reason}") from error
 
 
-def _load_key(path: str) -> paramiko.PKey:
-    """The private key in a file; HostConnectionError with the reason if there is none that can be used."""
-    import paramiko
-    try:
-        return paramiko.PKey.from_path(path, None)
-    except OSError as error:
-        reason = error.strerror or str(error)
-    except TypeError:
-        reason = "it is protected by a passphrase: load it into ssh-agent (ssh-add) and leave -k out"
-    except (paramiko.SSHException, ValueError, UnicodeDecodeError) as error:
-        reason = f"not a private key in OpenSSH or PEM format ({last_line(str(error))})"
-    raise HostConnectionError(f"{path}: can't use this key: {reason}")
+class Access:
+    """How to log in to hosts: keys, known hosts and ~/.ssh/config, in OpenSSH's terms.
 
+    `host_key_checking` is accept-new (record the keys of new hosts), yes (refuse new hosts) or no (check nothing).
+    `ask` gets the passphrase of a key from a person; without it, a protected key can't be used.
+    """
 
-def _connect(target: Target, key: paramiko.PKey | None, key_path: str | None) -> paramiko.SSHClient:
-    """An authenticated connection; HostConnectionError says what failed and what to do."""
-    import logging
-    import socket
+    def __init__(self, key_path: str | None = None, host_key_checking: str = "accept-new",
+                 known_hosts: str | None = None, ask: Callable[[str], str] | None = None) -> None:
+        import threading
+        self._key_path, self._checking, self._known_hosts, self._ask = key_path, host_key_checking, known_hosts, ask
+        self._keys: dict[str, paramiko.PKey] = {}
+        self._lock = threading.Lock()                # one question at a time
 
-    import paramiko
+    def prepare(self) -> None:
+        """Loads the key, which may need a question, before any connection is made."""
+        if self._key_path:
+            self._key(os.path.expanduser(self._key_path))
 
-    logging.getLogger("paramiko").addHandler(logging.NullHandler())      # else it prints tracebacks
+    def connect(self, target: Target, depth: int = 0) -> list[paramiko.SSHClient]:
+        """An authenticated connection, last, after those to the hosts through which it goes.
 
-    def failure(what: str, advice: str = "") -> HostConnectionError:
-        return HostConnectionError(f"{target}: {what}" + (f": {advice}" if advice else ""))
+        HostConnectionError says what failed and what to do.
+        """
+        import random
+        import time
 
-    try:
-        sock = socket.create_connection((target.host, target.port), CONNECT_SECONDS)
-    except OSError as error:
-        reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
-        raise failure(f"can't reach port {target.port}: {reason}", "check the address, the network and sshd") from error
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):          # Linux: without it a dead peer is noticed after 15 minutes
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
-    client = paramiko.SSHClient()
-    try:
-        known_hosts = KnownHosts(os.path.expanduser("~/.ssh/known_hosts"), target)
-        client.set_missing_host_key_policy(_host_key_policy(known_hosts))
-        client.connect(target.host, target.port, target.user, pkey=key, sock=sock, timeout=CONNECT_SECONDS,
-                       banner_timeout=CONNECT_SECONDS, auth_timeout=CONNECT_SECONDS,
-                       channel_timeout=CONNECT_SECONDS, allow_agent=key is None, look_for_keys=key is None,
-                       transport_factory=_transport_factory(known_hosts))
-        transport = client.get_transport()
-        assert transport is not None
-        transport.set_keepalive(5)
-        return client
-    except BaseException as error:
-        client.close()
-        sock.close()
+        import paramiko
+        settings = self._settings(target.host)
+        host = str(settings.get("hostname", target.host))
+        port = target.port or int(settings.get("port", 22))
+        user = target.user or str(settings.get("user", "root"))
+        paths = str(settings.get("userknownhostsfile", "~/.ssh/known_hosts")).split()
+        known = KnownHosts([self._known_hosts] if self._known_hosts else paths, host, port, str(target))
+        key = self._key(os.path.expanduser(self._key_path)) if self._key_path else None
+        files = [] if key else [path for path in settings.get("identityfile", []) if os.path.exists(path)]
+        for attempt in range(1, CONNECT_ATTEMPTS + 1):
+            clients: list[paramiko.SSHClient] = []
+            begun = time.monotonic()
+            try:
+                sock = self._socket(target, host, port, user, settings, clients, depth)
+                clients.append(self._session(sock, host, port, user, key, files, known))
+                return clients
+            except BaseException as error:
+                for client in reversed(clients):
+                    client.close()
+                # Of many connections at a time sshd closes some without a word (MaxStartups).
+                dropped = str(error).startswith("Error reading SSH protocol banner") and time.monotonic() - begun < 2
+                if dropped and attempt < CONNECT_ATTEMPTS:
+                    time.sleep(random.uniform(0.1, 0.5) * attempt)
+                    continue
+                if isinstance(error, (paramiko.SSHException, EOFError, OSError, TypeError, ValueError)):
+                    raise HostConnectionError(f"{target}: {self._explain(error, user, port)}") from error
+                raise
+        raise AssertionError("unreachable")
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        """What ~/.ssh/config says of a host."""
+        import paramiko
+        path = os.path.expanduser("~/.ssh/config")
+        try:
+            config = paramiko.SSHConfig.from_path(path)
+            return dict(config.lookup(name))
+        except FileNotFoundError:
+            return {}
+        except Exception as error:                   # whatever its parser makes of a strange file
+            raise HostConnectionError(f"{path}: can't use it: {last_line(str(error))}") from error
+
+    def _socket(self, target: Target, host: str, port: int, user: str, settings: Mapping[str, Any],
+                clients: list[paramiko.SSHClient], depth: int) -> socket.socket | paramiko.Channel:
+        """The way to a host: TCP, a command, or a channel through other hosts, which are added to the clients."""
+        import socket
+        jumps, command = str(settings.get("proxyjump", "none")), str(settings.get("proxycommand", "none"))
+        if jumps.lower() != "none":
+            if depth > 7:
+                raise HostConnectionError(f"{target}: too many hosts to jump over (ProxyJump)")
+            clients += self.connect(Target(jumps.split(",")[-1].strip()), depth + 1)
+            transport = clients[-1].get_transport()
+            assert transport is not None
+            return transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=CONNECT_SECONDS)
+        if command.lower() != "none":
+            import subprocess
+            ours, theirs = socket.socketpair()
+            with theirs:                             # as ssh does: the user's own command, in the user's own shell
+                subprocess.Popen(["sh", "-c", f"exec {command}"], stdin=theirs.fileno(), stdout=theirs.fileno(),
+                                 start_new_session=True)
+            ours.settimeout(CONNECT_SECONDS)
+            return ours
+        sock = socket.create_connection((host, port), CONNECT_SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):      # Linux: without it a dead peer is noticed after 15 minutes
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
+        return sock
+
+    def _session(self, sock: socket.socket | paramiko.Channel, host: str, port: int, user: str,
+                 key: paramiko.PKey | None, files: Sequence[str], known: KnownHosts) -> paramiko.SSHClient:
+        import logging
+
+        import paramiko
+        logging.getLogger("paramiko").addHandler(logging.NullHandler())      # else it prints tracebacks
+        checking = self._checking
+
+        class Policy(paramiko.MissingHostKeyPolicy):
+            def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
+                if checking != "no":                 # the client knows no host: known does all of the checking
+                    known.check(key, record=checking == "accept-new")
+
+        def transport(*arguments: Any, **options: Any) -> paramiko.Transport:
+            made = paramiko.Transport(*arguments, **options)
+            security, algorithms = made.get_security_options(), known.algorithms()
+            security.key_types = tuple(sorted(security.key_types, key=lambda name: name not in algorithms))
+            return made
+
+        client = paramiko.SSHClient()
+        client.set_missing_host_key_policy(Policy())
+        try:
+            client.connect(host, port, user, pkey=key, key_filename=list(files), sock=sock,      # type: ignore[arg-type]
+                           timeout=CONNECT_SECONDS, banner_timeout=CONNECT_SECONDS, auth_timeout=CONNECT_SECONDS,
+                           channel_timeout=CONNECT_SECONDS, allow_agent=key is None, look_for_keys=key is None,
+                           transport_factory=transport)
+            made = client.get_transport()
+            assert made is not None
+            made.set_keepalive(DEAD_PEER_SECONDS // 2)
+            return client
+        except BaseException:
+            client.close()
+            sock.close()
+            raise
+
+    def _key(self, path: str) -> paramiko.PKey:
+        """The private key in a file; HostConnectionError with the reason if there is none that can be used."""
+        import paramiko
+        with self._lock:
+            if path in self._keys:
+                return self._keys[path]
+            passphrase = None
+            try:
+                try:
+                    key = paramiko.PKey.from_path(path, None)
+                except TypeError:                    # that is how it says that a passphrase is needed
+                    if not self._ask:
+                        raise
+                    passphrase = self._ask(f"Passphrase for {path}: ").encode()
+                    key = paramiko.PKey.from_path(path, passphrase)          # type: ignore[arg-type]
+                self._keys[path] = key
+                return key
+            except OSError as error:
+                reason = error.strerror or str(error)
+            except TypeError:
+                reason = "it is protected by a passphrase: load it into ssh-agent (ssh-add) and leave -k out"
+            except (paramiko.SSHException, ValueError) as error:
+                reason = ("the passphrase is wrong" if passphrase else
+                          f"not a private key in OpenSSH or PEM format ({last_line(str(error))})")
+        raise HostConnectionError(f"{path}: can't use this key: {reason}")
+
+    def _explain(self, error: BaseException, user: str, port: int) -> str:
+        """What failed, and what to do."""
+        import paramiko
         if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
-            raise failure(f"no common SSH algorithms ({error})",
-                          "for an old sshd try pip install 'paramiko<5'") from error
+            return f"no common SSH algorithms ({error}): for an old sshd try pip install 'paramiko<5'"
         if isinstance(error, paramiko.AuthenticationException) or "authentication methods" in str(error):
-            offered = f"the key {key_path}" if key_path else "the keys of ssh-agent and ~/.ssh"
-            raise failure(f"refused {offered} for {target.user}",
-                          f"add the public key to {target.user}'s ~/.ssh/authorized_keys there") from error
-        if isinstance(error, (paramiko.SSHException, EOFError, OSError, TypeError)):
-            raise failure(f"no SSH session: {error or 'the connection was closed'}") from error
-        raise
-
-
-def _host_key_policy(known_hosts: KnownHosts) -> paramiko.MissingHostKeyPolicy:
-    """The paramiko policy that leaves every decision to known_hosts (the client itself knows no host)."""
-    import paramiko
-
-    class Policy(paramiko.MissingHostKeyPolicy):
-        def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
-            known_hosts.check(key)
-
-    return Policy()
-
-
-def _transport_factory(known_hosts: KnownHosts) -> Callable[..., paramiko.Transport]:
-    """Makes transports which ask for the known host key first."""
-    import paramiko
-
-    def make(*arguments: Any, **options: Any) -> paramiko.Transport:
-        transport = paramiko.Transport(*arguments, **options)
-        security, known = transport.get_security_options(), known_hosts.algorithms()
-        security.key_types = tuple(sorted(security.key_types, key=lambda name: name not in known))
-        return transport
-
-    return make
+            offered = f"the key {self._key_path}" if self._key_path else "the keys of ssh-agent and ~/.ssh"
+            return f"refused {offered} for {user}: add the public key to {user}'s ~/.ssh/authorized_keys there"
+        if isinstance(error, (paramiko.SSHException, EOFError)):
+            return f"no SSH session: {error or 'the connection was closed'}: is it sshd that listens there?"
+        reason = "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)
+        return f"can't reach port {port}: {reason}: check the address, the network and sshd"
 
 
 class KnownHosts:
-    """What OpenSSH's known_hosts file says of one host: who is new is recorded, who has changed is refused."""
+    """What OpenSSH's known_hosts files say of one host: who is new is recorded, who has changed is refused.
 
-    def __init__(self, path: str, target: Target) -> None:
-        self.path, self._target = path, target
-        self.name = (target.host if target.port == 22 else f"[{target.host}]:{target.port}").lower()
+    New keys go into the first of the files, hashed if others there are.
+    """
+
+    def __init__(self, paths: Sequence[str], host: str, port: int, shown: str) -> None:
+        self._paths = [os.path.expanduser(path) for path in paths]
+        self._shown = shown
+        self.name = (host if port == 22 else f"[{host}]:{port}").lower()
         self._read()
 
     def _read(self) -> None:
-        self.known: list[tuple[int, paramiko.PKey]] = []
-        self.revoked: list[tuple[int, paramiko.PKey]] = []
-        try:
-            with open(self.path, encoding="utf-8", errors="replace") as file:
-                lines = file.read().splitlines()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise HostConnectionError(f"{self._target}: can't read {self.path}: {error.strerror}") from error
-        for number, line in enumerate(lines, 1):     # one by one: a line that paramiko can't read spoils no other
-            marker, _, rest = line.strip().partition(" ")
-            if marker == "@revoked":
-                self.revoked += self._keys(number, rest)
-            elif not marker.startswith("@"):         # certificate authorities are not for host keys
-                self.known += self._keys(number, line)
+        self.known: list[tuple[str, paramiko.PKey]] = []
+        self.revoked: list[tuple[str, paramiko.PKey]] = []
+        self._hashed = False
+        for path in (*self._paths, "/etc/ssh/ssh_known_hosts"):
+            try:
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    lines = file.read().splitlines()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise HostConnectionError(f"{self._shown}: can't read {path}: {error.strerror}") from error
+            self._hashed |= path == self._paths[0] and any(line.startswith("|1|") for line in lines)
+            for number, line in enumerate(lines, 1):         # one by one: a strange line spoils no other
+                marker, _, rest = line.strip().partition(" ")
+                if marker.startswith("#"):
+                    continue
+                place = f"line {number} of {path}"
+                if marker == "@revoked":
+                    self.revoked += [(place, key) for key in self._keys(number, rest)]
+                elif not marker.startswith("@"):     # certificate authorities are not for host keys
+                    self.known += [(place, key) for key in self._keys(number, line)]
 
-    def _keys(self, number: int, line: str) -> list[tuple[int, paramiko.PKey]]:
-        """[(number, key)] of a line if it speaks of this host."""
+    def _keys(self, number: int, line: str) -> list[paramiko.PKey]:
+        """The key of a line, if it speaks of this host."""
         import paramiko
         try:
             entry = paramiko.hostkeys.HostKeyEntry.from_line(line, number)
-        except (paramiko.SSHException, ValueError):
+        except Exception:                            # whatever it makes of a strange line
             return []
         if entry is None or entry.key is None or not entry.hostnames:
             return []
         matches = [self._matches(pattern.lstrip("!")) for pattern in entry.hostnames]
         negated = any(hit and pattern.startswith("!") for hit, pattern in zip(matches, entry.hostnames))
-        return [(number, entry.key)] if any(matches) and not negated else []
+        return [entry.key] if any(matches) and not negated else []
 
     def _matches(self, pattern: str) -> bool:
         if pattern.startswith("|1|"):
@@ -1254,35 +1502,42 @@ class KnownHosts:
         names = {key.get_name() for _, key in self.known}
         return names | ({"rsa-sha2-512", "rsa-sha2-256"} if "ssh-rsa" in names else set())
 
-    def check(self, key: paramiko.PKey) -> None:
+    def check(self, key: paramiko.PKey, record: bool = True) -> None:
         """Accepts a key that is known, or records it if the host is new; raises HostConnectionError otherwise."""
-        for number, revoked in self.revoked:
+        shown = f"{key.get_name()} {_fingerprint(key)}"
+        for place, revoked in self.revoked:
             if revoked == key:
-                raise HostConnectionError(f"{self._target}: its host key is revoked: {self.path} line {number}")
+                raise HostConnectionError(f"{self._shown}: its host key {shown} is revoked: see {place}")
         if any(known == key for _, known in self.known):
             return
         if self.known:
-            places = ", ".join(str(number) for number, _ in self.known)
-            raise HostConnectionError(
-                f"{self._target}: the host key has changed, or someone is in between: it now shows "
-                f"{key.get_name()} {_fingerprint(key)}; if that is right, remove line {places} of {self.path}")
+            places = ", ".join(place for place, _ in self.known)
+            raise HostConnectionError(f"{self._shown}: the host key has changed, or someone is in between: it is now "
+                                      f"{shown}; if that is right, remove {places}")
+        if not record:
+            raise HostConnectionError(f"{self._shown}: its host key {shown} is not in {self._paths[0]}, and "
+                                      "--host-key-checking is yes: connect once with ssh, or use accept-new")
         self._record(key)
 
     def _record(self, key: paramiko.PKey) -> None:
         """Appends one line, under a lock: other runs may be doing the same."""
         import fcntl
+
+        import paramiko
+        path = self._paths[0]
         try:
-            os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
-            with open(os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "r+b") as file:
+            os.makedirs(os.path.dirname(path) or ".", 0o700, exist_ok=True)
+            with open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 self._read()
                 if self.known:
                     return self.check(key)
                 old = file.read()
                 newline = b"" if not old or old.endswith(b"\n") else b"\n"
-                file.write(newline + f"{self.name} {key.get_name()} {key.get_base64()}\n".encode())
+                name = paramiko.HostKeys.hash_host(self.name) if self._hashed else self.name
+                file.write(newline + f"{name} {key.get_name()} {key.get_base64()}\n".encode())
         except OSError as error:
-            raise HostConnectionError(f"{self._target}: can't record its host key in {self.path}: "
+            raise HostConnectionError(f"{self._shown}: can't record its host key in {path}: "
                                       f"{error.strerror}") from error
 
 
@@ -1293,9 +1548,14 @@ def _fingerprint(key: paramiko.PKey) -> str:
     return "SHA256:" + b64encode(sha256(key.asbytes()).digest()).decode().rstrip("=")
 
 
-def in_parallel(*calls: Callable[[], Result]) -> list[Result]:
-    """The results of the calls, each made in a thread of its own; raises the first error, once all have ended."""
+def in_parallel(*calls: Callable[[], Result], seconds: float | None = None) -> list[Result]:
+    """The results of the calls, each made in a thread of its own; raises the first error, once all have ended.
+
+    HostConnectionError if they take more than so many seconds (a resolver may take its time).
+    """
     import threading
+    import time
+    deadline = None if seconds is None else time.monotonic() + seconds
     results: dict[int, Result] = {}
     errors: list[BaseException] = []
 
@@ -1309,9 +1569,11 @@ def in_parallel(*calls: Callable[[], Result]) -> list[Result]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(None if deadline is None else max(0, deadline - time.monotonic()))
     if errors:
         raise errors[0]
+    if len(results) < len(calls):
+        raise HostConnectionError(f"no answer after {seconds} s: check addresses, name resolution and network")
     return [results[place] for place in range(len(calls))]
 
 
@@ -1353,7 +1615,7 @@ def parse_xe_dom_id(answer: str, name_label: str) -> int:
 DRAIN_SECONDS = 1.1                                  # the kernel hands its blocks of packets over up to 1 s late
 SNAPLEN = 128                                        # Ethernet, two tags, IPv6, TCP with options
 BUFFER_KIB = 16384
-NO_REPLY = re.compile(r"^\d+ packets transmitted", re.MULTILINE)         # hping3's statistics, on stderr
+TRANSMITTED = re.compile(r"^(\d+) packets transmitted", re.MULTILINE)    # hping3's statistics, on stderr
 
 
 def capture_filter(sources: Iterable[str], destination: str) -> str:
@@ -1406,7 +1668,9 @@ class NetWeaver:
     def __init__(self, source_ip: str | Sequence[str], destination_name_label: str, destination_ip: str,
                  destination_host_ip: str, ssh_key_path: str | None = None, *, host_interface: str = "eth0",
                  vif_number: int = 0, vif: str | None = None, count: int = 1000, timeout: float | None = None,
-                 match_nat: bool = False, slowest: int = 0,
+                 match_nat: bool = False, slowest: int = 0, max_capture_size: int = 256_000_000,
+                 host_key_checking: str = "accept-new", known_hosts: str | None = None,
+                 ask: Callable[[str], str] | None = None,
                  progress: Callable[[str], None] = lambda line: None,
                  log: Callable[[str], None] = lambda line: None) -> None:
         import threading
@@ -1418,7 +1682,10 @@ class NetWeaver:
         self.timeout = max(600, count // 5) if timeout is None else timeout
         self._hypervisor = Target(destination_host_ip)
         self._sources = [Target(source) for source in ([source_ip] if isinstance(source_ip, str) else source_ip)]
-        self._key_path, self._progress, self._log = ssh_key_path, progress, log
+        self.max_capture_size = max_capture_size
+        self.interrupted = False
+        self._access = Access(ssh_key_path, host_key_checking, known_hosts, ask)
+        self._progress, self._log = progress, log
         self._changed = threading.Condition()
         self._remotes: dict[str, Remote] = {}
         self._jobs: list[Job] = []
@@ -1427,24 +1694,27 @@ class NetWeaver:
         self._directory: str | None = None
         self._warnings: list[str] = []
         self._config: dict[str, Any] = {}
+        self._recording = False
+        self._window: tuple[int, int] | None = None          # both captures certainly ran, in the hypervisor's time
 
     def __enter__(self) -> NetWeaver:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(wait=kind is None or issubclass(kind, Exception))
 
     # -- the seed's public surface --
 
     def verify_connections(self) -> bool:
         """Connects to all hosts at once; True, or HostConnectionError for one that can't be used."""
-        key = _load_key(self._key_path) if self._key_path else None
+        self._access.prepare()
         targets = {str(target): target for target in [self._hypervisor, *self._sources]}
 
         def connect(name: str) -> None:
-            self._remotes[name] = Remote(targets[name], key, self._key_path, self._changed, self._log)
+            self._remotes[name] = Remote(targets[name], self._access, self._changed, self._log)
 
-        in_parallel(*(lambda name=name: connect(name) for name in targets if name not in self._remotes))
+        in_parallel(*(lambda name=name: connect(name) for name in targets if name not in self._remotes),
+                    seconds=5 * CONNECT_SECONDS)
         return True
 
     def determine_vif_number(self) -> str:
@@ -1483,7 +1753,10 @@ class NetWeaver:
             "pif_command": commands["pif"], "vif_command": commands["vif"]}
         self._progress("Spawning packet captures...")
         self._start_captures(commands)
+        self._recording = True
+        started = self._hypervisor_time()
         self._generate(source_command, sources)
+        self._window = self._between(started, self._hypervisor_time())
         self._progress("Captures finished, waiting for files to flush.")
         self._stop_captures()
 
@@ -1510,13 +1783,21 @@ class NetWeaver:
         pif_path, vif_path = self._files["pif"], self._files["vif"]
         warnings = list(self._warnings)
         if seq_no_col is None or timestamp_col is None:
-            self.matching, files = match_files([pif_path], [vif_path], warnings, match_nat=self.match_nat)
+            matching, files = match_files([pif_path], [vif_path], warnings, match_nat=self.match_nat,
+                                          start=self._window[0] if self._window else 0)
         else:
-            self.matching, files = match_text_files(pif_path, vif_path, warnings, seq_no_col, timestamp_col,
-                                                    seq_no_split_by, seq_no_split_index)
+            matching, files = match_text_files(pif_path, vif_path, warnings, seq_no_col, timestamp_col,
+                                               seq_no_split_by, seq_no_split_index)
         capture = {side: {"interface": self._config[side], **tcpdump_counts(job.errors), **files[side]}
                    for side, job in self._captures.items()}
-        return build_report(self.matching, capture, warnings, self._config, self.slowest)
+        if seq_no_col is None:
+            matching = self._cut_to_window(matching, self._full_captures(capture, warnings))
+        transmitted = self._config.get("transmitted", matching.pif)
+        if matching.pif > transmitted:
+            warnings.append(f"{matching.pif} packets were captured on the pif, and this run sent {transmitted}: other "
+                            "traffic between the same hosts (another run?) is in the numbers")
+        self.matching = matching
+        return build_report(matching, capture, warnings, self._config, self.slowest, self.interrupted)
 
     # -- for subclasses, and for the end --
 
@@ -1530,20 +1811,30 @@ class NetWeaver:
                                      f"{last_line(job.errors)}{hint}")
         return job.output.decode(errors="replace")
 
-    def close(self) -> None:
-        """Ends whatever still runs on the hosts, and removes all files, here and there."""
+    def interrupt(self) -> bool:
+        """Ends the traffic now and lets the run go on to its report; False if there is nothing yet to report on."""
+        with self._changed:
+            self.interrupted = self._recording
+            self._changed.notify_all()
+            return self._recording
+
+    def close(self, wait: bool = True) -> None:
+        """Ends whatever still runs on the hosts, and removes all files, here and there.
+
+        Without `wait` it only drops the connections: the hosts then clean up by themselves.
+        """
         import shutil
         jobs, self._jobs = self._jobs, []
         try:
-            if jobs:
+            if jobs and wait:
                 in_parallel(*(job.leave for job in jobs))
         finally:
-            for remote in self._remotes.values():
+            directory, self._directory = self._directory, None
+            if directory:
+                shutil.rmtree(directory, ignore_errors=True)
+            remotes, self._remotes = self._remotes, {}
+            for remote in remotes.values():
                 remote.close()
-            self._remotes = {}
-            if self._directory:
-                shutil.rmtree(self._directory, ignore_errors=True)
-                self._directory = None
 
     # -- steps --
 
@@ -1557,10 +1848,10 @@ class NetWeaver:
             remote = self._remotes[str(source)]
             route = remote.run(f"ip -o route get {self.destination_ip}")
             found = re.search(r"\ssrc ([0-9A-Fa-f.:]+)", route.output.decode(errors="replace"))
-            return [remote.address.split("%")[0].removeprefix("::ffff:"), *(found.groups() if found else ())]
+            return [remote.address, *(found.groups() if found else ())]
 
         found = in_parallel(*(lambda source=source: of(source) for source in self._sources))
-        return list(dict.fromkeys(address for addresses in found for address in addresses))
+        return [address for address in dict.fromkeys(address for some in found for address in some) if address]
 
     def _tcpdump_help(self) -> str:
         """The usage message of the hypervisor's tcpdump; CaptureError if there is none."""
@@ -1575,7 +1866,7 @@ class NetWeaver:
         remote = self._remotes[str(self._hypervisor)]
         seconds = self.timeout + 6 * ANSWER_SECONDS
         for side, command in commands.items():
-            job = remote.start(command, seconds, f"{side}.pcap")
+            job = remote.start(command, seconds, f"{side}.pcap", size=self.max_capture_size, share=len(commands))
             self._captures[side] = job
             self._jobs.append(job)
         self._wait(lambda: all("listening on" in job.errors or job.ended for job in self._captures.values()),
@@ -1590,7 +1881,7 @@ class NetWeaver:
         """Raises CaptureError, in tcpdump's words, if a capture has ended by itself."""
         for side, job in self._captures.items():
             if job.ended and job.status is None:
-                self._remotes[str(self._hypervisor)]._transport()
+                self._remotes[str(self._hypervisor)].transport()
                 raise CaptureError(f"{job.host}: the capture on {self._config[side]} can't run: "
                                    f"{last_line(job.errors)}")
             if job.ended and not job.stopped:
@@ -1598,27 +1889,55 @@ class NetWeaver:
                 raise CaptureError(f"{job.host}: the capture on {self._config[side]} ended with status {job.status}: "
                                    f"{words[-500:] or 'no message'}")
 
-    def _generate(self, command: str, sources: Sequence[str]) -> None:
-        """Runs the traffic to its end, or to the time-out, while the captures run."""
-        import datetime
+    def _hypervisor_time(self) -> tuple[int, int] | None:
+        """Now: (the hypervisor's clock, ours, which only goes forward) in nanoseconds; None if it can't tell."""
         import time
-        self._config["started"] = datetime.datetime.now(datetime.timezone.utc).isoformat().replace("+00:00", "Z")
+        job = self._captures["pif"]
+        job.mark = None
+        job.say("mark")
+        self._wait(lambda: job.mark is not None or job.ended, ANSWER_SECONDS)
+        return (job.mark, time.monotonic_ns()) if job.mark else None
+
+    def _between(self, start: tuple[int, int] | None, end: tuple[int, int] | None) -> tuple[int, int] | None:
+        """The window between two times of the hypervisor; None, and a warning, if its clock was set meanwhile."""
+        if start is None or end is None:
+            return None
+        step = (end[0] - start[0]) - (end[1] - start[1])
+        if abs(step) > NANOSECONDS:
+            self._warnings.append(f"the hypervisor's clock was set by about {step / NANOSECONDS:.0f} s during the run: "
+                                  "delays across that moment are wrong; measure again")
+            return None
+        self._config["window"] = [iso_time(start[0]), iso_time(end[0])]
+        return start[0], end[0]
+
+    def _generate(self, command: str, sources: Sequence[str]) -> None:
+        """Runs the traffic to its end, to the time-out or to an interruption, while the captures run."""
+        import time
+        self._config["started"] = iso_time(time.time_ns())
         begun = time.monotonic()
         jobs = in_parallel(*(lambda name=name: self._remotes[name].start(command, self.timeout + ANSWER_SECONDS,
                                                                          "/dev/null") for name in sources))
         self._jobs += jobs
         captures = self._captures.values()
-        over = self._wait(lambda: all(job.ended for job in jobs) or any(job.ended for job in captures), self.timeout)
+        over = self._wait(lambda: (all(job.ended for job in jobs) or any(job.ended for job in captures)
+                                   or any(generator_error(job) for job in jobs) or self.interrupted), self.timeout)
         self._check_captures()
-        if not over:
+        for job in jobs:
+            if error := generator_error(job):
+                self._remotes[job.host].transport()
+                raise error
+        if not all(job.ended for job in jobs):
             for job in jobs:
                 job.stop()
-            self._warnings.append(f"the source command was stopped after {self.timeout:g} s (--timeout)")
-            self._wait(lambda: all(job.ended for job in jobs), ANSWER_SECONDS)
+            if not over:
+                self._warnings.append(f"the source command was stopped after {self.timeout:g} s (--timeout)")
+            if not self._wait(lambda: all(job.ended for job in jobs), ANSWER_SECONDS):
+                raise RemoteCommandError(f"{', '.join(job.host for job in jobs if not job.ended)}: the source command "
+                                         "doesn't end")
         self._config["duration"] = round(time.monotonic() - begun, 6)
-        for job in jobs:
-            if not job.stopped:
-                check_generator(job)
+        said = [TRANSMITTED.search(job.errors) for job in jobs]
+        if all(said):
+            self._config["transmitted"] = sum(int(found[1]) for found in said if found)
 
     def _stop_captures(self) -> None:
         """Stops the captures when the kernel has handed over what it saw."""
@@ -1635,11 +1954,49 @@ class NetWeaver:
         local = os.path.join(self._directory or "", f"{side}.pcap")
         sftp = remote.open_sftp()
         try:
-            remote.fetch(f"{job.directory}/{side}.pcap", local, sftp)
+            remote.fetch(f"{job.directory}/{side}.pcap", local, sftp, self.max_capture_size)
         finally:
-            sftp.close()
+            if sftp:
+                sftp.close()
         job.leave()
+        counts = tcpdump_counts(job.errors)
+        if counts and os.path.getsize(local) < PCAP_HEADER:
+            raise self._unwritten(side, counts, 0)
         self._files[side] = local
+
+    def _unwritten(self, side: str, counts: Mapping[str, int], records: int) -> CaptureError:
+        job = self._captures[side]
+        return CaptureError(f"{job.host}: tcpdump captured {counts.get('captured', 0)} packets on {self._config[side]} "
+                            f"and {records} are in the file: is the disk under {job.directory} full?")
+
+    def _full_captures(self, capture: Mapping[str, Mapping[str, Any]], warnings: list[str]) -> list[str]:
+        """The sides whose capture reached its size limit; CaptureError for one that the disk has cut short."""
+        full = []
+        for side, counts in capture.items():
+            if counts.get("captured", 0) <= counts["records"]:
+                continue
+            job, size = self._captures[side], os.path.getsize(self._files[side])
+            if size < job.size_limit - 4096:
+                raise self._unwritten(side, counts, counts["records"])
+            full.append(side)
+            limit = ("--max-capture-size" if job.size_limit >= self.max_capture_size // 1024 * 1024 else
+                     "half of the hypervisor's free space, for both captures")
+            warnings.append(f"{side}: the capture reached its size limit of {job.size_limit} bytes ({limit}); what "
+                            "came later is in no count")
+        return full
+
+    def _cut_to_window(self, matching: Matching, full: Sequence[str]) -> Matching:
+        """The packets that passed while both captures certainly ran and had room."""
+        if self._window is None:
+            return matching
+        start, end = self._window
+        # The captures ran on for DRAIN_SECONDS, of which the kernel may keep the last one to itself.
+        vif_end = end + int((DRAIN_SECONDS - 1) * NANOSECONDS)
+        if "pif" in full:
+            end = min(end, max(matching.sent, default=0))
+        if "vif" in full:
+            vif_end = min(vif_end, matching.last_seen)
+        return within(matching, start, end, vif_end)
 
     def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Waits for a condition on the jobs; False if the time is over."""
@@ -1647,16 +2004,18 @@ class NetWeaver:
             return self._changed.wait_for(condition, seconds)
 
 
-def check_generator(job: Job) -> None:
-    """Raises RemoteCommandError if a source command failed; exit status 1 for "no reply" is no failure."""
+def generator_error(job: Job) -> NetWeaverError | None:
+    """What is wrong with a source command that has ended; exit status 1 for "no reply" is no failure."""
+    if not job.ended or job.stopped:
+        return None
     if job.status is None:
-        raise HostConnectionError(f"{job.host}: the connection broke while the source command ran")
+        return RemoteCommandError(f"{job.host}: the source command could not be run: {last_line(job.errors)}")
     program = os.path.basename(job.command.split(None, 1)[0]) if job.command.split() else ""
-    unanswered = NO_REPLY.search(job.errors) or program in ("ping", "ping6")
+    unanswered = TRANSMITTED.search(job.errors) or program in ("ping", "ping6")
     if job.status == 0 or (job.status == 1 and unanswered):
-        return
+        return None
     hint = " (install it there, or choose another --source-command)" if job.status == 127 else ""
-    raise RemoteCommandError(f"{job.host}: {job.command}: exit status {job.status}: {last_line(job.errors)}{hint}")
+    return RemoteCommandError(f"{job.host}: {job.command}: exit status {job.status}: {last_line(job.errors)}{hint}")
 
 
 def format_source_command(template: str, count: int, destination: str) -> str:
@@ -1677,13 +2036,13 @@ def format_source_command(template: str, count: int, destination: str) -> str:
 # ---- Report: what was measured, as a document ------------------------------------------------------------------
 
 def match_files(pif_paths: Sequence[str], vif_paths: Sequence[str], warnings: list[str], *,
-                match_nat: bool = False, sources: Iterable[str] = (),
-                destinations: Iterable[str] = ()) -> tuple[Matching, dict[str, dict[str, Any]]]:
+                match_nat: bool = False, sources: Iterable[str] = (), destinations: Iterable[str] = (),
+                start: int = 0) -> tuple[Matching, dict[str, dict[str, Any]]]:
     """Pairs the packets of pcap or pcapng files; those of one side are merged by time.
 
     Returns the matching and, for each side, what was in its files; what was odd in them is added to the warnings.
     With `match_nat` the addresses take no part; `sources` and `destinations` are addresses to which the packets are
-    limited.  Raises CaptureError for a file that can't be read.
+    limited, and `start` the time (ns) before which none counts.  Raises CaptureError for a file that can't be read.
     """
     from contextlib import ExitStack
     sources, destinations = list(sources), list(destinations)
@@ -1698,7 +2057,7 @@ def match_files(pif_paths: Sequence[str], vif_paths: Sequence[str], warnings: li
                     raise CaptureError(f"{path}: can't read it: {error.strerror}") from error
                 sides[side].append(Capture(file, path, translated=match_nat, sources=sources,
                                            destinations=destinations))
-        matching = match(merged(sides["pif"]), merged(sides["vif"]))
+        matching = match(since(merged(sides["pif"]), start), since(merged(sides["vif"]), start))
     return matching, {side: file_counts(side, captures, warnings) for side, captures in sides.items()}
 
 
@@ -1744,9 +2103,6 @@ def capture_warnings(side: str, counts: Mapping[str, Any]) -> list[str]:
     if counts.get("dropped"):
         warnings.append(f"{side}: the kernel dropped {counts['dropped']} packets before tcpdump read them, so \"lost\" "
                         "can't be trusted: generate less traffic, or give the hypervisor more CPU")
-    if counts.get("captured", 0) > counts["records"]:
-        warnings.append(f"{side}: tcpdump captured {counts['captured']} packets and {counts['records']} are in the "
-                        "file: is the hypervisor's disk full?")
     return warnings
 
 
@@ -1767,6 +2123,10 @@ def quality_warnings(matching: Matching, figures: Mapping[str, Any]) -> list[str
     if figures["negative"]:
         warnings.append(f"{figures['negative']} delays are negative (down to {figures['minimum']:g} µs): the stamps of "
                         "two CPU cores disagree, the clock was set, or pif and vif are swapped")
+    if figures["maximum"] * 1000 > LONGEST_DELAY:
+        absurd = sum(delay > LONGEST_DELAY for delay in matching.delays)
+        warnings.append(f"{absurd} delays are longer than {LONGEST_DELAY / NANOSECONDS:g} s (up to "
+                        f"{figures['maximum']:g} µs): was the clock set meanwhile?")
     few = [percent for percent, enough in (("90", 5), ("95", 10), ("99", 50), ("99.9", 500))
            if matching.matched < enough]
     if few:
@@ -1807,7 +2167,7 @@ def no_match_message(matching: Matching, pif: str, vif: str, cut: int) -> str:
 
 
 def build_report(matching: Matching, capture: Mapping[str, Mapping[str, Any]], warnings: Sequence[str],
-                 config: Mapping[str, Any], slowest: int = 0) -> dict[str, Any]:
+                 config: Mapping[str, Any], slowest: int = 0, interrupted: bool = False) -> dict[str, Any]:
     """The JSON document on a matching, as the README describes it; NoMatchError if no packet matched.
 
     `capture` holds, for each side, what is known of its capture (`records` at least), `warnings` what is wrong so
@@ -1836,6 +2196,7 @@ def build_report(matching: Matching, capture: Mapping[str, Mapping[str, Any]], w
         "capture": {side: dict(counts) for side, counts in capture.items()},
         "warnings": warnings,
         "config": dict(config),
+        **({"interrupted": True} if interrupted else {}),
         "schema_version": SCHEMA_VERSION,
     }
     if slowest:
@@ -1985,9 +2346,15 @@ def build_parser() -> argparse.ArgumentParser:
                           help="leave addresses out of the matching, where the path translates them")
     analysis.add_argument("--slowest", metavar="N", default=0, type=positive,
                           help="list the N slowest packets in the JSON")
+    traffic.add_argument("--max-capture-size", metavar="MB", default=256, type=positive,
+                         help="the most that each capture may take on the hypervisor (default: %(default)s)")
     login = parser.add_argument_group("login")
     login.add_argument("-k", "--key", metavar="KEYFILE",
                        help="SSH private key (default: the SSH agent and the keys in ~/.ssh)")
+    login.add_argument("--host-key-checking", choices=("accept-new", "yes", "no"), default="accept-new",
+                       help="record the keys of new hosts, refuse new hosts, or check nothing (default: %(default)s)")
+    login.add_argument("--known-hosts", metavar="FILE",
+                       help="the file of known host keys (default: ~/.ssh/known_hosts)")
     output = parser.add_argument_group("output")
     output.add_argument("--csv", metavar="FILE", help="write a table of the pif's packets, a line each")
     output.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
@@ -2013,7 +2380,7 @@ def resolve(name: str) -> str:
     return str(found[0][4][0])
 
 
-def measure(arguments: argparse.Namespace, progress: Callable[[str], None],
+def measure(arguments: argparse.Namespace, signals: Signals, progress: Callable[[str], None],
             log: Callable[[str], None]) -> dict[str, Any]:
     """Runs a whole measurement; returns the report."""
     lacking = [option for option, value in (("--hv", arguments.hv), ("-s", arguments.source),
@@ -2024,10 +2391,15 @@ def measure(arguments: argparse.Namespace, progress: Callable[[str], None],
         raise UsageError("the destination VM is missing: give its name with -n, or its interface with --vif")
     destination = resolve(arguments.destination)
     source_command = format_source_command(arguments.source_command, arguments.count, destination)
+    from getpass import getpass
     with NetWeaver(arguments.source, arguments.name_label or "", destination, arguments.hv, arguments.key,
                    host_interface=arguments.interface, vif_number=arguments.num, vif=arguments.vif,
                    count=arguments.count, timeout=arguments.timeout, match_nat=arguments.match_nat,
-                   slowest=arguments.slowest, progress=progress, log=log) as weaver:
+                   slowest=arguments.slowest, max_capture_size=arguments.max_capture_size * 1_000_000,
+                   host_key_checking=arguments.host_key_checking, known_hosts=arguments.known_hosts,
+                   ask=getpass if sys.stdin is not None and sys.stdin.isatty() else None,
+                   progress=progress, log=log) as weaver:
+        signals.interrupt = weaver.interrupt
         weaver.generate_and_record(source_command)
         weaver.pull_generated_files()
         report = weaver.analyze()
@@ -2057,42 +2429,65 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+class Signals:
+    """The first SIGINT, SIGTERM or SIGHUP ends the traffic, if there is some to report on; another ends all at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.interrupt: Callable[[], bool] = lambda: False
+
+    def __enter__(self) -> Signals:
+        import signal
+        self._before = {number: signal.signal(number, self._handle)
+                        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                        if signal.getsignal(number) is not signal.SIG_IGN}           # nohup
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import signal
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        again, self.number = self.number is not None, self.number or number
+        if again or not self.interrupt():
+            raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    import json
-    import signal
-
     def say(line: str) -> None:
         print(printable(line), file=sys.stderr, flush=True)
 
-    def terminate(number: int, _: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, terminate)
     verbose = False
-    try:
-        arguments = build_parser().parse_args(argv)
-        verbose = arguments.verbose
-        if arguments.pcaps:
-            report = analyze_files(arguments)
-        else:
-            report = measure(arguments, (lambda line: None) if arguments.quiet else say,
-                             say if verbose else lambda line: None)
-        for warning in report["warnings"]:
-            say(f"netweaver: warning: {warning}")
-        print(json.dumps(report), flush=True)
-        return 0
-    except NetWeaverError as error:
-        say(f"netweaver: error: {error}")
-        return error.exit_code
-    except KeyboardInterrupt:
-        say("netweaver: error: interrupted")
-        return 130
-    except Exception as error:
-        if verbose:
-            raise
-        say(f"netweaver: error: unexpected {type(error).__name__}: {error} (-v shows where; please report it)")
-        return 1
+    with Signals() as signals:
+        try:
+            arguments = build_parser().parse_args(argv)
+            verbose = arguments.verbose
+            if arguments.host_key_checking == "no" and not arguments.pcaps:
+                say("netweaver: warning: host keys are not checked: anyone in between can read and change what is sent")
+            if arguments.pcaps:
+                report = analyze_files(arguments)
+            else:
+                report = measure(arguments, signals, (lambda line: None) if arguments.quiet else say,
+                                 say if verbose else lambda line: None)
+            for warning in report["warnings"]:
+                say(f"netweaver: warning: {warning}")
+            import json
+            print(json.dumps(report), flush=True)
+            code = 0
+        except NetWeaverError as error:
+            say(f"netweaver: error: {error}")
+            code = error.exit_code
+        except KeyboardInterrupt:
+            say("netweaver: error: interrupted")
+            code = 130
+        except Exception as error:
+            if verbose:
+                raise
+            say(f"netweaver: error: unexpected {type(error).__name__}: {error} (-v shows where; please report it)")
+            code = 1
+        return 128 + signals.number if signals.number else code
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ prepare() {
     if [ "$1" = tests ]; then
         command -v busybox >/dev/null || packages="$packages busybox"
         command -v tshark >/dev/null || packages="$packages tshark"
+        command -v tcsh >/dev/null || packages="$packages tcsh"
+        command -v fish >/dev/null || packages="$packages fish"
         command -v editcap >/dev/null || packages="$packages wireshark-common"
     fi
     if [ -n "$packages" ]; then

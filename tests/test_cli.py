@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import paramiko
 import pytest
 from lab import NETWEAVER
 
@@ -59,15 +60,15 @@ def test_help_has_groups_examples_and_exit_codes() -> None:
 
 
 @pytest.mark.parametrize(("text", "parts", "shown"), [
-    ("hv", ("root", "hv", 22), "root@hv"),
+    ("hv", (None, "hv", None), "root@hv"),
     ("admin@hv.example.org:2222", ("admin", "hv.example.org", 2222), "admin@hv.example.org:2222"),
-    ("user@domain@hv", ("user@domain", "hv", 22), "user@domain@hv"),
-    ("[fd00::1]:2222", ("root", "fd00::1", 2222), "root@[fd00::1]:2222"),
-    ("root@[fd00::1]", ("root", "fd00::1", 22), "root@[fd00::1]"),
-    ("fd00::1", ("root", "fd00::1", 22), "root@[fd00::1]"),
-    ("fe80::1%eth0", ("root", "fe80::1%eth0", 22), "root@[fe80::1%eth0]"),
+    ("user@domain@hv", ("user@domain", "hv", None), "user@domain@hv"),
+    ("[fd00::1]:2222", (None, "fd00::1", 2222), "root@[fd00::1]:2222"),
+    ("root@[fd00::1]", ("root", "fd00::1", None), "root@[fd00::1]"),
+    ("fd00::1", (None, "fd00::1", None), "root@[fd00::1]"),
+    ("fe80::1%eth0", (None, "fe80::1%eth0", None), "root@[fe80::1%eth0]"),
 ])
-def test_targets(text: str, parts: tuple[str, str, int], shown: str) -> None:
+def test_targets(text: str, parts: tuple[str | None, str, int | None], shown: str) -> None:
     target = netweaver.Target(text)
     assert (target.user, target.host, target.port) == parts
     assert str(target) == shown
@@ -126,9 +127,13 @@ def test_nothing_reaches_a_terminal_unquoted() -> None:
 def test_a_port_that_speaks_no_ssh(greeting: bytes, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         def answer() -> None:
-            peer, _ = server.accept()
-            with peer:
-                peer.sendall(greeting)
+            while True:
+                try:
+                    peer, _ = server.accept()
+                except OSError:
+                    return
+                with peer:
+                    peer.sendall(greeting)
 
         threading.Thread(target=answer, daemon=True).start()
         done = run("-n", "web1", "--hv", f"127.0.0.1:{server.getsockname()[1]}", "-s", "127.0.0.1:1", "-d", "192.0.2.2",
@@ -141,21 +146,45 @@ def test_a_port_that_speaks_no_ssh(greeting: bytes, tmp_path: Path) -> None:
 
 def test_known_hosts(tmp_path: Path) -> None:
     """Patterns, hashes, ports, revoked keys and lines of other kinds, as OpenSSH reads them."""
-    paramiko = pytest.importorskip("paramiko")
     old, new = paramiko.ECDSAKey.generate(), paramiko.ECDSAKey.generate()
     line = f"{old.get_name()} {old.get_base64()}"
     path = tmp_path / "known_hosts"
-    target = netweaver.Target("hv.example.org:2222")
     name = "[hv.example.org]:2222"
+
+    def known() -> netweaver.KnownHosts:
+        return netweaver.KnownHosts([str(path), str(tmp_path / "other")], "hv.example.org", 2222, "hv")
+
     for hosts in (name, "other,*.EXAMPLE.*", "*", "[h?.example.org]:2222", paramiko.HostKeys.hash_host(name)):
         path.write_text(f"# comment\nnonsense\n@cert-authority * {line}\n{name} sk-unknown AAAA\n{hosts} {line}\n")
-        known = netweaver.KnownHosts(str(path), target)
-        known.check(old)
+        known().check(old)
         with pytest.raises(netweaver.HostConnectionError, match=f"remove line 5 of {path}"):
-            known.check(new)
+            known().check(new)
     path.write_text(f"hv.example.org {line}\n*,!* {line}")
-    netweaver.KnownHosts(str(path), target).check(new)
-    assert path.read_text().splitlines()[2] == f"[hv.example.org]:2222 {new.get_name()} {new.get_base64()}"
+    with pytest.raises(netweaver.HostConnectionError, match="is not in"):
+        known().check(new, record=False)
+    known().check(new)
+    assert path.read_text().splitlines()[2] == f"{name} {new.get_name()} {new.get_base64()}"
     path.write_text(f"@revoked * {line}\n")
-    with pytest.raises(netweaver.HostConnectionError, match=f"revoked: {path} line 1"):
-        netweaver.KnownHosts(str(path), target).check(old)
+    with pytest.raises(netweaver.HostConnectionError, match=f"revoked: see line 1 of {path}"):
+        known().check(old)
+    path.write_text(f"{paramiko.HostKeys.hash_host('other')} {line}\n")
+    known().check(new)
+    assert path.read_text().splitlines()[1].startswith("|1|")
+    known().check(new)
+    (tmp_path / "other").write_text(f"{name} {line}\n")
+    path.write_text("")
+    known().check(old)
+    assert path.read_text() == ""
+
+
+def test_runs_that_meet_a_host_for_the_first_time_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "known_hosts"
+    path.write_text("# kept, though it ends without a newline")
+    key = paramiko.ECDSAKey.generate()
+    runs = [netweaver.KnownHosts([str(path)], "hv", 22, "hv") for _ in range(16)]
+    netweaver.in_parallel(*(lambda run=run: run.check(key) for run in runs))
+    assert path.read_text() == ("# kept, though it ends without a newline\n"
+                                f"hv {key.get_name()} {key.get_base64()}\n")
+    with pytest.raises(netweaver.HostConnectionError, match="has changed"):
+        runs[0].known.clear()
+        runs[0]._record(paramiko.ECDSAKey.generate())

@@ -81,6 +81,7 @@ def test_two_sources_that_send_identical_sequences(lab: Lab) -> None:
     assert found["warnings"] == []
 
 
+@pytest.mark.alone
 def test_the_truth_under_delay_loss_duplication_and_reordering() -> None:
     options = ["--delay", "2000", "--jitter", "400", "--loss", "0.03", "--duplicate", "0.02", "--reorder", "0.05"]
     with Lab(forwarder=options) as lab:
@@ -171,7 +172,8 @@ def test_a_changed_host_key_is_refused(lab: Lab) -> None:
 
 
 def test_a_source_command_that_fails(lab: Lab) -> None:
-    line = failure(lab.netweaver(*lab.arguments("--source-command", "hping4 {destination}"), seconds=15), 4)
+    line = failure(lab.netweaver(*lab.arguments("--source-command", "hping4 {destination}", source=lab.source.address),
+                                 seconds=15), 4)
     assert f"{lab.source.address}: hping4 {lab.destination}: exit status 127: " in line
     assert "not found" in line
     command = "echo 'no\x1b[31m luck' >&2; exit 3"

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,9 +26,10 @@ class Wrapped:
     """A command under the wrapper in a local shell, with the lease in the test's hand."""
 
     def __init__(self, shell: list[str], directory: Path, command: str, output: str = "-", limit: int = 60,
-                 idle: int = 60) -> None:
+                 idle: int = 60, size: int = 1024, share: int = 1) -> None:
         self.shell, self.directory = " ".join(shell), directory
-        values = {"TOKEN": "token", "COMMAND": command, "OUTPUT": output, "LIMIT": str(limit), "IDLE": str(idle),
+        values = {"TOKEN": "token", "COMMAND": command, "OUTPUT": output, "LIMIT": str(limit),
+                  "IDLE": str(idle), "SIZE": str(size), "SHARE": str(share),
                   "TMPDIR": str(directory)}
         script = "".join(f"{name}={quote(value)}\n" for name, value in values.items()) + netweaver.WRAPPER
         self.out = directory.parent / f"{directory.name}.out"
@@ -80,11 +82,11 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a command under the wrapper, in all shells at once."""
     started: list[Wrapped] = []
 
-    def begin(command: str, output: str = "-", limit: int = 60, idle: int = 60) -> list[Wrapped]:
+    def begin(command: str, output: str = "-", limit: int = 60, idle: int = 60, **more: int) -> list[Wrapped]:
         for shell in SHELLS:
             directory = tmp_path / f"{'-'.join(shell)}"
             directory.mkdir()
-            started.append(Wrapped(shell, directory, command, output, limit, idle))
+            started.append(Wrapped(shell, directory, command, output, limit, idle, **more))
         return started
 
     yield begin
@@ -118,10 +120,10 @@ def test_output_and_status_are_reported_and_it_ends_by_itself(start: Start) -> N
     for wrapped in start("printf 'no newline'; echo oops >&2; exit 3"):
         assert wrapped.process.wait(10) == 0
         begin, output, end = wrapped.text().split("\n", 3)[1:]
-        assert begin.startswith(f"token begin {wrapped.directory}/netweaver.")
+        assert begin == "token begin - 1024"         # no file, no directory
         assert (output, end) == ("no newline", "token end 3\n")
         assert wrapped.process.stderr is not None
-        assert wrapped.process.stderr.read() == b"oops\n"
+        assert wrapped.process.stderr.read() == b"oops\n\ntoken end 3\n"
 
 
 def test_a_file_stays_until_bye(start: Start) -> None:
@@ -185,6 +187,46 @@ def test_a_killed_wrapper_leaves_nothing(start: Start, number: int, wait: str) -
         wrapped.process.send_signal(number)
         wrapped.hang_up()
     all_clean(started)
+
+
+def test_a_file_grows_to_its_limit_and_no_further(start: Start) -> None:
+    """Like a full disk, for which the command is not killed: it may have more to say."""
+    for wrapped in start("yes 0123456 2>&-; echo status $? >&2; echo more", "c.pcap", size=100):
+        wrapped.wait_for("token end")
+        assert re.search(r"token begin \S+/netweaver\.\w{10} 100\n", wrapped.text())
+        [private] = wrapped.directory.iterdir()
+        assert (private / "c.pcap").stat().st_size == 100 * 1024
+        wrapped.say("bye\n")
+        wrapped.process.wait(10)
+        assert wrapped.process.stderr is not None
+        assert b"status" in wrapped.process.stderr.read()
+
+
+def test_the_limit_is_a_share_of_half_the_free_space(start: Start) -> None:
+    for wrapped in start("true", "c.pcap", size=1 << 50, share=5):
+        wrapped.wait_for("token end")
+        found = re.search(r"token begin \S+ (\d+)\n", wrapped.text())
+        assert found
+        free = shutil.disk_usage(wrapped.directory).free / 1024
+        assert int(found[1]) == pytest.approx(free / 10, rel=0.2)
+        wrapped.say("bye\n")
+
+
+def test_no_space_is_an_error(start: Start) -> None:
+    for wrapped in start("true", "c.pcap", size=1 << 50, share=1 << 50):
+        assert wrapped.process.wait(10) == 70
+        assert wrapped.process.stderr is not None
+        assert wrapped.process.stderr.read() == f"no space left in {wrapped.directory}\n".encode()
+
+
+def test_the_time_is_told_when_asked(start: Start) -> None:
+    before = time.time_ns()
+    for wrapped in begun(start("exec sleep 60", "c.pcap")):
+        wrapped.say("mark\nmark\nstop\n")
+        wrapped.wait_for("token end")
+        told = re.findall(r"token mark (\d{19})\n", wrapped.text())
+        assert len(told) == 2
+        assert before < int(told[0]) < int(told[1]) < time.time_ns()
 
 
 def test_nothing_in_a_command_is_expanded_twice(start: Start) -> None:

@@ -1,0 +1,457 @@
+"""Faults, made to happen in the lab: what must come of each, and that nothing stays on any host."""
+from __future__ import annotations
+
+import json
+import os
+import pty
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import NETWEAVER, Lab, wait_until
+from test_lab import FAST, failure, report
+
+pytestmark = pytest.mark.lab
+ENDLESS = "hping3 -S -i u5000 {destination}"
+
+
+def sending(lab: Lab) -> bool:
+    return all(any("hping3" in line for line in host.processes().values()) for host in lab.sources)
+
+
+def finished(process: subprocess.Popen[str], seconds: float = 30) -> subprocess.CompletedProcess[str]:
+    try:
+        out, errors = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    assert "Traceback" not in errors, errors
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+def hosts_clean(lab: Lab) -> bool:
+    """Nothing of netweaver's is left on the hosts; sshd itself may still wait for a peer that is gone."""
+    return not any(host.files() for host in lab.hosts) and not any(
+        "sshd" not in line for host in lab.hosts for line in host.processes().values())
+
+
+def remove_client_leftovers(lab: Lab) -> None:
+    """A client that was killed leaves its own private directory."""
+    for path in (lab.directory / "client-tmp").iterdir():
+        shutil.rmtree(path)
+
+
+# -- the client, and its connection ----------------------------------------------------------------------------
+
+def test_killed_at_any_moment(lab: Lab) -> None:
+    chance = random.Random(1)
+    for _ in range(4):
+        process = lab.start(*lab.arguments("--source-command", ENDLESS, "--timeout", "2"))
+        time.sleep(chance.uniform(0.2, 4.5))         # the moment itself is what varies here
+        process.kill()
+        process.communicate()
+        wait_until(lambda: hosts_clean(lab), "clean hosts", 15)
+    remove_client_leftovers(lab)
+
+
+@pytest.mark.parametrize("side", ["hv", "src1"])
+def test_a_connection_cut_without_a_word(side: str) -> None:
+    with Lab() as lab:
+        process = lab.start(*lab.arguments("--source-command", ENDLESS))
+        wait_until(lambda: sending(lab), "the traffic")
+        subprocess.run(["ip", "-n", lab.client, "link", "set", f"m-{side}", "down"], check=True)
+        line = failure(finished(process, 25), 3)
+        assert f"the connection to root@{lab.hv.address if side == 'hv' else lab.source.address} is lost" in line
+        wait_until(lambda: hosts_clean(lab), "clean hosts", 15)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_one_signal_ends_the_traffic_and_gives_a_report(lab: Lab, number: signal.Signals, code: int) -> None:
+    process = lab.start(*lab.arguments("--source-command", ENDLESS))
+    wait_until(lambda: sending(lab), "the traffic")
+    time.sleep(0.5)                                  # some packets
+    process.send_signal(number)
+    done = finished(process)
+    assert done.returncode == code, done.stderr
+    found = json.loads(done.stdout)
+    assert found["interrupted"] is True
+    assert found["packets"]["matched"] > 10
+    assert found["packets"]["lost"] == 0
+    lab.wait_clean(2)
+
+
+def test_a_signal_before_there_is_anything_to_report(lab: Lab) -> None:
+    process = lab.start(*lab.arguments("--hv", "10.83.0.99"))
+    wait_until(lambda: Path(f"/proc/{process.pid}/task").exists() and len(os.listdir(f"/proc/{process.pid}/task")) > 1,
+               "its threads")
+    process.send_signal(signal.SIGINT)
+    assert "interrupted" in failure(finished(process, 5), 130)
+
+
+def test_a_second_signal_ends_at_once(lab: Lab) -> None:
+    process = lab.start(*lab.arguments("--source-command", ENDLESS))
+    wait_until(lambda: sending(lab), "the traffic")
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: not sending(lab), "the end of the traffic")
+    process.send_signal(signal.SIGINT)
+    done = finished(process, 5)
+    assert (done.returncode, done.stdout) == (130, "")
+    wait_until(lambda: hosts_clean(lab), "clean hosts", 15)
+    assert not list((lab.directory / "client-tmp").iterdir())
+
+
+# -- traffic ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.alone
+def test_a_flood_is_bounded_and_captured_without_a_drop(lab: Lab) -> None:
+    found = report(lab.netweaver(*lab.arguments("--timeout", "2", "--source-command", "hping3 -S --flood {destination}",
+                                                source=lab.source.address)))
+    assert "stopped after 2 s" in found["warnings"][0]
+    assert found["packets"]["pif"] > 10_000
+    assert [found["capture"][side]["dropped"] for side in ("pif", "vif")] == [0, 0]
+    assert found["packets"]["lost"] == 0
+
+
+def test_the_size_of_a_capture_is_bounded(lab: Lab) -> None:
+    """What came after the limit is neither lost nor seen on the vif only."""
+    found = report(lab.netweaver(*lab.arguments("--timeout", "2", "--max-capture-size", "1", "--source-command",
+                                                "hping3 -S -i u50 {destination}")))
+    assert [warning for warning in found["warnings"] if "reached its size limit of 999424 bytes" in warning]
+    assert found["packets"]["lost"] == found["packets"]["vif_only"] == 0
+    assert 5000 < found["packets"]["pif"] < 14_300
+    assert found["packets"]["pif"] < found["capture"]["pif"]["captured"]
+
+
+def test_one_of_several_sources_fails(lab: Lab) -> None:
+    command = f"[ \"$(hostname -I)\" = x ] || ip -o addr | grep -q {lab.sources[1].address} && exit 9; sleep 30"
+    begun = time.monotonic()
+    line = failure(lab.netweaver(*lab.arguments("--source-command", command), seconds=15), 4)
+    assert f"root@{lab.sources[1].address}: " in line
+    assert "exit status 9" in line
+    assert time.monotonic() - begun < 15
+
+
+def test_no_reply_and_all_lost(lab: Lab) -> None:
+    """A destination that doesn't answer; its packets reach the pif and are dropped before the vif."""
+    lab.hv.run("ip", "link", "set", "vif5.0", "nomaster")
+    try:
+        for host in lab.sources:
+            host.run("ip", "neigh", "replace", lab.destination, "lladdr", "02:00:00:00:00:99", "dev", "eth0")
+        line = failure(lab.netweaver(*lab.arguments("-c", "20", "--source-command", FAST), seconds=30), 6)
+        assert "(40 on eth0, 0 on vif5.0)" in line
+    finally:
+        for host in lab.sources:
+            host.run("ip", "neigh", "del", lab.destination, "dev", "eth0")
+        lab.hv.run("ip", "link", "set", "vif5.0", "master", "xenbr0")
+    line = failure(lab.netweaver(*lab.arguments("--source-command", "true"), seconds=30), 6)
+    assert "(0 on eth0, 0 on vif5.0)" in line
+
+
+def test_many_runs_at_once_keep_apart(lab: Lab) -> None:
+    """Each one's numbers are true; those that saw another's packets say so (hping3 may send more than it counts)."""
+    processes = [lab.start(*lab.arguments("-c", "300", "--source-command", FAST, source=lab.source.address))
+                 for _ in range(8)]
+    found = [report(finished(process, 100)) for process in processes]
+    for one in found:
+        assert one["packets"]["pif"] >= one["config"]["transmitted"] > 0
+        assert one["packets"]["lost"] == one["packets"]["vif_only"] == 0
+        sent = one["config"]["transmitted"]
+        other = any(f"this run sent {sent}: other traffic" in warning for warning in one["warnings"])
+        assert other == (one["packets"]["pif"] > sent)
+    assert any(one["packets"]["pif"] > one["config"]["transmitted"] for one in found)
+
+
+def test_foreign_traffic_at_the_edges_counts_for_nothing() -> None:
+    """Packets on their way while the captures start and stop, which they never do at the same instant."""
+    with Lab(forwarder=["--delay", "30000"]) as lab:
+        background = subprocess.Popen(lab.source.command("hping3", "-q", "-S", "-i", "u2000", lab.destination),
+                                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            for _ in range(3):
+                found = report(lab.netweaver(*lab.arguments("-c", "100", "--source-command", FAST)))
+                assert found["packets"]["lost"] == found["packets"]["vif_only"] == 0
+                assert found["packets"]["pif"] > 100
+                assert found["capture"]["pif"]["captured"] > found["packets"]["pif"]
+                assert any("other traffic between the same hosts" in warning for warning in found["warnings"]), found
+        finally:
+            background.kill()
+            background.wait()
+
+
+# -- the hypervisor --------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def own_lab() -> Iterator[Lab]:
+    """A lab of the test's own, which it may break."""
+    with Lab() as built:
+        yield built
+
+
+def test_an_interface_that_goes_away(own_lab: Lab) -> None:
+    process = own_lab.start(*own_lab.arguments("--source-command", ENDLESS))
+    wait_until(lambda: sending(own_lab), "the traffic")
+    own_lab.hv.run("ip", "link", "del", "vif5.0")
+    line = failure(finished(process, 20), 5)
+    assert re.search(r"the capture on vif5\.0 ended with status \d+: tcpdump: .*(disappeared|went down|No such)", line)
+    own_lab.wait_clean()
+
+
+def test_a_full_disk(own_lab: Lab) -> None:
+    """tcpdump exits with 0 and counts what it couldn't write."""
+    own_lab.hv.run("mount", "-t", "tmpfs", "-o", "size=600k", "none", "/tmp")
+    own_lab.hv.run("mkdir", "/tmp/other")
+    process = own_lab.start(*own_lab.arguments("--source-command", "hping3 -S -i u500 {destination}", "--timeout", "4"))
+    wait_until(lambda: sending(own_lab), "the traffic")
+    own_lab.hv.run("sh", "-c", "dd if=/dev/zero of=/tmp/other/ballast bs=1k count=700 2>/dev/null; true")
+    line = failure(finished(process), 5)
+    assert re.search(r"packets on (eth0|vif5\.0) and \d+ are in the file: is the disk under /tmp/netweaver\.", line)
+    assert own_lab.hv.run("ls", "/tmp").split() == ["other"]
+    assert not list((own_lab.directory / "client-tmp").iterdir())
+    line = failure(own_lab.netweaver(*own_lab.arguments(), seconds=15), 5)
+    assert "no space left in /tmp" in line
+
+
+def test_a_directory_that_can_not_be_written(own_lab: Lab) -> None:
+    own_lab.hv.run("mount", "-t", "tmpfs", "-o", "ro", "none", "/tmp")
+    line = failure(own_lab.netweaver(*own_lab.arguments(), seconds=15), 5)
+    assert "mktemp: " in line and "Read-only file system" in line
+
+
+def test_no_tcpdump(own_lab: Lab) -> None:
+    (own_lab.hv.directory / "bin" / "tcpdump").write_text("#!/bin/sh\necho 'sh: tcpdump: not found' >&2; exit 127\n")
+    (own_lab.hv.directory / "bin" / "tcpdump").chmod(0o755)
+    assert "tcpdump: not found (install it there)" in failure(own_lab.netweaver(*own_lab.arguments(), seconds=15), 5)
+
+
+def test_an_old_tcpdump_and_one_without_permission(own_lab: Lab) -> None:
+    """Without an option for nanoseconds the stamps are microseconds, which is said."""
+    real = shutil.which("tcpdump", path=f"{os.environ['PATH']}:/usr/sbin")
+    stub = own_lab.hv.directory / "bin" / "tcpdump"
+    stub.write_text(f"""#!/bin/sh
+case "$*" in
+  *--help*) echo 'Usage: tcpdump [-aAdDeflLnNOpqRStuUvxX] [ -c count ] [ -s snaplen ]' >&2; exit 1 ;;
+  *--time-stamp-precision*|*-B*) echo "tcpdump: invalid option" >&2; exit 1 ;;
+esac
+exec {real} "$@"
+""")
+    stub.chmod(0o755)
+    found = report(own_lab.netweaver(*own_lab.arguments("-c", "600", "--source-command", FAST)))
+    assert found["packets"]["matched"] == 600
+    assert found["capture"]["pif"]["precision"] == "microseconds"
+    message = "tcpdump: eth0: You don't have permission to capture on that device"
+    stub.write_text(f"#!/bin/sh\ncase $1 in --help) ;; *) echo \"{message}\" >&2; exit 1 ;; esac\n")
+    assert message in failure(own_lab.netweaver(*own_lab.arguments(), seconds=15), 5)
+
+
+def change_sshd(lab: Lab, old: str, new: str) -> None:
+    """Starts the hypervisor's sshd again with another configuration."""
+    assert lab.hv.sshd is not None
+    lab.hv.sshd.kill()
+    lab.hv.sshd.wait()
+    config = lab.hv.directory / "sshd_config"
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(old, new))
+    (lab.hv.directory / "sshd.log").write_text("")
+    lab.restart_sshd(lab.hv)
+
+
+@pytest.mark.parametrize("subsystem", ["", "Subsystem sftp /bin/false", "Subsystem sftp /bin/echo noise",
+                                       "Subsystem sftp /bin/cat"])
+def test_without_sftp_files_come_over_a_commands_channel(own_lab: Lab, subsystem: str) -> None:
+    change_sshd(own_lab, "Subsystem sftp internal-sftp", subsystem)
+    found = report(own_lab.netweaver(*own_lab.arguments("-c", "3000", "--source-command",
+                                                        "hping3 -c {count} -S -i u200 {destination}")))
+    assert found["packets"]["matched"] == 3000
+    own_lab.wait_clean()
+
+
+def test_a_transfer_that_breaks_off(own_lab: Lab) -> None:
+    """The file is gone when it is fetched: neither way gets it, and no half of it stays here."""
+    process = own_lab.start(*own_lab.arguments("-c", "100", "--source-command", FAST))
+    wait_until(lambda: sending(own_lab), "the traffic")
+    own_lab.hv.run("sh", "-c", "rm -rf /tmp/netweaver.*/pif.pcap")
+    line = failure(finished(process), 5)
+    assert "can't fetch /tmp/netweaver." in line and "No such file" in line
+    own_lab.wait_clean()
+
+
+@pytest.mark.parametrize("shell", ["/bin/bash", "/bin/tcsh", "/usr/bin/fish"])
+def test_login_shells_and_their_noise(own_lab: Lab, shell: str) -> None:
+    """bash, csh and fish as root's shell, with banners on both streams, and a /tmp from which nothing can be run."""
+    passwd = own_lab.hv.directory / "etc" / "passwd"
+    passwd.write_text(passwd.read_text().replace(":/root:/bin/sh\n", f":/root:{shell}\n"))
+    root = own_lab.hv.directory / "root"
+    noise = "echo Welcome; echo 'Last login: never' >&2; printf 'no newline'\n"
+    (root / ".config" / "fish").mkdir(parents=True)
+    for name in (".bashrc", ".tcshrc", ".config/fish/config.fish"):
+        (root / name).write_text(noise if name != ".tcshrc" else "echo Welcome; printf 'no newline'\n")
+    change_sshd(own_lab, "Subsystem sftp internal-sftp", "Subsystem sftp /usr/lib/openssh/sftp-server")
+    own_lab.hv.run("mount", "-o", "remount,bind,noexec", "/tmp")
+    done = own_lab.netweaver(*own_lab.arguments("-c", "600", "--source-command", FAST))
+    assert report(done)["packets"]["matched"] == 600
+    assert "Welcome" not in done.stdout + done.stderr
+
+
+# -- security --------------------------------------------------------------------------------------------------
+
+EVIL = ["x; touch OWNED", "$(touch OWNED)", "`touch OWNED`", "'; touch OWNED; '", "\"; touch OWNED; \"",
+        "| touch OWNED", "-oProxyCommand=touch OWNED", "../../../OWNED", "x\ntouch OWNED\n", "\x1b]0;OWNED\x07\x1b[2J",
+        "x && touch OWNED", "{0.__class__}", "%n%s", "*", "~root", "é\udcff"]
+
+
+@pytest.mark.parametrize("place", ["-n", "-d", "-s", "--hv", "-i", "--vif", "-k", "--known-hosts", "--num",
+                                   "--source-command"])
+def test_no_argument_gets_out_of_its_place(lab: Lab, place: str, tmp_path: Path) -> None:
+    """Whatever stands in an argument, no shell, path or terminal takes it for more than a name."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    inside = tmp_path / "a" / "b" / "c"
+    inside.mkdir()
+    for text in EVIL:
+        if place == "--source-command" and "touch" in text:
+            continue                                 # that is a shell command, and may do all this
+        if place == "--known-hosts" and ".." in text:
+            continue                                 # and that is a path, where it would be made
+        process = subprocess.run(lab.on_client(sys.executable, str(NETWEAVER), *lab.arguments(
+            "-c", "1", "--source-command", "true", *([f"{place}={text}"] if place[1] == "-" else [place + text]))),
+            env=lab.environment, capture_output=True, timeout=60, check=False, cwd=inside)
+        assert process.returncode in (2, 3, 4, 5, 6), (text, process.stderr)
+        assert process.stdout == b""
+        assert b"\x1b" not in process.stderr
+        assert b"Traceback" not in process.stderr
+        assert b"unexpected" not in process.stderr, process.stderr
+        (inside / text).unlink(missing_ok=True)      # of --known-hosts
+    assert not [path for path in tmp_path.rglob("*") if path not in (inside, *inside.parents)]
+    assert not [path for path in map(Path, ("/OWNED", "/root/OWNED", "/tmp/OWNED")) if path.exists()]
+    assert not [path for host in lab.hosts for path in host.files() if "OWNED" in path]
+
+
+def test_what_a_host_says_reaches_no_terminal(own_lab: Lab) -> None:
+    (own_lab.hv.directory / "bin" / "xe").write_text("#!/bin/sh\nprintf '\\033[2J\\033]0;x\\007oops\\n' >&2; exit 1\n")
+    line = failure(own_lab.netweaver(*own_lab.arguments(), seconds=15), 4)
+    assert "\\x1b[2J\\x1b]0;x\\x07oops" in line
+    (own_lab.hv.directory / "bin" / "xe").write_text("#!/bin/sh\nprintf '\\033[2J7'\n")
+    assert "which is no dom-id" in failure(own_lab.netweaver(*own_lab.arguments(), seconds=15), 4)
+
+
+@pytest.mark.parametrize("stream", ["", ">&2"])
+def test_a_host_that_talks_without_end(own_lab: Lab, stream: str) -> None:
+    (own_lab.hv.directory / "bin" / "xe").write_text(f"#!/bin/sh\nexec yes 'a long line, again and again' {stream}\n")
+    failure(own_lab.netweaver(*own_lab.arguments(), seconds=30), 4)
+    own_lab.wait_clean()
+
+
+def test_a_host_that_says_nothing(own_lab: Lab) -> None:
+    (own_lab.hv.directory / "bin" / "xe").write_text("#!/bin/sh\nexec sleep 1000\n")
+    assert "did not answer in time" in failure(own_lab.netweaver(*own_lab.arguments(), seconds=20), 4)
+    own_lab.wait_clean()
+
+
+def test_host_key_checking(own_lab: Lab) -> None:
+    quick = ("-c", "3", "--source-command", FAST)
+    known = own_lab.directory / "known"
+    own = ("--known-hosts", str(known))
+    line = failure(own_lab.netweaver(*own_lab.arguments(*quick, *own, "--host-key-checking", "yes"), seconds=15), 3)
+    assert f"is not in {known}" in line
+    assert not known.exists()
+    done = own_lab.netweaver(*own_lab.arguments(*quick, *own, "--host-key-checking", "no"))
+    assert "host keys are not checked" in done.stderr.splitlines()[0]
+    assert report(done)["packets"]["matched"] == 3
+    assert not known.exists()
+    report(own_lab.netweaver(*own_lab.arguments(*quick, *own)))
+    report(own_lab.netweaver(*own_lab.arguments(*quick, *own, "--host-key-checking", "yes")))
+    assert not (own_lab.home / ".ssh").exists()
+    keys = known.read_text()
+    subprocess.run(["ssh-keygen", "-H", "-f", str(known)], check=True, capture_output=True)
+    report(own_lab.netweaver(*own_lab.arguments(*quick, *own, "--host-key-checking", "yes")))
+    hv = next(line for line in keys.splitlines() if line.startswith(own_lab.hv.address))
+    known.write_text(keys.replace(hv.split()[2], own_lab.key.with_suffix(".pub").read_text().split()[1]))
+    before = known.read_text()
+    line = failure(own_lab.netweaver(*own_lab.arguments(*quick, *own), seconds=15), 3)
+    assert re.search(rf"the host key has changed.*remove line \d of {known}", line)
+    assert known.read_text() == before
+
+
+def test_ssh_config_jumps_and_the_agent(own_lab: Lab) -> None:
+    lab = own_lab
+    ssh = lab.home / ".ssh"
+    ssh.mkdir()
+    (ssh / "config").write_text(f"""
+Host xen
+    HostName {lab.hv.address}
+    User root
+    IdentityFile {lab.key}
+    UserKnownHostsFile {lab.directory}/known
+    ProxyJump vm
+Host vm
+    HostName {lab.source.address}
+    Port 22
+    IdentityFile {lab.key}
+    UserKnownHostsFile {lab.directory}/known
+""")
+    arguments = ["-n", lab.arguments()[1], "--hv", "xen", "-s", "vm", "-d", lab.destination, "-c", "5",
+                 "--source-command", FAST]
+    assert report(lab.netweaver(*arguments))["packets"]["matched"] == 5
+    assert len((lab.directory / "known").read_text().splitlines()) == 2
+    text = (ssh / "config").read_text()
+    (ssh / "config").write_text(text.replace("ProxyJump vm", "ProxyCommand busybox nc %h %p"))
+    assert report(lab.netweaver(*arguments))["packets"]["matched"] == 5
+    (ssh / "config").write_text(text.replace("ProxyJump vm", "ProxyCommand false"))
+    failure(lab.netweaver(*arguments, seconds=20), 3)
+    (ssh / "config").write_text(text.replace("ProxyJump vm", "ProxyJump xen"))
+    assert "too many hosts to jump over" in failure(lab.netweaver(*arguments, seconds=15), 3)
+    (ssh / "config").write_text(re.sub(r"(?m)^    (IdentityFile|ProxyJump).*\n", "", text))
+    agent = subprocess.run(["ssh-agent", "-s"], check=True, capture_output=True, text=True).stdout
+    found = dict(re.findall(r"(SSH_\w+)=([^;]+);", agent))
+    try:
+        subprocess.run(["ssh-add", "-q", str(lab.key)], check=True, env={**os.environ, **found})
+        done = subprocess.run(lab.on_client(sys.executable, str(NETWEAVER), *arguments), text=True, timeout=60,
+                              env={**lab.environment, **found}, capture_output=True, check=False)
+        assert report(done)["packets"]["matched"] == 5
+    finally:
+        os.kill(int(found["SSH_AGENT_PID"]), signal.SIGTERM)
+    assert "refused the keys of ssh-agent and ~/.ssh for root" in failure(lab.netweaver(*arguments, seconds=15), 3)
+
+
+@pytest.mark.parametrize(("phrase", "code"), [("open sesame", 0), ("wrong", 3)])
+def test_a_passphrase_is_asked_for_at_a_terminal(lab: Lab, tmp_path: Path, phrase: str, code: int) -> None:
+    secret = tmp_path / "secret"
+    shutil.copy(lab.key, secret)
+    secret.chmod(0o600)
+    subprocess.run(["ssh-keygen", "-q", "-p", "-P", "", "-N", "open sesame", "-f", str(secret)], check=True,
+                   capture_output=True)
+    pid, terminal = pty.fork()
+    if pid == 0:
+        words = lab.on_client(sys.executable, str(NETWEAVER), *lab.arguments(
+            "-q", "-c", "3", "--source-command", FAST, "-k", str(secret)))
+        os.execvpe(words[0], words, lab.environment)
+    seen = b""
+    while b"Passphrase for" not in seen:
+        seen += os.read(terminal, 1000)
+    os.write(terminal, phrase.encode() + b"\n")
+    try:
+        while more := os.read(terminal, 1000):
+            seen += more
+    except OSError:                                  # that is how a terminal ends
+        pass
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code, seen
+    assert b"secret: " + phrase.encode() not in seen     # no echo
+    assert (b'"matched"' if code == 0 else b"the passphrase is wrong") in seen
+
+
+def test_no_secret_and_no_argument_in_process_lists(lab: Lab) -> None:
+    process = lab.start(*lab.arguments("--source-command", "hping3 -S -i u20000 {destination}; : secret-word", "-v"))
+    wait_until(lambda: sending(lab), "the traffic")
+    lists: list[Any] = [line for host in lab.hosts for line in host.processes().values() if "sh -c" not in line]
+    process.send_signal(signal.SIGINT)
+    done = finished(process)
+    assert not [line for line in lists if "TOKEN" in line or "netweaver-" in line]
+    secret = lab.key.read_text().splitlines()[1]
+    assert secret not in done.stdout + done.stderr
