@@ -1283,6 +1283,13 @@ class Access:
     def __init__(self, key_path: str | None = None, host_key_checking: str = "accept-new",
                  known_hosts: str | None = None, ask: Callable[[str], str] | None = None) -> None:
         import threading
+        import warnings
+        try:
+            with warnings.catch_warnings():          # what paramiko's and cryptography's versions think of each other
+                warnings.simplefilter("ignore")
+                import paramiko  # noqa: F401
+        except Exception as error:
+            raise NetWeaverError(f"can't import paramiko ({error}): pip install -U paramiko") from error
         self._key_path, self._checking, self._known_hosts, self._ask = key_path, host_key_checking, known_hosts, ask
         self._keys: dict[str, paramiko.PKey] = {}
         self._lock = threading.Lock()                # one question at a time
@@ -2281,7 +2288,7 @@ examples:
 exit codes:
   0 measured   2 usage   3 connection, authentication or host key
   4 remote command or look-up   5 capture   6 no packet matched
-  130, 143 interrupted by a signal   1 anything else
+  129, 130, 143 interrupted by a signal   1 anything else
 """
 
 

@@ -35,6 +35,7 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parent
 NETWEAVER = TESTS.parent / "netweaver.py"
+PYTHON = os.environ.get("NETWEAVER_PYTHON", sys.executable)        # of netweaver: with another paramiko, say
 MANAGEMENT, DATA, DATA6 = "10.83.0", "10.83.1", "fd83:1:"
 HV_UUID, OTHER_HV_UUID = "5fb5a5a8-8a3b-4d5c-9d60-3a1a6d5b1f01", "0d1f7c52-6d7e-4d0c-8f5f-0f0c4d3e2b02"
 NAME = "instance-7c0ee45a-7a3c-4a0f-a8f4-3b7c5f7d1e90"
@@ -299,7 +300,7 @@ class Lab:
 
     def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         """netweaver on the client."""
-        return subprocess.Popen(self.on_client(sys.executable, str(NETWEAVER), *arguments), env=self.environment,
+        return subprocess.Popen(self.on_client(PYTHON, str(NETWEAVER), *arguments), env=self.environment,
                                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 **options)
 
