@@ -1014,8 +1014,9 @@ class Job:
 
     `directory` is set when it was started ("-" if it has none), and `size_limit` (bytes) with it; `status` is its exit
     status once it has ended, and `ended` is also true when the connection broke before.  `output` is its standard
-    output, if that was asked for (in `sink` instead, if there is one), `errors` the end of its standard error, and
-    `mark` the host's time in nanoseconds when it was last asked.  `changed` is notified whenever one of them changes.
+    output, if that was asked for (in `sink` instead, if there is one; `flooded` if it was more than it may be),
+    `errors` the end of its standard error, and `mark` the host's time in nanoseconds when it was last asked.
+    `changed` is notified whenever one of them changes.
     """
 
     def __init__(self, host: str, command: str, channel: paramiko.Channel, token: str, changed: threading.Condition,
@@ -1026,7 +1027,7 @@ class Job:
         self.size_limit = 0
         self.status: int | None = None
         self.mark: int | None = None
-        self.ended = self.stopped = self._complete = False
+        self.ended = self.stopped = self.flooded = self._complete = False
         self.output = b""
         self._channel, self._changed, self._sink, self._most = channel, changed, sink, most
         self._out, self._errors = bytearray(), bytearray()
@@ -1107,6 +1108,7 @@ class Job:
                 elif found:
                     self.output = ready
             if len(self._out) > LARGEST_ANSWER or self._most < 0:
+                self.flooded = True
                 self._channel.close()
             self._changed.notify_all()
 
@@ -1176,13 +1178,22 @@ class Remote:
             channel.sendall(script.encode(errors="surrogateescape"))
             return Job(self.name, command, channel, token, self._changed, sink, most)
 
+    def check(self, job: Job) -> None:
+        """HostConnectionError if a job has ended since the connection did, not by itself."""
+        if job.ended and job.status is None and not job.flooded:
+            self.transport()
+            if job.directory or not job.errors.strip():      # it did start, or couldn't even say why not
+                raise HostConnectionError(f"the connection to {self.name} is lost (or its shell there was killed)")
+
     def finish(self, job: Job, seconds: float) -> None:
         """Waits for the end of a job; RemoteCommandError if it was not one of its own."""
         with self._changed:
-            self._changed.wait_for(lambda: job.ended, seconds + 2)
+            self._changed.wait_for(lambda: job.ended, seconds)
         if job.status is None:
+            self.check(job)
             self.transport()
-            why = "did not answer in time" if not job.ended else f"could not be run: {last_line(job.errors)}"
+            why = ("did not answer in time" if not job.ended else "says too much" if job.flooded else
+                   f"could not be run: {last_line(job.errors)}")
             job.leave(0)
             raise RemoteCommandError(f"{self.name}: {job.command}: {why}")
 
@@ -1417,20 +1428,17 @@ class Access:
                 return self._keys[path]
             passphrase = None
             try:
-                try:
-                    key = paramiko.PKey.from_path(path, None)
-                except TypeError:                    # that is how it says that a passphrase is needed
+                if _is_protected(path):
                     if not self._ask:
-                        raise
+                        raise HostConnectionError(f"{path}: can't use this key: it is protected by a passphrase: load "
+                                                  "it into ssh-agent (ssh-add) and leave -k out")
                     passphrase = self._ask(f"Passphrase for {path}: ").encode()
-                    key = paramiko.PKey.from_path(path, passphrase)          # type: ignore[arg-type]
-                self._keys[path] = key
-                return key
+                # The second parameter has other names in other versions.
+                self._keys[path] = paramiko.PKey.from_path(path, passphrase)         # type: ignore[arg-type]
+                return self._keys[path]
             except OSError as error:
                 reason = error.strerror or str(error)
-            except TypeError:
-                reason = "it is protected by a passphrase: load it into ssh-agent (ssh-add) and leave -k out"
-            except (paramiko.SSHException, ValueError) as error:
+            except (paramiko.SSHException, ValueError, TypeError) as error:
                 reason = ("the passphrase is wrong" if passphrase else
                           f"not a private key in OpenSSH or PEM format ({last_line(str(error))})")
         raise HostConnectionError(f"{path}: can't use this key: {reason}")
@@ -1447,6 +1455,17 @@ class Access:
             return f"no SSH session: {error or 'the connection was closed'}: is it sshd that listens there?"
         reason = "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)
         return f"can't reach port {port}: {reason}: check the address, the network and sshd"
+
+
+def _is_protected(path: str) -> bool:
+    """Whether a private key needs a passphrase; paramiko's answer depends on the versions."""
+    from base64 import b64decode
+    with open(path, "rb") as file:
+        text = file.read(LARGEST_ANSWER)
+    found = re.search(rb"-----BEGIN OPENSSH PRIVATE KEY-----\s+([A-Za-z0-9+/\s]{40})", text)
+    if found:                                        # magic, then the length and the name of the cipher
+        return b64decode(b"".join(found[1].split())[:32])[15:23] != b"\0\0\0\x04none"
+    return b"ENCRYPTED" in text
 
 
 class KnownHosts:
@@ -1553,6 +1572,22 @@ def _fingerprint(key: paramiko.PKey) -> str:
     from base64 import b64encode
     from hashlib import sha256
     return "SHA256:" + b64encode(sha256(key.asbytes()).digest()).decode().rstrip("=")
+
+
+def resolve(name: str) -> str:
+    """The IP address of a host given as an address or a name; UsageError if it is neither."""
+    if re.fullmatch(r"[\d.]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", name, re.ASCII):
+        from ipaddress import ip_address
+        try:
+            return str(ip_address(name))
+        except ValueError:
+            raise UsageError(f"{name!r} is not an IP address") from None
+    import socket
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{name!r} is neither an IP address nor a name that can be resolved") from error
+    return str(found[0][4][0])
 
 
 def in_parallel(*calls: Callable[[], Result], seconds: float | None = None) -> list[Result]:
@@ -1662,10 +1697,10 @@ class NetWeaver:
 
     `source_ip` (one, or several) and `destination_host_ip` are `[user@]host[:port]`; `destination_name_label` is
     the VM's name in the toolstack and `destination_ip` its address.  Without `ssh_key_path` the SSH agent and the
-    default keys are used.  `timeout` bounds the traffic (seconds).  With `match_nat` addresses take no part in the
-    matching, and `slowest` is how many of the slowest packets to list.  `matching` is set by `analyze`: the packets
-    themselves.  `progress` and `log` are called with lines
-    for people: the steps, and each command run.
+    default keys are used; `host_key_checking`, `known_hosts` and `ask` are those of Access.  `timeout` bounds the
+    traffic (seconds), `max_capture_size` each capture (bytes).  With `match_nat` addresses take no part in the
+    matching, and `slowest` is how many of the slowest packets to list.  `progress` and `log` are called with lines for
+    people: the steps, and each command run.  `analyze` sets `matching`: the packets themselves.
 
     Use it as a context manager, or call `close`.  The methods are meant to be called in the order in which they
     stand here; each raises a NetWeaverError that says what happened and where.  For a hypervisor whose toolstack
@@ -1682,7 +1717,7 @@ class NetWeaver:
                  log: Callable[[str], None] = lambda line: None) -> None:
         import threading
         self.destination_name_label = destination_name_label
-        self.destination_ip = destination_ip
+        self.destination_ip = resolve(destination_ip)
         self.host_interface, self.vif_number, self.vif, self.count = host_interface, vif_number, vif, count
         self.match_nat, self.slowest = match_nat, slowest
         self.matching: Matching | None = None
@@ -1887,8 +1922,8 @@ class NetWeaver:
     def _check_captures(self) -> None:
         """Raises CaptureError, in tcpdump's words, if a capture has ended by itself."""
         for side, job in self._captures.items():
+            self._remotes[str(self._hypervisor)].check(job)
             if job.ended and job.status is None:
-                self._remotes[str(self._hypervisor)].transport()
                 raise CaptureError(f"{job.host}: the capture on {self._config[side]} can't run: "
                                    f"{last_line(job.errors)}")
             if job.ended and not job.stopped:
@@ -1930,8 +1965,8 @@ class NetWeaver:
                                    or any(generator_error(job) for job in jobs) or self.interrupted), self.timeout)
         self._check_captures()
         for job in jobs:
+            self._remotes[job.host].check(job)
             if error := generator_error(job):
-                self._remotes[job.host].transport()
                 raise error
         if not all(job.ended for job in jobs):
             for job in jobs:
@@ -1943,7 +1978,7 @@ class NetWeaver:
                                          "doesn't end")
         self._config["duration"] = round(time.monotonic() - begun, 6)
         said = [TRANSMITTED.search(job.errors) for job in jobs]
-        if all(said):
+        if all(said) and not any(job.stopped for job in jobs):       # who is stopped may have miscounted
             self._config["transmitted"] = sum(int(found[1]) for found in said if found)
 
     def _stop_captures(self) -> None:
@@ -2345,6 +2380,8 @@ def build_parser() -> argparse.ArgumentParser:
                               "filled in, {{ and }} are braces (default: %(default)s)")
     traffic.add_argument("--timeout", metavar="SECONDS", type=seconds,
                          help="stop the traffic after so long (default: 600, or COUNT / 5 if that is more)")
+    traffic.add_argument("--max-capture-size", metavar="MB", default=256, type=positive,
+                         help="the most that each capture may take on the hypervisor (default: %(default)s)")
     analysis = parser.add_argument_group("analysis")
     analysis.add_argument("--pcaps", nargs=2, metavar=("PIF", "VIF"),
                           help="analyse existing captures (pcap or pcapng) instead of making them; several files of "
@@ -2353,8 +2390,6 @@ def build_parser() -> argparse.ArgumentParser:
                           help="leave addresses out of the matching, where the path translates them")
     analysis.add_argument("--slowest", metavar="N", default=0, type=positive,
                           help="list the N slowest packets in the JSON")
-    traffic.add_argument("--max-capture-size", metavar="MB", default=256, type=positive,
-                         help="the most that each capture may take on the hypervisor (default: %(default)s)")
     login = parser.add_argument_group("login")
     login.add_argument("-k", "--key", metavar="KEYFILE",
                        help="SSH private key (default: the SSH agent and the keys in ~/.ssh)")
@@ -2369,22 +2404,6 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument("-h", "--help", action="help", help="show this help and exit")
     output.add_argument("--version", action="version", version=f"netweaver {__version__}", help="show the version")
     return parser
-
-
-def resolve(name: str) -> str:
-    """The IP address of a host given as an address or a name; UsageError if it is neither."""
-    if re.fullmatch(r"[\d.]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", name, re.ASCII):
-        from ipaddress import ip_address
-        try:
-            return str(ip_address(name))
-        except ValueError:
-            raise UsageError(f"{name!r} is not an IP address") from None
-    import socket
-    try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"{name!r} is neither an IP address nor a name that can be resolved") from error
-    return str(found[0][4][0])
 
 
 def measure(arguments: argparse.Namespace, signals: Signals, progress: Callable[[str], None],

@@ -36,7 +36,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent
 NETWEAVER = TESTS.parent / "netweaver.py"
 PYTHON = os.environ.get("NETWEAVER_PYTHON", sys.executable)        # of netweaver: with another paramiko, say
-MANAGEMENT, DATA, DATA6 = "10.83.0", "10.83.1", "fd83:1:"
+MANAGEMENT, MANAGEMENT6, DATA, DATA6 = "10.83.0", "fd83:0:", "10.83.1", "fd83:1:"
 HV_UUID, OTHER_HV_UUID = "5fb5a5a8-8a3b-4d5c-9d60-3a1a6d5b1f01", "0d1f7c52-6d7e-4d0c-8f5f-0f0c4d3e2b02"
 NAME = "instance-7c0ee45a-7a3c-4a0f-a8f4-3b7c5f7d1e90"
 NEEDED = ("ip", "tcpdump", "hping3", "unshare", "nsenter", "setsid", "/usr/sbin/sshd", "ssh-keygen")
@@ -81,6 +81,10 @@ class Host:
     address: str
     directory: Path
     sshd: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address6(self) -> str:
+        return f"{MANAGEMENT6}:{self.address.rpartition('.')[2]}"
 
     def command(self, *words: str) -> list[str]:
         """The words that run a command on the host."""
@@ -197,8 +201,10 @@ class Lab:
         self._bridge(self.client, "mgmt")
         self._bridge(self.client, "data")
         self._ip("addr", "add", f"{MANAGEMENT}.1/24", "dev", "mgmt", namespace=self.client)
+        self._ip("addr", "add", f"{MANAGEMENT6}:1/64", "dev", "mgmt", "nodad", namespace=self.client)
         for host in self.hosts:
-            self._link(host.namespace, "mgmt0", self.client, f"m-{host.name}", [f"{host.address}/24"])
+            self._link(host.namespace, "mgmt0", self.client, f"m-{host.name}",
+                       [f"{host.address}/24", f"{host.address6}/64"])
             self._ip("link", "set", f"m-{host.name}", "master", "mgmt", namespace=self.client)
         for number, host in enumerate(self.sources, 1):
             self._link(host.namespace, "eth0", self.client, f"d-{host.name}",
@@ -242,7 +248,8 @@ class Lab:
             path.write_text("".join(fields[name] if line.startswith("root:") else line for line in lines))
         self._generate_key(host.directory / "host_key")
         (host.directory / "sshd_config").write_text("\n".join([
-            f"ListenAddress {host.address}", f"HostKey {host.directory / 'host_key'}", "PidFile none", "UsePAM no",
+            f"ListenAddress {host.address}", f"ListenAddress {host.address6}",
+            f"HostKey {host.directory / 'host_key'}", "PidFile none", "UsePAM no",
             "StrictModes no", f"AuthorizedKeysFile {self.key}.pub", "PasswordAuthentication no",
             "KbdInteractiveAuthentication no", "PermitRootLogin prohibit-password", "UseDNS no",
             "Subsystem sftp internal-sftp", f"SetEnv {environment}", ""]))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -57,6 +58,14 @@ def test_help_has_groups_examples_and_exit_codes() -> None:
     for words in ("what is measured:", "traffic:", "examples:", "exit codes:", "130, 143", "-k KEYFILE"):
         assert words in done.stdout
     assert run("--version").stdout == f"netweaver {netweaver.__version__}\n"
+
+
+def test_help_and_readme_know_the_same_options() -> None:
+    found = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", run("--help").stdout.split("examples:")[0]))
+    table = NETWEAVER.with_name("README.md").read_text().split("## Usage")[1].split("### Traffic")[0]
+    known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", table))
+    assert found - {"-h", "--help", "--version"} - known == set()
+    assert {option for option in known if option.startswith("--")} - found == set()
 
 
 @pytest.mark.parametrize(("text", "parts", "shown"), [

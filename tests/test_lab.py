@@ -214,6 +214,16 @@ def test_ipv6_and_ping(lab: Lab) -> None:
     assert 20 <= found["packets"]["pif"] <= 22           # neighbour discovery is IPv6, too
 
 
+def test_hosts_by_their_ipv6_addresses(lab: Lab) -> None:
+    found = report(lab.netweaver(
+        "-n", NAME, "--hv", f"root@[{lab.hv.address6}]:22", "-s", lab.source.address6, "-d", lab.destination, "-k",
+        str(lab.key), "-c", "600", "--source-command", FAST, "--known-hosts", str(lab.directory / "known6")))
+    assert found["packets"]["matched"] == 600
+    assert found["config"]["hypervisor"] == f"root@[{lab.hv.address6}]"
+    names = {line.split()[0] for line in (lab.directory / "known6").read_text().splitlines()}
+    assert names == {lab.hv.address6, lab.source.address6}
+
+
 def run_code(lab: Lab, code: str) -> str:
     """The output of Python code on the lab's client, with the seed's five arguments at hand."""
     names = {"SOURCE": lab.source.address, "NAME": NAME, "DESTINATION": lab.destination, "HV": lab.hv.address,
