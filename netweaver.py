@@ -1563,8 +1563,8 @@ class KnownHosts:
                 name = paramiko.HostKeys.hash_host(self.name) if self._hashed else self.name
                 file.write(newline + f"{name} {key.get_name()} {key.get_base64()}\n".encode())
         except OSError as error:
-            raise HostConnectionError(f"{self._shown}: can't record its host key in {path}: "
-                                      f"{error.strerror}") from error
+            raise HostConnectionError(f"{self._shown}: can't record its host key in {path}: {error.strerror} "
+                                      "(--known-hosts names another file)") from error
 
 
 def _fingerprint(key: paramiko.PKey) -> str:

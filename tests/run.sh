@@ -11,7 +11,7 @@ prepare $system test
 # Most tests wait for something most of the time, so several run at once; those that measure come after, alone.
 run() {
     status=0
-    .venv/bin/python -m pytest "$@" || status=$?
+    .venv/bin/python -m pytest --basetemp .venv/tmp "$@" || status=$?
     if [ $status = 5 ]; then none=$((none + 1)); elif [ $status != 0 ]; then exit $status; fi       # 5: none selected
 }
 none=0
