@@ -113,9 +113,6 @@ MOST_HEADERS = 32                                    # in one frame; more are no
 TEXT, NOT_FIRST, TRANSLATED, EXTENDED = 0, 0x80, 0x40, 0x20
 
 
-_PCAP_RECORD = Struct("<IIII").pack
-
-
 class _Truncated(Exception):
     """The frame ends before its identity does."""
 
@@ -411,6 +408,7 @@ class Capture:
         """The packets of a pcapng file as records of a little-endian nanosecond pcap, whole ones of one link type."""
         order, base, records = "<", 0, []            # type: str, int, list[bytes]
         interfaces: list[tuple[int, int, int]] = []
+        record = Struct("<IIII").pack
         while more := self._file.read(CHUNK):
             data, at = data + more, 0
             while at + 12 <= len(data):
@@ -440,7 +438,7 @@ class Capture:
                         if records:
                             yield b"".join(records)
                         self._linktype, self._layouts, records = linktype, [], []
-                    records.append(_PCAP_RECORD(*divmod(time, NANOSECONDS), kept, length))
+                    records.append(record(*divmod(time, NANOSECONDS), kept, length))
                     records.append(data[at + 28:at + 28 + kept])
                 elif kind == 3:                      # a simple packet block has no time
                     self.records += 1
@@ -1144,7 +1142,9 @@ class Remote:
 
     @property
     def address(self) -> str:
-        """The IP address of the host, as the connection has it; nothing if that is made by a proxy."""
+        """The IP address of the host, as the connection has it; nothing if that goes through another host."""
+        if len(self._clients) > 1:
+            return ""
         try:
             return str(self.transport().getpeername()[0]).split("%")[0].removeprefix("::ffff:")
         except (OSError, AttributeError, IndexError):
@@ -1166,17 +1166,21 @@ class Remote:
         most `size` bytes, and half of the free space divided by `share`.
         """
         from shlex import quote
+
+        from paramiko import SSHException
         token = f"netweaver-{os.urandom(12).hex()}"
         self._log(f"{self.name}: {command}")
         assignments = {"TOKEN": token, "COMMAND": command, "OUTPUT": output, "LIMIT": str(int(seconds) + 1),
                        "IDLE": str(IDLE_SECONDS), "SIZE": str(size // 1024), "SHARE": str(share)}
         script = "".join(f"{name}={quote(value)}\n" for name, value in assignments.items()) + WRAPPER
-        with _ssh_errors(self.name):
+        try:
             channel = self.transport().open_session(timeout=CONNECT_SECONDS)
             channel.settimeout(CONNECT_SECONDS)
             channel.exec_command("exec sh")
             channel.sendall(script.encode(errors="surrogateescape"))
-            return Job(self.name, command, channel, token, self._changed, sink, most)
+        except (SSHException, EOFError, OSError) as error:
+            raise HostConnectionError(f"{self.name}: can't start a command: {error or 'no answer'}") from error
+        return Job(self.name, command, channel, token, self._changed, sink, most)
 
     def check(self, job: Job) -> None:
         """HostConnectionError if a job has ended since the connection did, not by itself."""
@@ -1266,22 +1270,6 @@ class Remote:
     def close(self) -> None:
         for client in reversed(self._clients):
             client.close()
-
-
-class _ssh_errors:
-    """Turns what paramiko and sockets raise for a broken connection into a HostConnectionError."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        from paramiko import SSHException
-        if isinstance(error, (SSHException, EOFError, OSError)):
-            reason = str(error) or "timed out" if isinstance(error, TimeoutError) else str(error)
-            raise HostConnectionError(f"{self._name}: the SSH connection failed: {reason}") from error
 
 
 class Access:
