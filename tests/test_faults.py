@@ -250,6 +250,18 @@ exec {real} "$@"
     assert message in failure(own_lab.netweaver(*own_lab.arguments(), seconds=15), 5)
 
 
+def test_a_clock_that_is_set_during_the_run(own_lab: Lab) -> None:
+    """Namespaces share the machine's clock, so the hypervisor's date(1) jumps by an hour from its second answer on."""
+    mark = own_lab.hv.directory / "asked"
+    (own_lab.hv.directory / "bin" / "date").write_text(
+        f"#!/bin/sh\nif [ -e {mark} ]; then exec /bin/date -d '+1 hour' \"$@\"; fi\n: >{mark}; exec /bin/date \"$@\"\n")
+    (own_lab.hv.directory / "bin" / "date").chmod(0o755)
+    found = report(own_lab.netweaver(*own_lab.arguments("-c", "600", "--source-command", FAST)))
+    assert "the hypervisor's clock was set by about 3600 s during the run" in found["warnings"][0]
+    assert found["packets"]["matched"] == 600
+    assert "window" not in found["config"]
+
+
 def change_sshd(lab: Lab, old: str, new: str) -> None:
     """Starts the hypervisor's sshd again with another configuration."""
     assert lab.hv.sshd is not None
