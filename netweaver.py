@@ -1194,8 +1194,9 @@ class Remote:
         with self._changed:
             self._changed.wait_for(lambda: job.ended, seconds)
         if job.status is None:
-            self.check(job)
-            self.transport()
+            if not job.flooded:
+                self.check(job)
+                self.transport()
             why = ("did not answer in time" if not job.ended else "says too much" if job.flooded else
                    f"could not be run: {last_line(job.errors)}")
             job.leave(0)
@@ -1207,18 +1208,32 @@ class Remote:
         self.finish(job, seconds)
         return job
 
-    def open_sftp(self) -> paramiko.SFTPClient | None:
-        """An SFTP session; None if the host has none."""
-        from paramiko import SFTPClient, SFTPError, SSHException
+    def request_sftp(self) -> paramiko.Channel | None:
+        """A channel on which an SFTP server was asked for; None if the host has none."""
+        from paramiko import SSHException
         try:
             channel = self.transport().open_session(timeout=CONNECT_SECONDS)
             channel.settimeout(CONNECT_SECONDS)
             channel.invoke_subsystem("sftp")
-            return SFTPClient(channel)
+            return channel
+        except (SSHException, EOFError, OSError):
+            self.transport()
+            return None
+
+    def open_sftp(self, channel: paramiko.Channel | None) -> paramiko.SFTPClient | None:
+        """The SFTP session on a channel that was requested a while ago; None if no server is there.
+
+        A server that ends at once must have had the time to: what is sent on a channel while it closes makes sshd end
+        the whole connection.
+        """
+        from paramiko import SFTPClient, SFTPError, SSHException
+        try:
+            if channel and not channel.closed and not channel.eof_received:
+                return SFTPClient(channel)
         except (SFTPError, SSHException, EOFError, OSError):
             self.transport()
-            self._log(f"{self.name}: no SFTP; files come over the channel of a command")
-            return None
+        self._log(f"{self.name}: no SFTP; files come over the channel of a command")
+        return None
 
     def fetch(self, path: str, local: str, sftp: paramiko.SFTPClient | None, most: int) -> None:
         """Copies a file of the host, of `most` bytes at the most, over SFTP or else over a command's channel.
@@ -1721,6 +1736,7 @@ class NetWeaver:
         self._jobs: list[Job] = []
         self._captures: dict[str, Job] = {}
         self._files: dict[str, str] = {}
+        self._sftp_channels: dict[str, paramiko.Channel | None] = {}
         self._directory: str | None = None
         self._warnings: list[str] = []
         self._config: dict[str, Any] = {}
@@ -1972,6 +1988,8 @@ class NetWeaver:
     def _stop_captures(self) -> None:
         """Stops the captures when the kernel has handed over what it saw."""
         jobs = list(self._captures.values())
+        remote = self._remotes[str(self._hypervisor)]
+        self._sftp_channels = {side: remote.request_sftp() for side in self._captures}
         self._wait(lambda: any(job.ended for job in jobs), DRAIN_SECONDS)
         self._check_captures()
         for job in jobs:
@@ -1982,7 +2000,7 @@ class NetWeaver:
     def _pull(self, remote: Remote, side: str) -> None:
         job = self._captures[side]
         local = os.path.join(self._directory or "", f"{side}.pcap")
-        sftp = remote.open_sftp()
+        sftp = remote.open_sftp(self._sftp_channels[side])
         try:
             remote.fetch(f"{job.directory}/{side}.pcap", local, sftp, self.max_capture_size)
         finally:
