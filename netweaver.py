@@ -1334,7 +1334,7 @@ class Access:
             clients: list[paramiko.SSHClient] = []
             begun = time.monotonic()
             try:
-                sock = self._socket(target, host, port, user, settings, clients, depth)
+                sock = self._socket(target, host, port, settings, clients, depth)
                 clients.append(self._session(sock, host, port, user, key, files, known))
                 return clients
             except BaseException as error:
@@ -1362,7 +1362,7 @@ class Access:
         except Exception as error:                   # whatever its parser makes of a strange file
             raise HostConnectionError(f"{path}: can't use it: {last_line(str(error))}") from error
 
-    def _socket(self, target: Target, host: str, port: int, user: str, settings: Mapping[str, Any],
+    def _socket(self, target: Target, host: str, port: int, settings: Mapping[str, Any],
                 clients: list[paramiko.SSHClient], depth: int) -> socket.socket | paramiko.Channel:
         """The way to a host: TCP, a command, or a channel through other hosts, which are added to the clients."""
         import socket
