@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     Block = tuple[list[bytes], array[int]]           # identities, and the times at which they were seen
     Result = TypeVar("Result")
+    Run = Callable[..., str]
 
 __version__ = "1.0.0"
 __all__ = [
@@ -355,14 +356,14 @@ class Capture:
 
     The counts are complete when the iteration is: `records` in the file, `other` of them without an IP packet,
     `filtered` of them with other addresses, `cut` of them too short to identify the packet, and `partial`, the
-    number of bytes of a last record that is not whole.
+    number of bytes of a last record that is not whole; `last` is the time of the last packet (ns).
     """
 
     def __init__(self, file: BinaryIO, name: str, *, translated: bool = False, sources: Iterable[str] = (),
                  destinations: Iterable[str] = ()) -> None:
         self.name = name
         self.records = self.other = self.filtered = self.cut = self.partial = 0
-        self.precision = "microseconds"
+        self.precision, self.last = "microseconds", 0
         self._file, self._translated = file, translated
         self._wanted = [packed_addresses(sources), packed_addresses(destinations)]
         self._order, self._unit, self._linktype = "<", 1, -1
@@ -376,6 +377,8 @@ class Capture:
             times: array[int] = array("q")
             used = self._take(data, base, keys, times)
             base, rest = base + used, data[used:]
+            if times:
+                self.last = times[-1]
             yield keys, times
         self.partial = self.partial or len(rest)
 
@@ -616,6 +619,47 @@ def describe(identity: bytes) -> dict[str, Any]:
     return fields
 
 
+def _probe(identity: bytes) -> tuple[int, bytes, bytes, int] | None:
+    """IP protocol, source, destination, and the offset of the transport header; None if it isn't one packet's own."""
+    kind, version = identity[0], identity[0] & 15
+    if version not in (4, 6) or kind & (NOT_FIRST | TRANSLATED | EXTENDED):
+        return None
+    at, size = (6, 4) if version == 4 else (4, 16)
+    return identity[at - 1], identity[at:at + size], identity[at + size:at + 2 * size], at + 2 * size
+
+
+def expected_answers(identity: bytes) -> list[bytes]:
+    """What `answer_key` gives for the answer to a packet, which is one of these; none if the packet is no probe.
+
+    A SYN's data may be acknowledged with it or not.
+    """
+    probe = _probe(identity)
+    if probe is None:
+        return []
+    protocol, source, destination, at = probe
+    if protocol == TCP and identity[at + 13] & 0x17 == SYN:
+        ports, (sequence,) = identity[at + 2:at + 4] + identity[at:at + 2], unpack_from(">I", identity, at + 4)
+        length = int.from_bytes(identity[1:3], "big") - (20 if len(source) == 4 else 0) - (identity[at + 12] >> 4) * 4
+        return [b"T" + destination + source + ports + ((sequence + 1 + data) & 0xFFFFFFFF).to_bytes(4, "big")
+                for data in {0: 0, max(0, length): 0}]
+    if (protocol, identity[at]) in ((ICMP, 8), (ICMPV6, 128)):
+        return [b"E" + destination + source + identity[at + 2:at + 6]]
+    return []
+
+
+def answer_key(identity: bytes) -> bytes | None:
+    """What tells to which probe a packet is the answer; None if it is none: SYN/ACK, RST or echo reply."""
+    answer = _probe(identity)
+    if answer is None:
+        return None
+    protocol, source, destination, at = answer
+    if protocol == TCP and identity[at + 13] & 0x14 and identity[at + 13] & (SYN | 0x04):
+        return b"T" + source + destination + identity[at:at + 4] + identity[at + 8:at + 12]
+    if (protocol, identity[at]) in ((ICMP, 0), (ICMPV6, 129)):
+        return b"E" + source + destination + identity[at + 2:at + 6]
+    return None
+
+
 class TextCapture:
     """The packets in a text capture, one a line, as one block of sightings.
 
@@ -698,16 +742,15 @@ SAMPLE = 1000                                        # unmatched packets that ar
 
 
 class Matching:
-    """Which packets of the pif were seen on the vif, and when.
+    """Which packets that passed one point (the pif, say) were seen at a second one (the vif), and when.
 
-    By the packet's rank in the pif's order: `identities`, `sent` (t_pif) and `delays` (D, or LOST), in nanoseconds;
-    `arrivals` are the ranks of the matched packets in the vif's order.  `pif` and `vif` count the sightings,
-    `duplicated` the copies on the vif beyond those on the pif (`extra_copies` by rank), `vif_only` the sightings of
-    packets never seen on the pif (`stranger_times` are all of their times, `strangers` the first identities).  `alike`
-    are the ranks of the packets that share their identity with another one; `last_seen` is the last time on the vif.
+    By the packet's rank in the order of the first point: `identities`, `sent` (the time there) and `delays` (D, or
+    LOST), in nanoseconds; `arrivals` are the ranks of the matched packets in the order of the second.  `first` and
+    `second` count the sightings, `duplicated` the copies at the second beyond those at the first (`extra_copies` by
+    rank), `second_only` the sightings of packets never seen at the first (`stranger_times` are all of their times,
+    `strangers` the first identities).  `alike` are the ranks of the packets that share their identity with another one.
     """
-    __slots__ = ("alike", "arrivals", "delays", "extra_copies", "identities", "last_seen", "sent", "stranger_times",
-                 "strangers")
+    __slots__ = ("alike", "arrivals", "delays", "extra_copies", "identities", "sent", "stranger_times", "strangers")
 
     def __init__(self) -> None:
         self.identities: list[bytes] = []
@@ -718,22 +761,21 @@ class Matching:
         self.strangers: list[bytes] = []
         self.stranger_times: array[int] = array("q")
         self.alike: set[int] = set()
-        self.last_seen = 0
 
     @property
-    def pif(self) -> int:
+    def first(self) -> int:
         return len(self.sent)
 
     @property
-    def vif(self) -> int:
-        return self.matched + self.duplicated + self.vif_only
+    def second(self) -> int:
+        return self.matched + self.duplicated + self.second_only
 
     @property
     def duplicated(self) -> int:
         return sum(self.extra_copies.values())
 
     @property
-    def vif_only(self) -> int:
+    def second_only(self) -> int:
         return len(self.stranger_times)
 
     @property
@@ -742,39 +784,38 @@ class Matching:
 
     @property
     def lost(self) -> int:
-        return self.pif - self.matched
+        return self.first - self.matched
 
     def samples(self) -> list[int]:
-        """The delays of the matched packets, in the pif's order."""
+        """The delays of the matched packets, in the order of the first point."""
         return [delay for delay in self.delays if delay != LOST] if self.lost else self.delays.tolist()
 
 
-def match(pif: Iterable[Block], vif: Iterable[Block]) -> Matching:
-    """Pairs the sightings on the pif with those on the vif: the k-th copy of a packet with its k-th copy."""
+def match(first: Iterable[Block], second: Iterable[Block]) -> Matching:
+    """Pairs the sightings at one point with those at a second: the k-th copy of a packet with its k-th copy."""
     result = Matching()
-    identities, sent, first = result.identities, result.sent, {}       # type: list[bytes], array[int], dict[bytes, int]
+    identities, sent, known = result.identities, result.sent, {}       # type: list[bytes], array[int], dict[bytes, int]
     copies: dict[bytes, list[int]] = {}              # the ranks of further copies, by identity
-    for keys, times in pif:
-        start, known = len(identities), len(first)
-        ranks = list(map(first.setdefault, keys, count(start)))
+    for keys, times in first:
+        start, distinct = len(identities), len(known)
+        ranks = list(map(known.setdefault, keys, count(start)))
         identities += keys
         sent.extend(times)
-        if len(first) - known < len(keys):
+        if len(known) - distinct < len(keys):
             for rank, (key, original) in enumerate(zip(keys, ranks), start):
                 if rank != original:
                     copies.setdefault(key, []).append(rank)
     order: list[bytes | None] = [*identities, None] if copies else identities    # type: ignore[assignment]
     for key, ranks in copies.items():
-        result.alike.update(ranks, (first[key],))
+        result.alike.update(ranks, (known[key],))
         for rank in ranks:
             order[rank] = None                       # never the expected one
     further = {key: iter(ranks) for key, ranks in copies.items()}
     size = len(sent)
     result.delays = delays = array("q", [LOST]) * size
-    arrivals, seen, find = result.arrivals, bytearray(size), first.get
+    arrivals, seen, find = result.arrivals, bytearray(size), known.get
     expected = 0
-    for keys, times in vif:
-        result.last_seen = times[-1] if times else result.last_seen
+    for keys, times in second:
         for place in range(0, len(keys), ABREAST):
             some, when = keys[place:place + ABREAST], times[place:place + ABREAST]
             until = expected + len(some)
@@ -806,18 +847,18 @@ def match(pif: Iterable[Block], vif: Iterable[Block]) -> Matching:
     return result
 
 
-def within(matching: Matching, start: int, pif_end: int, vif_end: int) -> Matching:
+def within(matching: Matching, start: int, first_end: int, second_end: int) -> Matching:
     """What is left of a matching when only the time counts in which both captures certainly ran (ns).
 
-    Both saw everything from `start` on, the pif's until `pif_end` and the vif's until `vif_end`.  A packet counts if it
-    passed the pif in that time, and so early that even the longest delay would have brought it to the vif in time; one
-    that only the vif saw, if it can't have passed the pif before `start`.
+    Both saw everything from `start` on, the first until `first_end` and the second until `second_end`.  A packet counts
+    if it passed the first point in that time, and so early that even the longest delay would have brought it to the
+    second in time; one that only the second saw, if it can't have passed the first before `start`.
     """
     longest = max(0, max(matching.delays, default=0))
-    end = min(pif_end, vif_end - longest)
+    end = min(first_end, second_end - longest)
     ranks = [rank for rank, time in enumerate(matching.sent) if start <= time <= end]
-    times = [time for time in matching.stranger_times if start + longest <= time <= pif_end]
-    if len(ranks) == matching.pif and len(times) == matching.vif_only:
+    times = [time for time in matching.stranger_times if start + longest <= time <= first_end]
+    if len(ranks) == matching.first and len(times) == matching.second_only:
         return matching
     new = {rank: place for place, rank in enumerate(ranks)}
     kept = Matching()
@@ -827,7 +868,7 @@ def within(matching: Matching, start: int, pif_end: int, vif_end: int) -> Matchi
     kept.extra_copies = {new[rank]: copies for rank, copies in matching.extra_copies.items() if rank in new}
     kept.alike = {new[rank] for rank in matching.alike if rank in new}
     kept.stranger_times.extend(times)
-    kept.strangers, kept.last_seen = matching.strangers, matching.last_seen
+    kept.strangers = matching.strangers
     return kept
 
 
@@ -851,6 +892,36 @@ def since(blocks: Iterable[Block], start: int) -> Iterator[Block]:
             kept = [place for place, time in enumerate(times) if time >= start]
             keys, times = [keys[place] for place in kept], array("q", map(times.__getitem__, kept))
         yield keys, times
+
+
+def guest_times(inbound: Matching, outbound: Matching) -> tuple[list[int], dict[str, int]]:
+    """How long the VM took from each probe's passing the vif to its answer's (ns).
+
+    A probe is a TCP SYN, answered by acknowledgment number, or an ICMP echo request, answered by identifier and
+    sequence number.  Takes the matchings from pif to vif and from vif to pif.  Also counts the probes on the vif:
+    `answered`, `unanswered`, and `ambiguous`: sent several times, so that their answers can't be told apart.
+    """
+    probes: dict[bytes, int] = {}                    # by what their answer will have; when they came to the vif
+    keys: dict[bytes, list[bytes]] = {}
+    ambiguous = 0
+    for rank in inbound.arrivals:
+        expected = expected_answers(inbound.identities[rank])
+        if not expected:
+            continue
+        arrived = inbound.sent[rank] + inbound.delays[rank]
+        ambiguous += expected[0] in keys
+        keys[expected[0]] = [] if expected[0] in keys else expected
+        probes.update(dict.fromkeys(expected, arrived))
+    repeated = sum(not expected for expected in keys.values())
+    first: dict[bytes, int] = {}
+    for identity, time in zip(outbound.identities, outbound.sent):
+        key = answer_key(identity)
+        if key is not None and time >= probes.get(key, time + 1):
+            first.setdefault(key, time)
+    times = [min(first[key] for key in expected if key in first) - probes[expected[0]]
+             for expected in keys.values() if any(key in first for key in expected)]
+    unanswered = len(keys) - repeated - len(times)
+    return times, {"answered": len(times), "unanswered": unanswered, "ambiguous": ambiguous + repeated}
 
 
 def reordering(arrivals: Sequence[int]) -> dict[int, int]:
@@ -980,6 +1051,8 @@ ANSWER_SECONDS = 12                                  # for a look-up or a tool's
 ALIVE_SECONDS, IDLE_SECONDS = 2, 10
 DEAD_PEER_SECONDS = 8                                # unacknowledged data after which the network is down
 SLOWEST_TRANSFER = 100_000                           # bytes per second
+SUDO_SHELL = """exec sh -c 'if [ "$(id -u)" = 0 ]; then exec sh; else exec sudo -n sh; fi'"""
+SUDO_HINT = " (--sudo needs a rule with NOPASSWD in that host's sudoers)"
 LARGEST_ANSWER = 1 << 20
 
 
@@ -1135,8 +1208,9 @@ class Remote:
     """An SSH connection to a host: runs commands under WRAPPER and fetches files."""
 
     def __init__(self, target: Target, access: Access, changed: threading.Condition,
-                 log: Callable[[str], None]) -> None:
+                 log: Callable[[str], None], sudo: bool = False) -> None:
         self.name = str(target)
+        self._shell = SUDO_SHELL if sudo else "exec sh"
         self._changed, self._log = changed, log
         self._clients = access.connect(target)
 
@@ -1176,7 +1250,7 @@ class Remote:
         try:
             channel = self.transport().open_session(timeout=CONNECT_SECONDS)
             channel.settimeout(CONNECT_SECONDS)
-            channel.exec_command("exec sh")
+            channel.exec_command(self._shell)
             channel.sendall(script.encode(errors="surrogateescape"))
         except (SSHException, EOFError, OSError) as error:
             raise HostConnectionError(f"{self.name}: can't start a command: {error or 'no answer'}") from error
@@ -1198,7 +1272,7 @@ class Remote:
                 self.check(job)
                 self.transport()
             why = ("did not answer in time" if not job.ended else "says too much" if job.flooded else
-                   f"could not be run: {last_line(job.errors)}")
+                   f"could not be run: {last_line(job.errors)}{SUDO_HINT if 'sudo' in job.errors else ''}")
             job.leave(0)
             raise RemoteCommandError(f"{self.name}: {job.command}: {why}")
 
@@ -1622,7 +1696,17 @@ def in_parallel(*calls: Callable[[], Result], seconds: float | None = None) -> l
     return [results[place] for place in range(len(calls))]
 
 
-# ---- Toolstacks: a VM's name in, its interface out -----------------------------------------------------------
+# ---- Toolstacks: a VM's name in, its interfaces out ----------------------------------------------------------
+# For each toolstack there is a function of `run`, the VM's name and the number of its interface, which returns the
+# interface's name on the hypervisor; for xe also one that returns the physical interfaces behind it, and whether a
+# tunnel is in between.  `run(command, hint)` is NetWeaver.run_command: it returns the output of a shell command on
+# the hypervisor, and raises RemoteCommandError, with the hint, if that fails.
+
+XE_HINT = "is xapi up there? systemctl status xapi tells"
+VM_INTERFACE = re.compile(r"(vif|tap|emu)\d+\.\d+|(tap|veth|fwln|fwpr|fwbr)\d+[ip]\d+|vnet\d+|veth[0-9a-f]{6,}"
+                          r"|(tap|qvb|qvo|qbr)[0-9a-f-]{9,}")
+TUNNELS = ("vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "stt")
+
 
 def xe_dom_id_command(name_label: str) -> str:
     """Prints the dom-ids of the VMs with a name, then those of them that live on this host, a line each."""
@@ -1655,23 +1739,277 @@ def parse_xe_dom_id(answer: str, name_label: str) -> int:
     return int(dom_ids[0])
 
 
+def xe_vif(run: Run, name: str, number: int) -> str:
+    """On XenServer and XCP-ng."""
+    return f"vif{parse_xe_dom_id(run(xe_dom_id_command(name), XE_HINT), name)}.{number}"
+
+
+def parse_minimal(answer: str) -> list[str]:
+    """The values that `xe --minimal` printed."""
+    values = re.findall(r"((?:[^,\\]|\\.)+)", answer.strip())
+    return [re.sub(r"\\(.)", r"\1", value) for value in values]
+
+
+def xe_uplinks(run: Run, name: str, number: int) -> tuple[list[str], bool]:
+    """The physical interfaces of the network of a VM's interface, and whether that network is a tunnel.
+
+    A VLAN is captured on its parent, a bond on its slaves: with Open vSwitch a bond is no device.
+    """
+    from shlex import quote
+
+    def ask(query: str, params: str) -> list[str]:
+        return parse_minimal(run(f"xe {query} params={params} --minimal", XE_HINT))
+
+    host = run(". /etc/xensource-inventory && echo $INSTALLATION_UUID", "is this XenServer or XCP-ng?").strip()
+    vms = ask(f"vm-list name-label={quote(name)} is-control-domain=false resident-on={host}", "uuid")
+    if len(vms) != 1:
+        raise RemoteCommandError(f"{len(vms) or 'no'} VMs with the name-label {name!r} run on this host")
+    networks = ask(f"vif-list vm-uuid={vms[0]} device={number}", "network-uuid")
+    if not networks:
+        raise RemoteCommandError(f"the VM {name!r} has no interface number {number} (--num; xe vif-list "
+                                 f"vm-uuid={vms[0]} shows them)")
+    pifs = ask(f"pif-list network-uuid={networks[0]} host-uuid={host}", "uuid")
+    if not pifs:
+        raise RemoteCommandError(f"interface {number} of the VM {name!r} is in an internal network, without a physical "
+                                 "interface on this host: give the interface to compare with by -i")
+    transport = ask(f"tunnel-list access-PIF={pifs[0]}", "transport-PIF")
+    devices = ask(f"pif-list uuid={(transport or pifs)[0]}", "device")
+    for parent in ask(f"pif-list device={devices[0]} host-uuid={host} VLAN=-1", "uuid") if devices else ():
+        for bond in ask(f"bond-list master={parent}", "uuid"):
+            devices = ask(f"pif-list bond-slave-of={bond}", "device") or devices
+    if not devices:
+        raise RemoteCommandError(f"xe names no device of the PIF {(transport or pifs)[0]}: give it by -i")
+    return devices, bool(transport)
+
+
+def xl_vif(run: Run, name: str, number: int) -> str:
+    """On plain Xen."""
+    from shlex import quote
+    answer = run(f"xl domid -- {quote(name)}", "it isn't running, or has another name: xl list shows them").strip()
+    if not re.fullmatch(r"\d{1,9}", answer, re.ASCII):
+        raise RemoteCommandError(f"xl answered {answer[:80]!r} for {name!r}, which is no domain id")
+    if answer == "0":
+        raise RemoteCommandError(f"{name!r} is the control domain, which has no vif")
+    return f"vif{answer}.{number}"
+
+
+def virsh_vif(run: Run, name: str, number: int) -> str:
+    """On libvirt, with KVM for example."""
+    from shlex import quote
+    hint = "virsh list --all shows the names; systemctl status libvirtd whether libvirt runs"
+    if re.fullmatch(r"\d+", name, re.ASCII):         # virsh takes a number for a domain's id first
+        found = run(f"LC_ALL=C virsh -q domname --domain {quote(name)}", hint).strip()
+        if found != name:
+            raise RemoteCommandError(f"virsh takes {name!r} for the id of the domain {found!r}: give that name, or the "
+                                     "UUID of the one that you mean (virsh domuuid)")
+    return parse_virsh_domiflist(run(f"LC_ALL=C virsh -q domiflist --domain {quote(name)}", hint), name, number)
+
+
+def parse_virsh_domiflist(answer: str, name: str, number: int) -> str:
+    """The interface in row `number` of virsh's table; RemoteCommandError if it has none.
+
+    Old versions print a header and a rule in spite of -q; the interfaces of a domain that is shut off are "-".
+    """
+    rows = [line.split() for line in answer.splitlines() if line.strip()]
+    rows = [row for row in rows if row[:2] != ["Interface", "Type"] and not re.fullmatch("-{2,}", row[0])]
+    if number >= len(rows):
+        raise RemoteCommandError(f"the domain {name!r} has {len(rows)} interfaces, and none of number {number} (--num "
+                                 f"counts from 0; virsh domiflist {name} shows them)")
+    if rows[number][0] == "-":
+        raise RemoteCommandError(f"the domain {name!r} is shut off, or its interface {number} has no device on the "
+                                 "host (hostdev, vhost-user): start it first (virsh domstate)")
+    return rows[number][0]
+
+
+def qm_vif(run: Run, name: str, number: int) -> str:
+    """On Proxmox VE."""
+    return f"tap{parse_qm_list(run('qm list', 'is this a Proxmox VE host?'), name)}i{number}"
+
+
+def parse_qm_list(answer: str, name: str) -> int:
+    """The VMID of a running VM by its name or, if none has that name, its VMID; RemoteCommandError if it isn't one."""
+    vms = re.findall(r"^\s*(\d+)\s+(\S.*?)\s+(\S+)\s+\d+\s+[\d.]+\s+\d+\s*$", answer, re.MULTILINE | re.ASCII)
+    found = [vm for vm in vms if vm[1] == name] or [vm for vm in vms if vm[0] == name]
+    if not found:
+        raise RemoteCommandError(f"there is no VM {name!r} on this host (qm list shows them; a container's interface "
+                                 "is given with --vif veth<id>i<n>)")
+    if len(found) > 1:
+        ids = ", ".join(vmid for vmid, _, _ in found)
+        raise RemoteCommandError(f"{len(found)} VMs have the name {name!r} (VMIDs {ids}): give the VMID as -n")
+    vmid, _, status = found[0]
+    if status != "running":
+        raise RemoteCommandError(f"the VM {name!r} (VMID {vmid}) is {status}: start it first (qm start {vmid})")
+    return int(vmid)
+
+
+TOOLSTACKS = {"xe": xe_vif, "xl": xl_vif, "virsh": virsh_vif, "qm": qm_vif}
+
+LINKS_COMMAND = """\
+ip -o -d link || exit; command -v ovs-vsctl >/dev/null || exit 0
+for bridge in `ovs-vsctl list-br`; do
+  echo "ovs `ovs-vsctl br-to-parent $bridge` "`ovs-vsctl list-ifaces $bridge`
+done; echo "ovs-interfaces `ovs-vsctl -f json --columns=name,type,options list Interface | tr -d '\\n'`\""""
+
+
+class Links:
+    """The network interfaces of a host and how they hang together, from what LINKS_COMMAND printed."""
+
+    def __init__(self, answer: str) -> None:
+        self.kinds: dict[str, str] = {}              # "" for hardware
+        self.bridges: dict[str, str] = {}            # port: bridge (or bond)
+        self.peers: dict[str, str] = {}              # the other end, or what an interface is stacked on
+        self.remotes: dict[str, str] = {}            # of tunnels
+        for line in answer.splitlines():
+            if line.startswith("ovs "):
+                bridge, *ports = line.split()[1:]
+                self.bridges.update(dict.fromkeys(ports, f"ovs {bridge}"))
+            elif line.startswith("ovs-interfaces "):
+                self._open_vswitch(line.split(None, 1)[1])
+            elif found := re.match(r"\d+: ([^\s:@]+)(?:@([^\s:]+))?: ", line):
+                name, peer = found.groups()
+                kind = re.search(r"\\\s+link/[^\\]*\\\s+(\w+)\b", line)
+                self.kinds[name] = kind[1] if kind and not kind[1].endswith("_slave") else ""
+                for pattern, into in ((r" master (\S+)", self.bridges), (r" dev (\S+)", self.peers),
+                                      (r" remote (\S+)", self.remotes)):
+                    if value := re.search(pattern, line):
+                        into.setdefault(name, value[1])
+                if peer and not re.fullmatch(r"if\d+|NONE", peer):
+                    self.peers[name] = peer
+
+    def _open_vswitch(self, text: str) -> None:
+        import json
+        try:
+            rows = json.loads(text)["data"]
+        except (ValueError, KeyError):
+            return
+        for name, kind, (_, options) in rows:
+            settings = dict(options)
+            if kind == "patch" and "peer" in settings:
+                self.kinds[name], self.peers[name] = "patch", settings["peer"]
+            if kind in TUNNELS and "remote_ip" in settings:
+                self.kinds[name], self.remotes[name] = kind, settings["remote_ip"]
+
+    def uplinks(self, interface: str) -> tuple[set[str], list[str]]:
+        """What leads out of the host from the bridge of an interface: physical interfaces, and tunnels' names."""
+        devices: set[str] = set()
+        tunnels: list[str] = []
+        seen, todo = {interface}, [interface]
+        while todo:
+            for port in self._ports(self.bridges.get(todo.pop(), "")):
+                if port in seen:
+                    continue
+                seen.add(port)
+                kind, peer = self.kinds.get(port, ""), self.peers.get(port, "")
+                if kind in TUNNELS:
+                    tunnels.append(port)
+                elif kind in ("veth", "patch") and peer in self.bridges:     # on to another bridge of this host
+                    seen.add(peer)
+                    todo.append(peer)
+                elif kind not in ("tun", "patch", "openvswitch") and not VM_INTERFACE.fullmatch(port):
+                    devices |= self.bottom(port)
+        return devices, tunnels
+
+    def bottom(self, device: str, depth: int = 8) -> set[str]:
+        """The physical interfaces of which a VLAN, a bond or a bridge is made; the device itself if it is none."""
+        kind, below = self.kinds.get(device, ""), []         # type: str, list[str]
+        if kind == "vlan" and device in self.peers:
+            below = [self.peers[device]]
+        elif kind in ("bond", "team", "bridge"):
+            below = self._ports(device)
+        elif kind == "openvswitch":
+            below = self._ports(f"ovs {device}")
+        below = [port for port in below if not VM_INTERFACE.fullmatch(port) and self.kinds.get(port) != "tun"]
+        if depth and below and below != [device]:
+            return {found for port in below if port != device for found in self.bottom(port, depth - 1)}
+        return {device}
+
+    def _ports(self, bridge: str) -> list[str]:
+        return [port for port, of in self.bridges.items() if of == bridge]
+
+
+def bridge_uplinks(run: Run, vif: str) -> tuple[list[str], bool]:
+    """The physical interfaces behind the bridge (or Open vSwitch) of a vif, and whether it leads into a tunnel."""
+    from shlex import quote
+    links = Links(run(LINKS_COMMAND, "name the physical interface with -i"))
+    devices, tunnels = links.uplinks(vif)
+    for tunnel in tunnels:
+        carrier, remote = links.peers.get(tunnel), links.remotes.get(tunnel, "")
+        if not carrier and re.fullmatch(r"[0-9A-Fa-f.:]+", remote):
+            route = re.search(r" dev (\S+)", run(f"ip -o route get {quote(remote)}"))
+            carrier = route[1] if route else None
+        devices |= links.bottom(carrier) if carrier else set()
+    if not devices:
+        bridge = links.bridges.get(vif)
+        why = (f"its bridge {bridge.removeprefix('ovs ')} has no physical interface" if bridge else
+               "it is in no bridge" if vif in links.kinds else "there is no such interface")
+        raise RemoteCommandError(f"can't find the physical interface behind {vif}: {why}: give it with -i (there are: "
+                                 f"{', '.join(sorted(name for name in links.kinds if name != 'lo'))})")
+    return sorted(devices), bool(tunnels)
+
+
 # ---- NetWeaver: the orchestration ----------------------------------------------------------------------------
 
 DRAIN_SECONDS = 1.1                                  # the kernel hands its blocks of packets over up to 1 s late
 SNAPLEN = 128                                        # Ethernet, two tags, IPv6, TCP with options
+OVERLAY_SNAPLEN = 448                                # and the same around it, with UDP and Geneve's options
 BUFFER_KIB = 16384
 TRANSMITTED = re.compile(r"^(\d+) packets transmitted", re.MULTILINE)    # hping3's statistics, on stderr
 
 
-def capture_filter(sources: Iterable[str], destination: str) -> str:
-    """The pcap-filter(7) expression for IP packets from one of the sources to the destination (literals)."""
-    version = "ip6" if ":" in destination else "ip"
-    hosts = [f"src host {source}" for source in sources if (":" in source) == (":" in destination)]
-    either = f" and ({' or '.join(hosts)})" if hosts else ""
-    return f"{version}{either} and dst host {destination}"
+def capture_filter(sources: Iterable[str], destination: str, direction: str = "in") -> str:
+    """The pcap-filter(7) expression for IP packets between the sources (all, if none is given) and the destination.
+
+    Takes addresses, not names, of one IP version.
+    """
+    def term(end: int, address: str) -> str:
+        return f"{('src', 'dst')[end]} host {address}"
+
+    return f"{'ip6' if ':' in destination else 'ip'} and {_flows(term, list(sources), destination, direction)}"
 
 
-def capture_command(interface: str, expression: str, tcpdump_help: str) -> str:
+def tunnel_filter(sources: Iterable[str], destination: str, direction: str = "in") -> str:
+    """The expression for VXLAN, Geneve and GRE packets that may carry a packet for which `capture_filter` is.
+
+    It looks into the tunnel where that packet is at a fixed place (in VXLAN, and Geneve without options, over IPv4 and
+    without an inner tag), and takes all other packets of tunnels.
+    """
+    from ipaddress import ip_address
+    ethertype, addresses = ("0x86dd", (38, 54)) if ":" in destination else ("0x0800", (42, 46))     # from UDP's header
+
+    def term(end: int, address: str) -> str:
+        at, packed = addresses[end], ip_address(address).packed
+        return f"({' and '.join(f'udp[{at + i}:4] = 0x{packed[i:i + 4].hex()}' for i in range(0, len(packed), 4))})"
+
+    plain = f"udp[28:2] != {ethertype} or ({_flows(term, list(sources), destination, direction)})"
+    ports = "udp dst port 4789 or udp dst port 8472 or udp dst port 6081"
+    return (f"(ip and ({ports}) and ((udp dst port 6081 and udp[8] & 0x3f != 0) or {plain})) or (ip6 and ({ports})) "
+            "or ip proto 47 or ip6 proto 47")
+
+
+def _flows(term: Callable[[int, str], str], sources: Sequence[str], destination: str, direction: str) -> str:
+    """An expression for packets of the directions; `term` is that for an address at an end (0: source, 1: destination).
+
+    In an expression `and` binds no stronger than `or`.
+    """
+    def way(theirs: int, ours: int) -> str:
+        ends = [term(theirs, source) for source in sources]
+        either = [f"({' or '.join(ends)})"] if len(ends) > 1 else ends
+        return " and ".join([*either, term(ours, destination)])
+
+    if direction == "both":
+        return f"(({way(0, 1)}) or ({way(1, 0)}))"
+    return way(1, 0) if direction == "out" else way(0, 1)
+
+
+def tagged_filter(expression: str) -> str:
+    """An expression for an Ethernet interface which finds packets under up to two VLAN tags, too.
+
+    `vlan` shifts all that follows it, and knows tags in the frame as well as those that the card has taken out of it.
+    """
+    return f"({expression}) or (vlan and (({expression}) or (vlan and ({expression}))))"
+
+
+def capture_command(interface: str, expression: str, tcpdump_help: str, snaplen: int = SNAPLEN) -> str:
     """The shell command that writes a pcap of what passes an interface to its standard output.
 
     A large buffer and nanosecond stamps where the help of this tcpdump knows them (since 4.0 and 4.6); -p leaves
@@ -1680,7 +2018,52 @@ def capture_command(interface: str, expression: str, tcpdump_help: str) -> str:
     from shlex import quote
     options = f" -B {BUFFER_KIB}" if "[ -B size ]" in tcpdump_help else ""
     options += " --time-stamp-precision=nano" if "--time-stamp-precision" in tcpdump_help else ""
-    return f"exec tcpdump -i {quote(interface)} -p -nn -s {SNAPLEN}{options} -w - -- {quote(expression)}"
+    return f"exec tcpdump -i {quote(interface)} -p -nn -s {snaplen}{options} -w - -- {quote(expression)}"
+
+
+OFFLOADS = ("generic-receive-offload", "generic-segmentation-offload", "large-receive-offload", "rx-vlan-offload",
+            "tcp-segmentation-offload", "tx-vlan-offload")
+
+
+def facts_command(pifs: Iterable[str], vif: str) -> str:
+    """A shell command that prints what the hypervisor tells of itself and its interfaces, a fact a line."""
+    from shlex import quote
+    lines = ['echo "kernel `uname -r`"; echo "load `cat /proc/loadavg`"',
+             'echo "cpus `grep -c ^processor /proc/cpuinfo`"',
+             "cd /sys/class/net || exit 0",
+             f'v={quote(vif)}; echo "ifindex `cat "$v/ifindex"`"; echo "bridge `readlink "$v/master"`"',
+             'echo "ovs `ovs-vsctl --version | head -n 1`"',
+             'echo "backend `cat /etc/xensource/network.conf`"']
+    for pif in pifs:
+        lines.append(f'p={quote(pif)}; echo "pif $p type `cat "$p/type"`"; '
+                     'echo "pif $p driver `readlink "$p/device/driver"`"; '
+                     f"ethtool -k \"$p\" | sed -n 's/^\\([a-z-]*\\): on.*/\\1/p' | while read f; do "
+                     'echo "pif $p offload $f"; done')
+    return "{ " + "\n".join(lines) + "\n} 2>/dev/null"
+
+
+def platform(facts: str, tcpdump_help: str) -> dict[str, Any]:
+    """The platform (RFC 8172), as far as the output of `facts_command` and tcpdump's usage message tell."""
+    found = dict(re.findall(r"^(kernel|cpus|load|bridge|ovs|backend) (.*\S)", facts, re.MULTILINE))
+    version = re.search(r"tcpdump version (\S+)", tcpdump_help)
+    bridge = os.path.basename(found.get("bridge", ""))
+    ovs = re.search(r"\d[\d.]*\d", found.get("ovs", ""))
+    known: dict[str, Any] = {"kernel": found.get("kernel"), "tcpdump": version[1] if version else None}
+    if bridge == "ovs-system" or (not bridge and found.get("backend") == "openvswitch"):
+        known["switch"] = f"Open vSwitch {ovs[0]}" if ovs else "Open vSwitch"
+    else:
+        known["switch"] = "bridge" if bridge or found.get("backend") == "bridge" else None
+    known["cpus"] = int(found["cpus"]) if found.get("cpus", "").isdigit() else None
+    known["load"] = [float(value) for value in re.findall(r"\d+\.\d+", found.get("load", ""))[:3]] or None
+    pifs: dict[str, dict[str, Any]] = {}
+    for name, what, value in re.findall(r"^pif (\S+) (driver|offload) ?(.*)$", facts, re.MULTILINE):
+        pif = pifs.setdefault(name, {"driver": None, "offloads": []})
+        if what == "driver":
+            pif["driver"] = os.path.basename(value) or None
+        elif value in OFFLOADS:
+            pif["offloads"].append(value)
+    known["pifs"] = pifs or None
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def tcpdump_counts(errors: str) -> dict[str, int]:
@@ -1695,48 +2078,72 @@ def tcpdump_counts(errors: str) -> dict[str, int]:
                        errors, re.MULTILINE)}
 
 
-class NetWeaver:
-    """Measures the time that packets take from a hypervisor's physical interface to a VM's virtual one.
+class Recording:
+    """One capture of a run: of which side (pif or vif) and interface, the job that makes it, and its file here."""
 
-    `source_ip` (one, or several) and `destination_host_ip` are `[user@]host[:port]`; `destination_name_label` is
-    the VM's name in the toolstack and `destination_ip` its address.  Without `ssh_key_path` the SSH agent and the
-    default keys are used; `host_key_checking`, `known_hosts` and `ask` are those of Access.  `timeout` bounds the
-    traffic (seconds), `max_capture_size` each capture (bytes).  With `match_nat` addresses take no part in the
-    matching, and `slowest` is how many of the slowest packets to list.  `progress` and `log` are called with lines for
-    people: the steps, and each command run.  `analyze` sets `matching`: the packets themselves.
+    def __init__(self, side: str, interface: str, job: Job) -> None:
+        self.side, self.interface, self.job = side, interface, job
+        self.path = ""
+        self.sftp: paramiko.Channel | None = None
+
+
+class NetWeaver:
+    """Measures the time that packets take between a hypervisor's physical interface and a VM's virtual one.
+
+    `source_ip` (one, several or none) and `destination_host_ip` are `[user@]host[:port]`; `destination_name_label` is
+    the VM's name in the `toolstack` (one of TOOLSTACKS), `destination_ip` its address, `vif_number` the number of its
+    interface.  `vif` names that itself, and `host_interface` the physical one, or several (the slaves of a bond), or
+    "auto".  `direction` is in (pif to vif), out (vif to pif) or both; `overlay` that the traffic is inside a tunnel
+    there; `filters` are pcap-filter(7) expressions by side, instead of our own.
+
+    Without `ssh_key_path` the SSH agent and the default keys are used; `host_key_checking`, `known_hosts` and `ask` are
+    those of Access; with `sudo` commands run as root by sudo.  `timeout` bounds the traffic (seconds), `duration` is
+    how long to measure (needed without sources), `max_capture_size` bounds each capture (bytes).  With `match_nat`
+    addresses take no part in the matching, and `slowest` is how many of the slowest packets to list.  `labels` go into
+    the report.  `progress` and `log` are called with lines for people: the steps, and each command run.  `analyze` sets
+    `matching`: the packets themselves.
 
     Use it as a context manager, or call `close`.  The methods are meant to be called in the order in which they
-    stand here; each raises a NetWeaverError that says what happened and where.  For a hypervisor whose toolstack
-    is not xe, override `determine_vif_number`.
+    stand here; each raises a NetWeaverError that says what happened and where.  For a hypervisor with another
+    toolstack, override `determine_vif_number`.
     """
 
     def __init__(self, source_ip: str | Sequence[str], destination_name_label: str, destination_ip: str,
-                 destination_host_ip: str, ssh_key_path: str | None = None, *, host_interface: str = "eth0",
-                 vif_number: int = 0, vif: str | None = None, count: int = 1000, timeout: float | None = None,
-                 match_nat: bool = False, slowest: int = 0, max_capture_size: int = 256_000_000,
+                 destination_host_ip: str, ssh_key_path: str | None = None, *,
+                 host_interface: str | Sequence[str] = "eth0", vif_number: int = 0, vif: str | None = None,
+                 toolstack: str = "xe", direction: str = "in", overlay: bool = False,
+                 filters: Mapping[str, str] | None = None, count: int = 1000, duration: float | None = None,
+                 timeout: float | None = None, match_nat: bool = False, slowest: int = 0,
+                 max_capture_size: int = 256_000_000, labels: Mapping[str, str] | None = None, sudo: bool = False,
                  host_key_checking: str = "accept-new", known_hosts: str | None = None,
                  ask: Callable[[str], str] | None = None,
                  progress: Callable[[str], None] = lambda line: None,
                  log: Callable[[str], None] = lambda line: None) -> None:
         import threading
-        self.destination_name_label = destination_name_label
-        self.destination_ip = resolve(destination_ip)
-        self.host_interface, self.vif_number, self.vif, self.count = host_interface, vif_number, vif, count
-        self.match_nat, self.slowest = match_nat, slowest
+        if direction == "both" and match_nat:
+            raise UsageError("with address translation the two directions can't be told apart: measure in and out "
+                             "one after the other")
+        self.destination_name_label, self.destination_ip = destination_name_label, resolve(destination_ip)
+        self.host_interfaces = [host_interface] if isinstance(host_interface, str) else list(host_interface)
+        self.toolstack, self.vif_number, self.vif = toolstack, vif_number, vif
+        self.direction, self.overlay, self.filters = direction, overlay, dict(filters or {})
+        self.count, self.duration, self.match_nat, self.slowest = count, duration, match_nat, slowest
+        self.timeout = duration or timeout or max(600, count // 5)
+        self.max_capture_size, self.labels = max_capture_size, dict(labels or {})
         self.matching: Matching | None = None
-        self.timeout = max(600, count // 5) if timeout is None else timeout
+        self.interrupted = False
         self._hypervisor = Target(destination_host_ip)
         self._sources = [Target(source) for source in ([source_ip] if isinstance(source_ip, str) else source_ip)]
-        self.max_capture_size = max_capture_size
-        self.interrupted = False
+        if not self._sources and not duration:
+            raise UsageError("without a source (-s) nothing ends the measurement: give its --duration")
         self._access = Access(ssh_key_path, host_key_checking, known_hosts, ask)
-        self._progress, self._log = progress, log
+        self._sudo, self._progress, self._log = sudo, progress, log
         self._changed = threading.Condition()
         self._remotes: dict[str, Remote] = {}
+        self._failed: dict[str, NetWeaverError] = {}         # sources, if there are others
+        self._addresses: list[str] = []                      # the sources' own, in the traffic
         self._jobs: list[Job] = []
-        self._captures: dict[str, Job] = {}
-        self._files: dict[str, str] = {}
-        self._sftp_channels: dict[str, paramiko.Channel | None] = {}
+        self._recordings: list[Recording] = []
         self._directory: str | None = None
         self._warnings: list[str] = []
         self._config: dict[str, Any] = {}
@@ -1752,109 +2159,134 @@ class NetWeaver:
     # -- the seed's public surface --
 
     def verify_connections(self) -> bool:
-        """Connects to all hosts at once; True, or HostConnectionError for one that can't be used."""
+        """Connects to all hosts at once; True, or HostConnectionError if the measurement can't be made.
+
+        Of several sources one that can't be used is left out, and named in the report.
+        """
         self._access.prepare()
         targets = {str(target): target for target in [self._hypervisor, *self._sources]}
 
         def connect(name: str) -> None:
-            self._remotes[name] = Remote(targets[name], self._access, self._changed, self._log)
+            try:
+                self._remotes[name] = Remote(targets[name], self._access, self._changed, self._log, self._sudo)
+            except NetWeaverError as error:
+                if name == str(self._hypervisor):
+                    raise
+                self._fail(name, error)
 
-        in_parallel(*(lambda name=name: connect(name) for name in targets if name not in self._remotes),
-                    seconds=5 * CONNECT_SECONDS)
+        in_parallel(*(lambda name=name: connect(name) for name in targets
+                      if name not in self._remotes and name not in self._failed), seconds=5 * CONNECT_SECONDS)
+        self._live_sources()
         return True
 
     def determine_vif_number(self) -> str:
         """The name of the destination VM's interface on the hypervisor, such as vif5.0.
 
-        Asks XenServer's xe for the domain id; override it for another toolstack (`run_command` is at hand).
+        Asks the toolstack; override it for another one (`run_command` is at hand).
         """
-        answer = self.run_command(xe_dom_id_command(self.destination_name_label))
         try:
-            return f"vif{parse_xe_dom_id(answer, self.destination_name_label)}.{self.vif_number}"
+            return TOOLSTACKS[self.toolstack](self.run_command, self.destination_name_label, self.vif_number)
         except RemoteCommandError as error:
-            raise RemoteCommandError(f"{self._hypervisor}: {error}") from None
+            raise self._located(error) from None
 
     def generate_and_record(self, source_command: str | None = None, dest_pif_cmd: str | None = None,
                             dest_vif_cmd: str | None = None) -> None:
-        """Runs the source command on all sources while both interfaces are captured.
+        """Runs the source command on all sources while the interfaces are captured.
 
         The defaults are hping3 and tcpdump.  A command of one's own for a capture writes it to its standard
         output, as pcap (`tcpdump -w -`) or as text, and ends upon SIGTERM; the captures are known to listen
         before any traffic starts, and are stopped once it has ended.
         """
         self.verify_connections()
-        sources = [str(source) for source in self._sources]
-        vif, tcpdump_help, expression = in_parallel(
-            lambda: self.vif or self.determine_vif_number(), self._tcpdump_help,
-            lambda: capture_filter(self._source_addresses(), self.destination_ip))
-        self.vif = vif
-        commands = {"pif": dest_pif_cmd or capture_command(self.host_interface, expression, tcpdump_help),
-                    "vif": dest_vif_cmd or capture_command(vif, expression, tcpdump_help)}
+        addresses, tcpdump_help, vif = in_parallel(
+            lambda: " ".join(self._source_addresses()), self._tcpdump_help,
+            lambda: self.vif or self.determine_vif_number())
+        self._addresses = addresses.split()
+        pifs = self._physical_interfaces(vif)
+        facts, before = self._facts(pifs, vif)
+        own = {"pif": dest_pif_cmd, "vif": dest_vif_cmd}
+        commands = [(side, interface, own[side] or self._capture_command(side, interface, facts, tcpdump_help))
+                    for side, interfaces in (("pif", pifs), ("vif", [vif]))
+                    for interface in (interfaces[:1] if own[side] else interfaces)]
         source_command = source_command or format_source_command(DEFAULT_SOURCE_COMMAND, self.count,
                                                                  self.destination_ip)
         self._config = {
-            "version": __version__, "hypervisor": str(self._hypervisor), "sources": sources,
-            "destination": self.destination_ip, "name_label": self.destination_name_label,
-            "pif": self.host_interface, "vif": self.vif, "source_command": source_command,
-            "pif_command": commands["pif"], "vif_command": commands["vif"]}
+            "version": __version__, "hypervisor": str(self._hypervisor),
+            "sources": [str(source) for source in self._sources], "destination": self.destination_ip,
+            "name_label": self.destination_name_label, "toolstack": None if self.vif else self.toolstack,
+            "direction": self.direction, "overlay": self.overlay, "pif": ",".join(pifs), "vif": vif,
+            "source_command": source_command if self._sources else None,
+            **{f"{side}_command": "\n".join(command for of, _, command in commands if of == side) for side in own},
+            "platform": platform(facts, tcpdump_help), "labels": self.labels}
         self._progress("Spawning packet captures...")
         self._start_captures(commands)
         self._recording = True
         started = self._hypervisor_time()
-        self._generate(source_command, sources)
+        self._generate(source_command)
         self._window = self._between(started, self._hypervisor_time())
         self._progress("Captures finished, waiting for files to flush.")
-        self._stop_captures()
+        in_parallel(self._stop_captures, lambda: self._check_interface(vif, before))
 
     def pull_generated_files(self) -> tuple[str, str]:
-        """Fetches both captures into a private local directory and removes them from the hypervisor.
+        """Fetches the captures into a private local directory and removes them from the hypervisor.
 
-        Returns the paths of the pif's and of the vif's capture; they stay until `close`.
+        Returns the paths of the pif's and of the vif's capture (several of one side with commas in between); they stay
+        until `close`.
         """
         import tempfile
         self._progress("Transferring files...")
         self._directory = self._directory or tempfile.mkdtemp(prefix="netweaver-")
-        remote = self._remotes[str(self._hypervisor)]
-        in_parallel(*(lambda side=side: self._pull(remote, side) for side in self._captures))
-        return self._files["pif"], self._files["vif"]
+        in_parallel(*(lambda number=number: self._pull(number) for number in range(len(self._recordings))))
+        return ",".join(self._paths("pif")), ",".join(self._paths("vif"))
 
     def analyze(self, seq_no_col: int | None = None, timestamp_col: int | None = None,
                 seq_no_split_by: str | None = None, seq_no_split_index: int = 0) -> dict[str, Any]:
-        """The report on the two captures, as the README describes it; NoMatchError if they have no packet in common.
+        """The report on the captures, as the README describes it; NoMatchError if they have no packet in common.
 
         Without parameters the captures are pcap files.  With them they are text, one packet a line: columns are
         separated by white space and counted from 0, `timestamp_col` is the time's column and `seq_no_col` the
         sequence number's, of which part `seq_no_split_index` counts after a split by `seq_no_split_by`.
         """
-        pif_path, vif_path = self._files["pif"], self._files["vif"]
         warnings = list(self._warnings)
+        outward = self.direction == "out"
+        guest = None
         if seq_no_col is None or timestamp_col is None:
-            matching, files = match_files([pif_path], [vif_path], warnings, match_nat=self.match_nat,
-                                          start=self._window[0] if self._window else 0)
+            whole, captures = self._match()
+            files = {side: file_counts(side, found, warnings) for side, found in captures.items()}
+            ends = self._ends(captures, warnings)
+            matchings = [self._cut_to_window(matching, outward or place > 0, ends)
+                         for place, matching in enumerate(whole)]
+            if self.direction == "both":
+                guest = guest_times(matchings[0], whole[1])          # an answer may come after the window
         else:
-            matching, files = match_text_files(pif_path, vif_path, warnings, seq_no_col, timestamp_col,
-                                               seq_no_split_by, seq_no_split_index)
-        capture = {side: {"interface": self._config[side], **tcpdump_counts(job.errors), **files[side]}
-                   for side, job in self._captures.items()}
-        if seq_no_col is None:
-            matching = self._cut_to_window(matching, self._full_captures(capture, warnings))
-        transmitted = self._config.get("transmitted", matching.pif)
-        if matching.pif > transmitted:
-            warnings.append(f"{matching.pif} packets were captured on the pif, and this run sent {transmitted}: other "
-                            "traffic between the same hosts (another run?) is in the numbers")
-        self.matching = matching
-        return build_report(matching, capture, warnings, self._config, self.slowest, self.interrupted)
+            matching, files = match_text_files(self._paths("pif")[0], self._paths("vif")[0], warnings, seq_no_col,
+                                               timestamp_col, seq_no_split_by, seq_no_split_index, outward=outward)
+            matchings = [matching]
+        capture = {side: {"interface": self._config[side], **self._counts(side), **files[side]} for side in files}
+        self.matching = matching = matchings[0]
+        transmitted = self._config.get("transmitted", matching.first)
+        if matching.first > transmitted and not outward:
+            warnings.append(f"{matching.first} packets were captured on the pif, and this run sent {transmitted}: "
+                            "other traffic between the same hosts (another run?) is in the numbers")
+        report = build_report(matching, capture, warnings, self._config, self.slowest, outward=outward,
+                              outbound=matchings[1] if guest else None, guest=guest)
+        if self._failed:
+            report["failed_sources"] = {name: str(error) for name, error in self._failed.items()}
+        if self.interrupted:
+            report["interrupted"] = True
+        return report
 
     # -- for subclasses, and for the end --
 
-    def run_command(self, command: str, seconds: float = ANSWER_SECONDS) -> str:
-        """The standard output of a shell command on the hypervisor; RemoteCommandError if it fails."""
+    def run_command(self, command: str, hint: str = "", seconds: float = ANSWER_SECONDS) -> str:
+        """The standard output of a shell command on the hypervisor; RemoteCommandError, with the hint, if it fails."""
         self.verify_connections()
         job = self._remotes[str(self._hypervisor)].run(command, seconds)
+        if job.status == 127:
+            hint = "--toolstack says which one this host has; --vif names the interface itself"
         if job.status:
-            hint = " (give the interface with --vif if this host has another toolstack)" if job.status == 127 else ""
             raise RemoteCommandError(f"{job.host}: {command.split('||')[0].strip()}: exit status {job.status}: "
-                                     f"{last_line(job.errors)}{hint}")
+                                     f"{last_line(job.errors)}{f' ({hint})' if hint else ''}")
         return job.output.decode(errors="replace")
 
     def interrupt(self) -> bool:
@@ -1882,7 +2314,20 @@ class NetWeaver:
             for remote in remotes.values():
                 remote.close()
 
-    # -- steps --
+    # -- before the captures --
+
+    def _located(self, error: RemoteCommandError) -> RemoteCommandError:
+        """An error of the hypervisor's, with its name in front."""
+        place = f"{self._hypervisor}: "
+        return error if str(error).startswith(place) else RemoteCommandError(f"{place}{error}")
+
+    def _live_sources(self) -> list[str]:
+        """The sources that have not failed; raises the first failure if there are none."""
+        names = list(dict.fromkeys(str(source) for source in self._sources))
+        live = [name for name in names if name not in self._failed]
+        if names and not live:
+            raise self._failed[names[0]]
+        return live
 
     def _source_addresses(self) -> list[str]:
         """The addresses which the sources' packets to the destination may carry.
@@ -1890,14 +2335,15 @@ class NetWeaver:
         That is the one under which a source was reached, and the one its routing chooses: management and traffic
         often have networks of their own.
         """
-        def of(source: Target) -> list[str]:
-            remote = self._remotes[str(source)]
+        def of(name: str) -> list[str]:
+            remote = self._remotes[name]
             route = remote.run(f"ip -o route get {self.destination_ip}")
             found = re.search(r"\ssrc ([0-9A-Fa-f.:]+)", route.output.decode(errors="replace"))
             return [remote.address, *(found.groups() if found else ())]
 
-        found = in_parallel(*(lambda source=source: of(source) for source in self._sources))
-        return [address for address in dict.fromkeys(address for some in found for address in some) if address]
+        found = in_parallel(*(lambda name=name: of(name) for name in self._live_sources()))
+        return [address for address in dict.fromkeys(address for some in found for address in some)
+                if address and (":" in address) == (":" in self.destination_ip)]
 
     def _tcpdump_help(self) -> str:
         """The usage message of the hypervisor's tcpdump; CaptureError if there is none."""
@@ -1907,38 +2353,86 @@ class NetWeaver:
             raise CaptureError(f"{job.host}: can't run tcpdump: {last_line(text)} (install it there)")
         return text
 
-    def _start_captures(self, commands: Mapping[str, str]) -> None:
-        """Starts both captures at once; returns when both are listening."""
-        remote = self._remotes[str(self._hypervisor)]
-        seconds = self.timeout + 6 * ANSWER_SECONDS
-        for side, command in commands.items():
+    def _physical_interfaces(self, vif: str) -> list[str]:
+        """The interfaces to capture on the pif's side; asks the toolstack or the vif's bridge if one is "auto"."""
+        if "auto" not in self.host_interfaces:
+            return self.host_interfaces
+        try:
+            if self.toolstack == "xe" and not self.vif:
+                pifs, overlay = xe_uplinks(self.run_command, self.destination_name_label, self.vif_number)
+            else:
+                pifs, overlay = bridge_uplinks(self.run_command, vif)
+        except RemoteCommandError as error:
+            raise self._located(error) from None
+        self.overlay = self.overlay or overlay
+        return pifs
+
+    def _facts(self, pifs: Sequence[str], vif: str) -> tuple[str, str]:
+        """What the hypervisor says of itself, as far as it does, and the vif's index, which a new vif doesn't get."""
+        try:
+            job = self._remotes[str(self._hypervisor)].run(facts_command(pifs, vif))
+        except RemoteCommandError:
+            return "", ""
+        text = job.output.decode(errors="replace")
+        index = re.search(r"^ifindex (\d+)", text, re.MULTILINE)
+        return text, index[1] if index else ""
+
+    def _capture_command(self, side: str, interface: str, facts: str, tcpdump_help: str) -> str:
+        expression = self.filters.get(side)
+        if not expression:
+            flow = self._addresses, self.destination_ip, self.direction
+            expression = capture_filter(*flow)
+            if side == "pif":
+                if self.overlay:
+                    expression = f"({expression}) or {tunnel_filter(*flow)}"
+                if re.search(rf"^pif {re.escape(interface)} type 1$", facts, re.MULTILINE):      # Ethernet
+                    expression = tagged_filter(expression)
+        return capture_command(interface, expression, tcpdump_help, OVERLAY_SNAPLEN if self.overlay else SNAPLEN)
+
+    # -- while they run --
+
+    def _start_captures(self, commands: Iterable[tuple[str, str, str]]) -> None:
+        """Starts all captures at once; returns when they are listening."""
+        remote, seconds = self._remotes[str(self._hypervisor)], self.timeout + 6 * ANSWER_SECONDS
+        commands = list(commands)
+        for side, interface, command in commands:
             job = remote.start(command, seconds, f"{side}.pcap", size=self.max_capture_size, share=len(commands))
-            self._captures[side] = job
+            self._recordings.append(Recording(side, interface, job))
             self._jobs.append(job)
-        self._wait(lambda: all("listening on" in job.errors or job.ended for job in self._captures.values()),
-                   ANSWER_SECONDS)
+        self._wait(lambda: all("listening on" in recording.job.errors or recording.job.ended
+                               for recording in self._recordings), ANSWER_SECONDS)
         self._check_captures()
-        for side, job in self._captures.items():
-            if "listening on" not in job.errors:
-                self._warnings.append(f"the {side}'s command didn't say that it is listening: packets at the start "
-                                      "may be missing")
+        for recording in self._recordings:
+            if "listening on" not in recording.job.errors:
+                self._warnings.append(f"the {recording.side}'s command didn't say that it is listening: packets at the "
+                                      "start may be missing")
 
     def _check_captures(self) -> None:
         """Raises CaptureError, in tcpdump's words, if a capture has ended by itself."""
-        for side, job in self._captures.items():
-            self._remotes[str(self._hypervisor)].check(job)
-            if job.ended and job.status is None:
-                raise CaptureError(f"{job.host}: the capture on {self._config[side]} can't run: "
+        remote = self._remotes[str(self._hypervisor)]
+        for recording in self._recordings:
+            job = recording.job
+            remote.check(job)
+            if not job.ended or job.stopped:
+                continue
+            if job.status is None:
+                raise CaptureError(f"{job.host}: the capture on {recording.interface} can't run: "
                                    f"{last_line(job.errors)}")
-            if job.ended and not job.stopped:
-                words = "; ".join(line.strip() for line in job.errors.splitlines() if "listening on" not in line)
-                raise CaptureError(f"{job.host}: the capture on {self._config[side]} ended with status {job.status}: "
-                                   f"{words[-500:] or 'no message'}")
+            words = "; ".join(line.strip() for line in job.errors.splitlines() if "listening on" not in line)
+            hint = ""
+            if "No such device" in words or "doesn't exist" in words:
+                names = remote.run("ls /sys/class/net").output.decode(errors="replace").split()
+                names.sort(key=lambda name: bool(VM_INTERFACE.fullmatch(name)) != (recording.side == "vif"))
+                hint = f" (there are: {', '.join(names[:40])}{', …' if len(names) > 40 else ''})"
+            elif "permi" in words:
+                hint = " (log in as root, or use --sudo)"
+            raise CaptureError(f"{job.host}: the capture on {recording.interface} ended with status {job.status}: "
+                               f"{words[-500:] or 'no message'}{hint}")
 
     def _hypervisor_time(self) -> tuple[int, int] | None:
         """Now: (the hypervisor's clock, ours, which only goes forward) in nanoseconds; None if it can't tell."""
         import time
-        job = self._captures["pif"]
+        job = self._recordings[0].job
         job.mark = None
         job.say("mark")
         self._wait(lambda: job.mark is not None or job.ended, ANSWER_SECONDS)
@@ -1956,95 +2450,150 @@ class NetWeaver:
         self._config["window"] = [iso_time(start[0]), iso_time(end[0])]
         return start[0], end[0]
 
-    def _generate(self, command: str, sources: Sequence[str]) -> None:
+    def _generate(self, command: str) -> None:
         """Runs the traffic to its end, to the time-out or to an interruption, while the captures run."""
         import time
         self._config["started"] = iso_time(time.time_ns())
         begun = time.monotonic()
-        jobs = in_parallel(*(lambda name=name: self._remotes[name].start(command, self.timeout + ANSWER_SECONDS,
-                                                                         "/dev/null") for name in sources))
+        jobs: list[Job] = []
+
+        def start(name: str) -> None:
+            try:
+                jobs.append(self._remotes[name].start(command, self.timeout + ANSWER_SECONDS, "/dev/null"))
+            except HostConnectionError as error:
+                self._fail(name, error)
+
+        in_parallel(*(lambda name=name: start(name) for name in self._live_sources()))
+        self._live_sources()
         self._jobs += jobs
-        captures = self._captures.values()
-        over = self._wait(lambda: (all(job.ended for job in jobs) or any(job.ended for job in captures)
-                                   or any(generator_error(job) for job in jobs) or self.interrupted), self.timeout)
+        over = self._wait(lambda: (bool(jobs) and all(job.ended for job in jobs)) or self.interrupted
+                          or any(recording.job.ended for recording in self._recordings), self.timeout)
         self._check_captures()
         for job in jobs:
-            self._remotes[job.host].check(job)
-            if error := generator_error(job):
-                raise error
+            try:
+                self._remotes[job.host].check(job)
+                if error := generator_error(job):
+                    raise error
+            except NetWeaverError as failure:
+                self._fail(job.host, failure)
+        self._live_sources()
         if not all(job.ended for job in jobs):
             for job in jobs:
                 job.stop()
-            if not over:
+            if not over and not self.duration:
                 self._warnings.append(f"the source command was stopped after {self.timeout:g} s (--timeout)")
             if not self._wait(lambda: all(job.ended for job in jobs), ANSWER_SECONDS):
                 raise RemoteCommandError(f"{', '.join(job.host for job in jobs if not job.ended)}: the source command "
                                          "doesn't end")
         self._config["duration"] = round(time.monotonic() - begun, 6)
         said = [TRANSMITTED.search(job.errors) for job in jobs]
-        if all(said) and not any(job.stopped for job in jobs):       # who is stopped may have miscounted
+        if said and all(said) and not any(job.stopped for job in jobs) and not self._failed:
             self._config["transmitted"] = sum(int(found[1]) for found in said if found)
+
+    def _fail(self, source: str, error: NetWeaverError) -> None:
+        """Notes that one of the sources is of no use."""
+        self._failed[source] = error
+        self._warnings.append(f"a source failed, so its traffic is missing or not whole: {error}")
 
     def _stop_captures(self) -> None:
         """Stops the captures when the kernel has handed over what it saw."""
-        jobs = list(self._captures.values())
         remote = self._remotes[str(self._hypervisor)]
-        self._sftp_channels = {side: remote.request_sftp() for side in self._captures}
-        self._wait(lambda: any(job.ended for job in jobs), DRAIN_SECONDS)
+        for recording in self._recordings:
+            recording.sftp = remote.request_sftp()
+        self._wait(lambda: any(recording.job.ended for recording in self._recordings), DRAIN_SECONDS)
         self._check_captures()
-        for job in jobs:
-            job.stop()
-        if not self._wait(lambda: all(job.ended for job in jobs), ANSWER_SECONDS):
+        for recording in self._recordings:
+            recording.job.stop()
+        if not self._wait(lambda: all(recording.job.ended for recording in self._recordings), ANSWER_SECONDS):
             raise CaptureError(f"{self._hypervisor}: a capture doesn't end")
 
-    def _pull(self, remote: Remote, side: str) -> None:
-        job = self._captures[side]
-        local = os.path.join(self._directory or "", f"{side}.pcap")
-        sftp = remote.open_sftp(self._sftp_channels[side])
+    def _check_interface(self, vif: str, before: str) -> None:
+        """RemoteCommandError if the VM has another interface now than when the captures began."""
+        from shlex import quote
+        advice = "the VM was moved, restarted or unplugged during the run: measure again"
+        try:
+            now = self.vif or self.determine_vif_number()
+        except RemoteCommandError as error:
+            raise RemoteCommandError(f"{error}: {advice}") from None
+        index = self._remotes[str(self._hypervisor)].run(f"cat /sys/class/net/{quote(vif)}/ifindex").output.decode()
+        index = index.strip()
+        if now != vif or index != before:
+            became = f"is {now} now" if now != vif else "is another one now" if index else "is gone"
+            raise RemoteCommandError(f"{self._hypervisor}: {vif} {became}: {advice}")
+
+    # -- after them --
+
+    def _paths(self, side: str) -> list[str]:
+        return [recording.path for recording in self._recordings if recording.side == side]
+
+    def _counts(self, side: str) -> dict[str, int]:
+        """What tcpdump said of a side's captures, in sum."""
+        total: dict[str, int] = {}
+        for recording in self._recordings:
+            for name, number in (tcpdump_counts(recording.job.errors) if recording.side == side else {}).items():
+                total[name] = total.get(name, 0) + number
+        return total
+
+    def _pull(self, number: int) -> None:
+        recording, remote = self._recordings[number], self._remotes[str(self._hypervisor)]
+        job, side = recording.job, recording.side
+        before = sum(other.side == side for other in self._recordings[:number])
+        local = os.path.join(self._directory or "", f"{side}{before or ''}.pcap")
+        sftp = remote.open_sftp(recording.sftp)
         try:
             remote.fetch(f"{job.directory}/{side}.pcap", local, sftp, self.max_capture_size)
         finally:
             if sftp:
                 sftp.close()
         job.leave()
+        recording.path = local
         counts = tcpdump_counts(job.errors)
         if counts and os.path.getsize(local) < PCAP_HEADER:
-            raise self._unwritten(side, counts, 0)
-        self._files[side] = local
+            raise self._unwritten(recording, 0)
 
-    def _unwritten(self, side: str, counts: Mapping[str, int], records: int) -> CaptureError:
-        job = self._captures[side]
-        return CaptureError(f"{job.host}: tcpdump captured {counts.get('captured', 0)} packets on {self._config[side]} "
-                            f"and {records} are in the file: is the disk under {job.directory} full?")
+    def _unwritten(self, recording: Recording, records: int) -> CaptureError:
+        job = recording.job
+        return CaptureError(f"{job.host}: tcpdump captured {tcpdump_counts(job.errors).get('captured', 0)} packets on "
+                            f"{recording.interface} and {records} are in the file: is the disk under {job.directory} "
+                            "full?")
 
-    def _full_captures(self, capture: Mapping[str, Mapping[str, Any]], warnings: list[str]) -> list[str]:
-        """The sides whose capture reached its size limit; CaptureError for one that the disk has cut short."""
-        full = []
-        for side, counts in capture.items():
-            if counts.get("captured", 0) <= counts["records"]:
-                continue
-            job, size = self._captures[side], os.path.getsize(self._files[side])
-            if size < job.size_limit - 4096:
-                raise self._unwritten(side, counts, counts["records"])
-            full.append(side)
-            limit = ("--max-capture-size" if job.size_limit >= self.max_capture_size // 1024 * 1024 else
-                     "half of the hypervisor's free space, for both captures")
-            warnings.append(f"{side}: the capture reached its size limit of {job.size_limit} bytes ({limit}); what "
-                            "came later is in no count")
-        return full
+    def _match(self) -> tuple[list[Matching], dict[str, list[Capture]]]:
+        """Pairs the packets of each direction that is measured."""
+        sources: list[str] = []
+        destinations: list[str] = []
+        if self.direction == "both" or (self.overlay and not self.match_nat):        # else the filter has done it
+            sources, destinations = [] if self.filters else self._addresses, [self.destination_ip]
+        return match_directions(self._paths("pif"), self._paths("vif"), self.direction, match_nat=self.match_nat,
+                                sources=sources, destinations=destinations,
+                                start=self._window[0] if self._window else 0)
 
-    def _cut_to_window(self, matching: Matching, full: Sequence[str]) -> Matching:
-        """The packets that passed while both captures certainly ran and had room."""
+    def _ends(self, captures: Mapping[str, Sequence[Capture]], warnings: list[str]) -> dict[str, int]:
+        """The last time of each side whose capture reached its size limit; CaptureError if the disk cut it short."""
+        ends: dict[str, int] = {}
+        for side, found in captures.items():
+            recordings = [recording for recording in self._recordings if recording.side == side]
+            for recording, capture in zip(recordings, found):
+                job, records = recording.job, capture.records
+                if tcpdump_counts(job.errors).get("captured", 0) <= records:
+                    continue
+                if os.path.getsize(recording.path) < job.size_limit - 4096:
+                    raise self._unwritten(recording, records)
+                ends[side] = min(ends.get(side, capture.last), capture.last)
+                limit = ("--max-capture-size" if job.size_limit >= self.max_capture_size // 1024 * 1024 else
+                         "half of the hypervisor's free space, for all captures")
+                warnings.append(f"{side}: the capture reached its size limit of {job.size_limit} bytes ({limit}); what "
+                                "came later is in no count")
+        return ends
+
+    def _cut_to_window(self, matching: Matching, outward: bool, ends: Mapping[str, int]) -> Matching:
+        """The packets that passed while all captures certainly ran and had room."""
         if self._window is None:
             return matching
         start, end = self._window
+        first, second = ("vif", "pif") if outward else ("pif", "vif")
         # The captures ran on for DRAIN_SECONDS, of which the kernel may keep the last one to itself.
-        vif_end = end + int((DRAIN_SECONDS - 1) * NANOSECONDS)
-        if "pif" in full:
-            end = min(end, max(matching.sent, default=0))
-        if "vif" in full:
-            vif_end = min(vif_end, matching.last_seen)
-        return within(matching, start, end, vif_end)
+        drained = end + int((DRAIN_SECONDS - 1) * NANOSECONDS)
+        return within(matching, start, min(end, ends.get(first, end)), min(drained, ends.get(second, drained)))
 
     def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Waits for a condition on the jobs; False if the time is over."""
@@ -2083,12 +2632,12 @@ def format_source_command(template: str, count: int, destination: str) -> str:
 
 # ---- Report: what was measured, as a document ------------------------------------------------------------------
 
-def match_files(pif_paths: Sequence[str], vif_paths: Sequence[str], warnings: list[str], *,
-                match_nat: bool = False, sources: Iterable[str] = (), destinations: Iterable[str] = (),
-                start: int = 0) -> tuple[Matching, dict[str, dict[str, Any]]]:
+def match_captures(pif_paths: Sequence[str], vif_paths: Sequence[str], *, outward: bool = False,
+                   match_nat: bool = False, sources: Iterable[str] = (), destinations: Iterable[str] = (),
+                   start: int = 0) -> tuple[Matching, dict[str, list[Capture]]]:
     """Pairs the packets of pcap or pcapng files; those of one side are merged by time.
 
-    Returns the matching and, for each side, what was in its files; what was odd in them is added to the warnings.
+    Returns the matching, from pif to vif or `outward` from vif to pif, and the captures by side, with their counts.
     With `match_nat` the addresses take no part; `sources` and `destinations` are addresses to which the packets are
     limited, and `start` the time (ns) before which none counts.  Raises CaptureError for a file that can't be read.
     """
@@ -2105,8 +2654,37 @@ def match_files(pif_paths: Sequence[str], vif_paths: Sequence[str], warnings: li
                     raise CaptureError(f"{path}: can't read it: {error.strerror}") from error
                 sides[side].append(Capture(file, path, translated=match_nat, sources=sources,
                                            destinations=destinations))
-        matching = match(since(merged(sides["pif"]), start), since(merged(sides["vif"]), start))
-    return matching, {side: file_counts(side, captures, warnings) for side, captures in sides.items()}
+        pif, vif = (since(merged(captures), start) for captures in sides.values())
+        return (match(vif, pif) if outward else match(pif, vif)), sides
+
+
+def match_directions(pif_paths: Sequence[str], vif_paths: Sequence[str], direction: str, *,
+                     sources: Iterable[str] = (), destinations: Iterable[str] = (),
+                     **options: Any) -> tuple[list[Matching], dict[str, list[Capture]]]:
+    """Pairs the packets of one direction (in: pif to vif, out), or of both: then returns first in, then out.
+
+    `sources` and `destinations` are those of the way in; takes the further options of `match_captures`.
+    """
+    ways = [match_captures(pif_paths, vif_paths, outward=outward, **options,
+                           sources=destinations if outward else sources,
+                           destinations=sources if outward else destinations)
+            for outward in {"in": (False,), "out": (True,), "both": (False, True)}[direction]]
+    captures = ways[0][1]
+    for _, others in ways[1:]:                       # filtered is what is in neither direction
+        for capture, other in zip((*captures["pif"], *captures["vif"]), (*others["pif"], *others["vif"])):
+            capture.filtered -= other.records - other.other - other.cut - other.filtered
+            capture.last = max(capture.last, other.last)
+    return [matching for matching, _ in ways], captures
+
+
+def match_files(pif_paths: Sequence[str], vif_paths: Sequence[str], warnings: list[str],
+                **options: Any) -> tuple[Matching, dict[str, dict[str, Any]]]:
+    """Pairs the packets of pcap or pcapng files, with the options of `match_captures`.
+
+    Returns the matching and, for each side, what was in its files; what was odd in them is added to the warnings.
+    """
+    matching, captures = match_captures(pif_paths, vif_paths, **options)
+    return matching, {side: file_counts(side, found, warnings) for side, found in captures.items()}
 
 
 def file_counts(side: str, captures: Sequence[Capture], warnings: list[str]) -> dict[str, Any]:
@@ -2125,7 +2703,7 @@ def file_counts(side: str, captures: Sequence[Capture], warnings: list[str]) -> 
 
 
 def match_text_files(pif_path: str, vif_path: str, warnings: list[str],
-                     *columns: Any) -> tuple[Matching, dict[str, dict[str, Any]]]:
+                     *columns: Any, outward: bool = False) -> tuple[Matching, dict[str, dict[str, Any]]]:
     """Pairs the lines of two text captures by the columns which TextCapture describes; returns as match_files."""
     with open(pif_path, errors="replace") as pif, open(vif_path, errors="replace") as vif:
         captures = [TextCapture(pif, *columns), TextCapture(vif, *columns)]
@@ -2134,7 +2712,7 @@ def match_text_files(pif_path: str, vif_path: str, warnings: list[str],
         days = round((seen[0] - sent[0]) / DAY)      # midnight was between the first packet's sightings
         for i in range(len(seen) if days else 0):
             seen[i] -= days * DAY
-    matching = match(*blocks)
+    matching = match(*(reversed(blocks) if outward else blocks))
     sides = {}
     for side, capture in zip(("pif", "vif"), captures):
         sides[side] = {"records": capture.records, "skipped": capture.skipped}
@@ -2154,18 +2732,19 @@ def capture_warnings(side: str, counts: Mapping[str, Any]) -> list[str]:
     return warnings
 
 
-def quality_warnings(matching: Matching, figures: Mapping[str, Any]) -> list[str]:
+def quality_warnings(matching: Matching, figures: Mapping[str, Any], outward: bool = False) -> list[str]:
     """What speaks against the numbers of a matching, with what to do about it."""
     warnings = []
+    first, second = ("vif", "pif") if outward else ("pif", "vif")
     if matching.alike:
-        warnings.append(f"{len(matching.alike)} packets on the pif share all that identifies them with another one; "
-                        "they were paired in order of appearance, which is a guess where some are lost")
+        warnings.append(f"{len(matching.alike)} packets on the {first} share all that identifies them with another "
+                        "one; they were paired in order of appearance, which is a guess where some are lost")
     merged_segments = mergers(matching)
     if merged_segments:
-        warnings.append(f"{merged_segments} packets have another length on the vif than on the pif, so they are in "
-                        "neither's matches: segments were merged or split (GRO, TSO); measure with small packets, or "
-                        "switch it off (ethtool -K)")
-    if 2 * matching.matched < min(matching.pif, matching.vif) and not merged_segments:
+        warnings.append(f"{merged_segments} packets have another length on the {second} than on the {first}, so they "
+                        "are in neither's matches: segments were merged or split (GRO, TSO); measure with small "
+                        "packets, or switch it off (ethtool -K)")
+    if 2 * matching.matched < min(matching.first, matching.second) and not merged_segments:
         warnings.append("most packets of each interface were not seen on the other: is there address translation "
                         "(--match-nat), a tunnel of an unknown kind, or other traffic?")
     if figures["negative"]:
@@ -2195,60 +2774,92 @@ def mergers(matching: Matching) -> int:
     return sum(identity[:1] + identity[3:] in rest for identity in matching.strangers)
 
 
-def no_match_message(matching: Matching, pif: str, vif: str, cut: int) -> str:
+def no_match_message(matching: Matching, pif: str, vif: str, cut: int, outward: bool = False) -> str:
     """Why two captures may have nothing in common."""
+    first, second = ("vif", "pif") if outward else ("pif", "vif")
+    seen = {first: matching.first, second: matching.second}
     if cut:
         cause = f"{cut} packets were cut by the snap length before what identifies them: capture more (tcpdump -s)"
-    elif not matching.pif and not matching.vif:
+    elif not any(seen.values()) and outward:
+        cause = "the VM sent nothing: is DESTINATION its address, does it answer this traffic?"
+    elif not any(seen.values()):
         cause = ("the traffic passes neither: is DESTINATION the address of this VM, do the packets carry SOURCE's "
                  "address, does a firewall drop them earlier?")
-    elif not matching.pif:
-        cause = f"the traffic doesn't come in by {pif}: try another -i; inside a tunnel it is not found"
-    elif not matching.vif:
-        cause = (f"none reaches {vif}: does a firewall drop them, is the VM's address on another interface (--num), "
-                 "does an HVM guest use its emulated one (tap instead of vif)?")
+    elif not seen["pif"]:
+        cause = (f"the traffic doesn't {'go out' if outward else 'come in'} by {pif}: try another -i, or -i auto; "
+                 "inside a tunnel it is found with --overlay")
+    elif not seen["vif"]:
+        cause = (f"none is on {vif}: does a firewall drop them, is the VM's address on another interface (--num), "
+                 f"does an HVM guest use its emulated one (--vif {re.sub('^vif', 'tap', vif)})?")
     elif mergers(matching):
         cause = "they differ in length: segments were merged or split (GRO, TSO); measure with small packets"
     else:
         cause = "the packets differ: are they translated (--match-nat), or was it other traffic?"
-    return f"no packet was seen on both interfaces ({matching.pif} on {pif}, {matching.vif} on {vif}): {cause}"
+    return f"no packet was seen on both interfaces ({seen['pif']} on {pif}, {seen['vif']} on {vif}): {cause}"
 
 
-def build_report(matching: Matching, capture: Mapping[str, Mapping[str, Any]], warnings: Sequence[str],
-                 config: Mapping[str, Any], slowest: int = 0, interrupted: bool = False) -> dict[str, Any]:
-    """The JSON document on a matching, as the README describes it; NoMatchError if no packet matched.
-
-    `capture` holds, for each side, what is known of its capture (`records` at least), `warnings` what is wrong so
-    far, `config` what ran (`pif` and `vif` name the interfaces or files).
-    """
-    if not matching.matched:
-        cut = sum(counts.get("cut", 0) for counts in capture.values())
-        raise NoMatchError(no_match_message(matching, str(config["pif"]), str(config["vif"]), cut))
+def figures_of(matching: Matching, warnings: list[str], outward: bool = False) -> dict[str, Any]:
+    """The numbers of one direction, of which at least one packet matched; what is wrong goes to the warnings."""
     figures = statistics(matching.samples())
     ipdv, extents = variation(matching.delays), reordering(matching.arrivals)
-    pdv, negative = figures.pop("pdv"), figures["negative"]
-    warnings = [*warnings, *(warning for side in capture for warning in capture_warnings(side, capture[side])),
-                *quality_warnings(matching, figures)]
-    del figures["negative"]
-    report = {
+    warnings += quality_warnings(matching, figures, outward)
+    pdv, negative = figures.pop("pdv"), figures.pop("negative")
+    first, second = ("vif", "pif") if outward else ("pif", "vif")
+    return {
         **figures,
         "unit": "microseconds",
         "packets": {
-            "pif": matching.pif, "vif": matching.vif, "matched": matching.matched, "lost": matching.lost,
-            "duplicated": matching.duplicated, "reordered": len(extents), "vif_only": matching.vif_only},
-        "loss_ratio": matching.lost / matching.pif,
+            first: matching.first, second: matching.second, "matched": matching.matched, "lost": matching.lost,
+            "duplicated": matching.duplicated, "reordered": len(extents), f"{second}_only": matching.second_only},
+        "loss_ratio": matching.lost / matching.first,
         "reordering": {"ratio": len(extents) / matching.matched, "maximum_extent": max(extents.values(), default=0)},
         "pdv": pdv,
         "ipdv": None if ipdv is None else ipdv / 1000,
         "negative": negative,
-        "capture": {side: dict(counts) for side, counts in capture.items()},
-        "warnings": warnings,
-        "config": dict(config),
-        **({"interrupted": True} if interrupted else {}),
-        "schema_version": SCHEMA_VERSION,
     }
+
+
+def guest_figures(times: Sequence[int], counts: Mapping[str, int], warnings: list[str]) -> dict[str, Any]:
+    """The numbers of `guest_times`; what is wrong goes to the warnings."""
+    if counts["ambiguous"]:
+        warnings.append(f"guest: {counts['ambiguous']} probes were sent more than once (retransmissions?) and are left "
+                        "out: which of them was answered is not known")
+    if not times:
+        return {"packets": dict(counts)}
+    figures = statistics(times)
+    del figures["pdv"], figures["negative"]
+    return {**figures, "unit": "microseconds", "packets": dict(counts)}
+
+
+def build_report(matching: Matching, capture: Mapping[str, Mapping[str, Any]], warnings: Sequence[str],
+                 config: Mapping[str, Any], slowest: int = 0, *, outward: bool = False,
+                 outbound: Matching | None = None,
+                 guest: tuple[Sequence[int], Mapping[str, int]] | None = None) -> dict[str, Any]:
+    """The JSON document on a matching, as the README describes it; NoMatchError if no packet matched.
+
+    `capture` holds, for each side, what is known of its capture (`records` at least), `warnings` what is wrong so
+    far, `config` what ran (`pif` and `vif` name the interfaces or files).  With `outward` the matching is from vif to
+    pif; `outbound` is that of the other direction and `guest` what `guest_times` found, if both were measured.
+    """
+    if not matching.matched:
+        cut = sum(counts.get("cut", 0) for counts in capture.values())
+        raise NoMatchError(no_match_message(matching, str(config["pif"]), str(config["vif"]), cut, outward))
+    warnings = [*warnings, *(warning for side in capture for warning in capture_warnings(side, capture[side]))]
+    report = figures_of(matching, warnings, outward)
+    if outbound is not None:
+        back: list[str] = []
+        if outbound.matched:
+            report["outbound"] = figures_of(outbound, back, outward=True)
+        else:
+            report["outbound"] = None
+            back.append(no_match_message(outbound, str(config["pif"]), str(config["vif"]), 0, outward=True))
+        warnings += [f"outbound: {warning}" for warning in back]
+    if guest is not None:
+        report["guest"] = guest_figures(*guest, warnings)
+    report |= {"capture": {side: dict(counts) for side, counts in capture.items()}, "warnings": warnings,
+               "config": dict(config), "schema_version": SCHEMA_VERSION}
     if slowest:
-        report["slowest"] = slowest_packets(matching, slowest)
+        report["slowest"] = slowest_packets(matching, slowest, outward)
     return report
 
 
@@ -2259,11 +2870,12 @@ def iso_time(nanoseconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{fraction:09}Z"
 
 
-def slowest_packets(matching: Matching, count: int) -> list[dict[str, Any]]:
+def slowest_packets(matching: Matching, count: int, outward: bool = False) -> list[dict[str, Any]]:
     """The matched packets with the largest delays, the slowest first: times, delay in microseconds, and identity."""
     from heapq import nlargest
     ranks = nlargest(count, matching.arrivals, key=matching.delays.__getitem__)
-    return [{"t_pif": iso_time(matching.sent[rank]), "t_vif": iso_time(matching.sent[rank] + matching.delays[rank]),
+    first, second = ("t_vif", "t_pif") if outward else ("t_pif", "t_vif")
+    return [{first: iso_time(matching.sent[rank]), second: iso_time(matching.sent[rank] + matching.delays[rank]),
              "delay": matching.delays[rank] / 1000, **describe(matching.identities[rank])} for rank in ranks]
 
 
@@ -2272,7 +2884,7 @@ CSV_FIELDS = ("source", "destination", "protocol", "source_port", "destination_p
 
 
 def csv_rows(matching: Matching) -> Iterator[Sequence[Any]]:
-    """A table of the pif's packets: time, identity, delay in microseconds (empty if lost) and flags."""
+    """A table of the packets of the first point: time, identity, delay in microseconds (empty if lost) and flags."""
     yield "time", *CSV_FIELDS, "delay_us", "flags"
     late = reordering(matching.arrivals)
     for rank, (time, delay) in enumerate(zip(matching.sent, matching.delays)):
@@ -2285,7 +2897,7 @@ def csv_rows(matching: Matching) -> Iterator[Sequence[Any]]:
 
 
 def write_csv(matching: Matching, path: str) -> None:
-    """Writes the table of the pif's packets."""
+    """Writes the table of `csv_rows`."""
     import csv
     write_whole(path, lambda file: csv.writer(file, lineterminator="\n").writerows(csv_rows(matching)))
 
@@ -2321,8 +2933,10 @@ examples:
   one packet a millisecond, through a bond, to the VM's second interface:
     netweaver -n web1 --hv root@hv:2222 -s 10.0.0.2 -d 10.0.0.1 -i bond0 --num 1 \\
       --source-command 'hping3 -c {count} -S -i u1000 {destination}'
-  a known interface, without asking the toolstack:
-    netweaver --vif vif5.0 --hv HV_IP -s SOURCE_IP -d DESTINATION_IP
+  another toolstack, and the physical interface found by itself:
+    netweaver --toolstack virsh -n web1 -i auto --hv HV_IP -s SOURCE_IP -d DESTINATION_IP
+  a known interface, without asking the toolstack; the traffic that there is, both ways, for a minute:
+    netweaver --vif vif5.0 --hv HV_IP -d DESTINATION_IP --duration 60 --direction both
   captures that are there already, and a table of their packets:
     netweaver --pcaps pif.pcap vif.pcap -d 10.0.0.1 --csv packets.csv --slowest 5
 
@@ -2360,6 +2974,12 @@ def build_parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"{text!r} can't be the name of a network interface")
         return text
 
+    def label(text: str) -> tuple[str, str]:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+        return key, value
+
     columns = min(os.get_terminal_size().columns if sys.stdout.isatty() else 100, 120)
     parser = Parser(
         prog="netweaver", allow_abbrev=False, add_help=False, epilog=EPILOG,
@@ -2372,18 +2992,34 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("-s", "--source", metavar="SOURCE", default=[], action="append",
                       help="a VM that generates traffic, as [user@]host[:port]; may be repeated")
     what.add_argument("-d", "--destination", metavar="DESTINATION", help="the destination VM's address")
-    what.add_argument("-i", "--interface", metavar="PIF", default="eth0", type=interface,
-                      help="the hypervisor's physical interface (default: %(default)s)")
+    what.add_argument("--toolstack", choices=tuple(TOOLSTACKS), default="xe",
+                      help="what the hypervisor is managed with: XenServer's xe, plain Xen's xl, libvirt's virsh or "
+                           "Proxmox's qm (default: %(default)s)")
+    what.add_argument("-i", "--interface", metavar="PIF", default=[], action="append", type=interface,
+                      help="the hypervisor's physical interface; auto finds it; may be repeated, for the slaves of a "
+                           "bond (default: eth0)")
     what.add_argument("--num", metavar="N", default=0, type=nic,
                       help="the number of the VM's interface, N in vif5.N (default: %(default)s)")
     what.add_argument("--vif", metavar="NAME", type=interface,
                       help="the virtual interface itself: the toolstack is not asked, and -n not needed")
+    what.add_argument("--direction", choices=("in", "out", "both"), default="in",
+                      help="from pif to vif, from vif to pif, or both, with the VM's own time in between (default: "
+                           "%(default)s)")
+    what.add_argument("--overlay", action="store_true",
+                      help="the traffic is inside VXLAN, Geneve or GRE on the physical interface")
+    what.add_argument("--filter", metavar="EXPR", help="capture what this pcap-filter(7) expression says, instead of "
+                                                       "the traffic between SOURCE and DESTINATION")
+    what.add_argument("--pif-filter", metavar="EXPR", help="the same for the physical interface alone")
+    what.add_argument("--vif-filter", metavar="EXPR", help="the same for the virtual interface alone")
     traffic = parser.add_argument_group("traffic")
     traffic.add_argument("-c", "--count", metavar="N", default=1000, type=positive,
                          help="packets to send (default: %(default)s)")
     traffic.add_argument("--source-command", metavar="TEMPLATE", default=DEFAULT_SOURCE_COMMAND,
                          help="shell command that generates the traffic and ends; {count} and {destination} are "
                               "filled in, {{ and }} are braces (default: %(default)s)")
+    traffic.add_argument("--duration", metavar="SECONDS", type=seconds,
+                         help="measure for so long; without -s nothing is generated, and whatever traffic reaches "
+                              "DESTINATION is measured")
     traffic.add_argument("--timeout", metavar="SECONDS", type=seconds,
                          help="stop the traffic after so long (default: 600, or COUNT / 5 if that is more)")
     traffic.add_argument("--max-capture-size", metavar="MB", default=256, type=positive,
@@ -2399,12 +3035,16 @@ def build_parser() -> argparse.ArgumentParser:
     login = parser.add_argument_group("login")
     login.add_argument("-k", "--key", metavar="KEYFILE",
                        help="SSH private key (default: the SSH agent and the keys in ~/.ssh)")
+    login.add_argument("--sudo", action="store_true",
+                       help="who isn't root on a host runs the commands there by sudo -n")
     login.add_argument("--host-key-checking", choices=("accept-new", "yes", "no"), default="accept-new",
                        help="record the keys of new hosts, refuse new hosts, or check nothing (default: %(default)s)")
     login.add_argument("--known-hosts", metavar="FILE",
                        help="the file of known host keys (default: ~/.ssh/known_hosts)")
     output = parser.add_argument_group("output")
-    output.add_argument("--csv", metavar="FILE", help="write a table of the pif's packets, a line each")
+    output.add_argument("--csv", metavar="FILE", help="write a table of the packets that came in, a line each")
+    output.add_argument("--label", metavar="KEY=VALUE", default=[], action="append", type=label,
+                        help="add this to the JSON's config.labels; may be repeated")
     output.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
     output.add_argument("-v", "--verbose", action="store_true", help="show the commands that are run")
     output.add_argument("-h", "--help", action="help", help="show this help and exit")
@@ -2415,20 +3055,27 @@ def build_parser() -> argparse.ArgumentParser:
 def measure(arguments: argparse.Namespace, signals: Signals, progress: Callable[[str], None],
             log: Callable[[str], None]) -> dict[str, Any]:
     """Runs a whole measurement; returns the report."""
-    lacking = [option for option, value in (("--hv", arguments.hv), ("-s", arguments.source),
-                                            ("-d", arguments.destination)) if not value]
+    lacking = [option for option, value in (
+        ("--hv", arguments.hv), ("-s", arguments.source or arguments.duration), ("-d", arguments.destination))
+        if not value]
     if lacking:
-        raise UsageError(f"missing: {', '.join(lacking)} (see netweaver --help; --pcaps analyses existing captures)")
+        raise UsageError(f"missing: {', '.join(lacking)} (see netweaver --help; instead of -s, --duration measures "
+                         "what traffic there is; --pcaps analyses existing captures)")
     if not arguments.name_label and not arguments.vif:
         raise UsageError("the destination VM is missing: give its name with -n, or its interface with --vif")
     destination = resolve(arguments.destination)
     source_command = format_source_command(arguments.source_command, arguments.count, destination)
+    filters = {"pif": arguments.pif_filter or arguments.filter, "vif": arguments.vif_filter or arguments.filter}
     from getpass import getpass
     with NetWeaver(arguments.source, arguments.name_label or "", destination, arguments.hv, arguments.key,
-                   host_interface=arguments.interface, vif_number=arguments.num, vif=arguments.vif,
-                   count=arguments.count, timeout=arguments.timeout, match_nat=arguments.match_nat,
-                   slowest=arguments.slowest, max_capture_size=arguments.max_capture_size * 1_000_000,
-                   host_key_checking=arguments.host_key_checking, known_hosts=arguments.known_hosts,
+                   host_interface=arguments.interface or "eth0", vif_number=arguments.num, vif=arguments.vif,
+                   toolstack=arguments.toolstack, direction=arguments.direction, overlay=arguments.overlay,
+                   filters={side: expression for side, expression in filters.items() if expression},
+                   count=arguments.count, duration=arguments.duration, timeout=arguments.timeout,
+                   match_nat=arguments.match_nat, slowest=arguments.slowest,
+                   max_capture_size=arguments.max_capture_size * 1_000_000, labels=dict(arguments.label),
+                   sudo=arguments.sudo, host_key_checking=arguments.host_key_checking,
+                   known_hosts=arguments.known_hosts,
                    ask=getpass if sys.stdin is not None and sys.stdin.isatty() else None,
                    progress=progress, log=log) as weaver:
         signals.interrupt = weaver.interrupt
@@ -2445,12 +3092,21 @@ def analyze_files(arguments: argparse.Namespace) -> dict[str, Any]:
     pif, vif = ([path] if os.path.exists(path) else path.split(",") for path in arguments.pcaps)
     sources = [resolve(Target(source).host) for source in arguments.source]
     destinations = [resolve(arguments.destination)] if arguments.destination else []
+    both = arguments.direction == "both"
+    if both and (arguments.match_nat or not destinations):
+        raise UsageError("--direction both tells the directions apart by the VM's address: give it with -d, and not "
+                         "--match-nat")
     warnings: list[str] = []
-    matching, capture = match_files(pif, vif, warnings, match_nat=arguments.match_nat, sources=sources,
-                                    destinations=destinations)
+    matchings, captures = match_directions(pif, vif, arguments.direction, match_nat=arguments.match_nat,
+                                           sources=sources, destinations=destinations)
+    matching, outbound = matchings[0], matchings[1] if both else None
+    capture = {side: file_counts(side, found, warnings) for side, found in captures.items()}
     config = {"version": __version__, "pif": ",".join(pif), "vif": ",".join(vif), "sources": sources,
-              "destination": destinations[0] if destinations else None, "match_nat": arguments.match_nat}
-    report = build_report(matching, capture, warnings, config, arguments.slowest)
+              "destination": destinations[0] if destinations else None, "match_nat": arguments.match_nat,
+              "direction": arguments.direction, "labels": dict(arguments.label)}
+    report = build_report(matching, capture, warnings, config, arguments.slowest, outbound=outbound,
+                          outward=arguments.direction == "out",
+                          guest=guest_times(matching, outbound) if outbound else None)
     if arguments.csv:
         write_csv(matching, arguments.csv)
     return report

@@ -20,7 +20,7 @@ def paired(pif: list[tuple[str, int]], vif: list[tuple[str, int]]) -> netweaver.
 
 def test_loss_does_not_end_the_matching() -> None:
     result = paired([("a", 0), ("b", 10), ("c", 20)], [("c", 25)])
-    assert (result.pif, result.vif, result.matched, result.lost) == (3, 1, 1, 2)
+    assert (result.first, result.second, result.matched, result.lost) == (3, 1, 1, 2)
     assert list(result.delays) == [netweaver.LOST, netweaver.LOST, 5]
 
 
@@ -32,9 +32,9 @@ def test_copies_pair_in_order() -> None:
 
 def test_more_copies_on_the_vif_are_duplicates() -> None:
     result = paired([("a", 0), ("a", 10), ("b", 20)], [("a", 1), ("a", 11), ("a", 12), ("b", 21), ("b", 22), ("x", 9)])
-    assert (result.matched, result.lost, result.duplicated, result.vif_only) == (3, 0, 2, 1)
-    assert result.pif == result.matched + result.lost
-    assert result.vif == result.matched + result.duplicated + result.vif_only
+    assert (result.matched, result.lost, result.duplicated, result.second_only) == (3, 0, 2, 1)
+    assert result.first == result.matched + result.lost
+    assert result.second == result.matched + result.duplicated + result.second_only
 
 
 def test_a_delay_of_zero_and_a_negative_one_are_delays() -> None:

@@ -109,10 +109,13 @@ def test_xe_answers_that_are_a_domain(answer: str) -> None:
 
 
 def test_filters() -> None:
-    assert netweaver.capture_filter(["10.0.0.2"], "10.0.0.1") == "ip and (src host 10.0.0.2) and dst host 10.0.0.1"
-    assert netweaver.capture_filter(["10.0.0.2", "fd00::2", "fd00::3"], "fd00::1") == (
+    assert netweaver.capture_filter(["10.0.0.2"], "10.0.0.1") == "ip and src host 10.0.0.2 and dst host 10.0.0.1"
+    assert netweaver.capture_filter(["fd00::2", "fd00::3"], "fd00::1") == (
         "ip6 and (src host fd00::2 or src host fd00::3) and dst host fd00::1")
-    assert netweaver.capture_filter(["10.0.0.2"], "fd00::1") == "ip6 and dst host fd00::1"
+    assert netweaver.capture_filter([], "fd00::1") == "ip6 and dst host fd00::1"
+    assert netweaver.capture_filter([], "10.0.0.1", "out") == "ip and src host 10.0.0.1"
+    assert netweaver.capture_filter(["10.0.0.2"], "10.0.0.1", "both") == (
+        "ip and ((src host 10.0.0.2 and dst host 10.0.0.1) or (dst host 10.0.0.2 and src host 10.0.0.1))")
 
 
 def test_an_old_tcpdump_gets_no_option_that_it_does_not_know() -> None:

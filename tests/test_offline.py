@@ -187,7 +187,7 @@ def test_any_pair_gives_back_what_made_it(data: st.DataObject) -> None:
     matching = netweaver.match(*sides)
     assert not matching.alike
     assert {rank: delay for rank, delay in enumerate(matching.delays) if delay != netweaver.LOST} == path.delays
-    assert (matching.duplicated, matching.vif_only) == (path.duplicated, 0)
+    assert (matching.duplicated, matching.second_only) == (path.duplicated, 0)
     assert netweaver.reordering(matching.arrivals) == path.extents
 
 
@@ -205,7 +205,7 @@ def test_pairing_follows_its_definition(sightings: list[tuple[str, str]], size: 
     assert found.matched == sum((pif & vif).values())
     assert found.lost == sum((pif - vif).values())
     assert found.duplicated == sum((vif - pif)[key] for key in pif)
-    assert found.vif_only == sum(vif[key] for key in vif.keys() - pif.keys())
+    assert found.second_only == sum(vif[key] for key in vif.keys() - pif.keys())
     assert len(found.alike) == sum(times for times in pif.values() if times > 1)
     for key in pif:
         sent, seen = ([time for other, time in sides[side] if other == key] for side in "pv")
