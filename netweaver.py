@@ -1757,26 +1757,27 @@ def xe_uplinks(run: Run, name: str, number: int) -> tuple[list[str], bool]:
     """
     from shlex import quote
 
-    def ask(query: str, params: str) -> list[str]:
-        return parse_minimal(run(f"xe {query} params={params} --minimal", XE_HINT))
+    def ask(kind: str, params: str, **filters: str) -> list[str]:
+        query = " ".join(f"{name.replace('_', '-')}={quote(value)}" for name, value in filters.items())
+        return parse_minimal(run(f"xe {kind}-list {query} params={params} --minimal", XE_HINT))
 
     host = run(". /etc/xensource-inventory && echo $INSTALLATION_UUID", "is this XenServer or XCP-ng?").strip()
-    vms = ask(f"vm-list name-label={quote(name)} is-control-domain=false resident-on={host}", "uuid")
+    vms = ask("vm", "uuid", name_label=name, is_control_domain="false", resident_on=host)
     if len(vms) != 1:
         raise RemoteCommandError(f"{len(vms) or 'no'} VMs with the name-label {name!r} run on this host")
-    networks = ask(f"vif-list vm-uuid={vms[0]} device={number}", "network-uuid")
+    networks = ask("vif", "network-uuid", vm_uuid=vms[0], device=str(number))
     if not networks:
         raise RemoteCommandError(f"the VM {name!r} has no interface number {number} (--num; xe vif-list "
                                  f"vm-uuid={vms[0]} shows them)")
-    pifs = ask(f"pif-list network-uuid={networks[0]} host-uuid={host}", "uuid")
+    pifs = ask("pif", "uuid", network_uuid=networks[0], host_uuid=host)
     if not pifs:
         raise RemoteCommandError(f"interface {number} of the VM {name!r} is in an internal network, without a physical "
                                  "interface on this host: give the interface to compare with by -i")
-    transport = ask(f"tunnel-list access-PIF={pifs[0]}", "transport-PIF")
-    devices = ask(f"pif-list uuid={(transport or pifs)[0]}", "device")
-    for parent in ask(f"pif-list device={devices[0]} host-uuid={host} VLAN=-1", "uuid") if devices else ():
-        for bond in ask(f"bond-list master={parent}", "uuid"):
-            devices = ask(f"pif-list bond-slave-of={bond}", "device") or devices
+    transport = ask("tunnel", "transport-PIF", access_PIF=pifs[0])
+    devices = ask("pif", "device", uuid=(transport or pifs)[0])
+    for parent in ask("pif", "uuid", device=devices[0], host_uuid=host, VLAN="-1") if devices else ():
+        for bond in ask("bond", "uuid", master=parent):
+            devices = ask("pif", "device", bond_slave_of=bond) or devices
     if not devices:
         raise RemoteCommandError(f"xe names no device of the PIF {(transport or pifs)[0]}: give it by -i")
     return devices, bool(transport)
@@ -1797,12 +1798,13 @@ def virsh_vif(run: Run, name: str, number: int) -> str:
     """On libvirt, with KVM for example."""
     from shlex import quote
     hint = "virsh list --all shows the names; systemctl status libvirtd whether libvirt runs"
-    if re.fullmatch(r"\d+", name, re.ASCII):         # virsh takes a number for a domain's id first
-        found = run(f"LC_ALL=C virsh -q domname --domain {quote(name)}", hint).strip()
-        if found != name:
-            raise RemoteCommandError(f"virsh takes {name!r} for the id of the domain {found!r}: give that name, or the "
-                                     "UUID of the one that you mean (virsh domuuid)")
-    return parse_virsh_domiflist(run(f"LC_ALL=C virsh -q domiflist --domain {quote(name)}", hint), name, number)
+    domain = quote(name)
+    if re.fullmatch(r"\d+", name, re.ASCII):         # most commands take it for an id, domid never does
+        domain = quote(run(f"LC_ALL=C virsh -q domid --domain {domain}", hint).strip().replace("-", name))
+    state = run(f"LC_ALL=C virsh -q domstate --domain {domain}", hint).strip()
+    if state in ("shut off", "crashed"):             # it may have an interface's name all the same
+        raise RemoteCommandError(f"the domain {name!r} is {state}: start it first (virsh start)")
+    return parse_virsh_domiflist(run(f"LC_ALL=C virsh -q domiflist --domain {domain}", hint), name, number)
 
 
 def parse_virsh_domiflist(answer: str, name: str, number: int) -> str:
@@ -1816,8 +1818,8 @@ def parse_virsh_domiflist(answer: str, name: str, number: int) -> str:
         raise RemoteCommandError(f"the domain {name!r} has {len(rows)} interfaces, and none of number {number} (--num "
                                  f"counts from 0; virsh domiflist {name} shows them)")
     if rows[number][0] == "-":
-        raise RemoteCommandError(f"the domain {name!r} is shut off, or its interface {number} has no device on the "
-                                 "host (hostdev, vhost-user): start it first (virsh domstate)")
+        raise RemoteCommandError(f"interface {number} of the domain {name!r} has no device on the host (hostdev, "
+                                 "vhost-user, or the domain is shut off): tcpdump can't see it")
     return rows[number][0]
 
 

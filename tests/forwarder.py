@@ -49,6 +49,19 @@ def receive(sock: socket.socket) -> tuple[bytes, int] | None:
     return frame, time.time_ns()
 
 
+def tagged(frame: bytes, tags: list[int]) -> bytes:
+    """The frame under VLAN tags, the outermost of several being 802.1ad's."""
+    kinds = [0x88A8] * (len(tags) > 1) + [0x8100] * len(tags)
+    return frame[:12] + b"".join(struct.pack(">HH", kind, tag) for kind, tag in zip(kinds, tags)) + frame[12:]
+
+
+def untagged(frame: bytes) -> bytes:
+    """The frame without the tags which the kernel has left in it."""
+    while frame[12:14] in (b"\x81\x00", b"\x88\xa8"):
+        frame = frame[:12] + frame[16:]
+    return frame
+
+
 def destination(frame: bytes) -> bytes:
     """The packed destination address of an untagged IP packet; nothing for other frames."""
     kind = frame[12:14]
@@ -67,6 +80,7 @@ def main() -> None:
     parser.add_argument("--duplicate", type=float, default=0)
     parser.add_argument("--reorder", type=float, default=0, help="share of the packets that wait 3 delays longer")
     parser.add_argument("--back", type=float, default=0, help="delay of the other direction, microseconds")
+    parser.add_argument("--tags", type=int, nargs="*", default=[], help="VLANs on the pif's side, outermost first")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     chance = random.Random(options.seed)
@@ -89,14 +103,14 @@ def main() -> None:
                 _, _, sock, frame, sent = heapq.heappop(queue)
                 now = time.time_ns()
                 try:
-                    sock.send(frame)
+                    sock.send(tagged(frame, options.tags) if sock is pif else frame)
                 except OSError:
                     continue
                 if sent is not None:
                     sent.append(now)
             for source, target in ((pif, vif), (vif, pif)):
                 while source in readable and (got := receive(source)):
-                    frame, stamp = got
+                    frame, stamp = untagged(got[0]), got[1]
                     number += 1
                     if source is vif:
                         due = time.monotonic_ns() + int(options.back * 1000)

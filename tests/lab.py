@@ -36,7 +36,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent
 NETWEAVER = TESTS.parent / "netweaver.py"
 PYTHON = os.environ.get("NETWEAVER_PYTHON", sys.executable)        # of netweaver: with another paramiko, say
-MANAGEMENT, MANAGEMENT6, DATA, DATA6 = "10.83.0", "fd83:0:", "10.83.1", "fd83:1:"
+MANAGEMENT, MANAGEMENT6, DATA, DATA6, OUTER = "10.83.0", "fd83:0:", "10.83.1", "fd83:1:", "10.83.2"
 HV_UUID, OTHER_HV_UUID = "5fb5a5a8-8a3b-4d5c-9d60-3a1a6d5b1f01", "0d1f7c52-6d7e-4d0c-8f5f-0f0c4d3e2b02"
 NAME = "instance-7c0ee45a-7a3c-4a0f-a8f4-3b7c5f7d1e90"
 NEEDED = ("ip", "tcpdump", "hping3", "unshare", "nsenter", "setsid", "/usr/sbin/sshd", "ssh-keygen")
@@ -62,15 +62,26 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20) -> 
     return value
 
 
-def pool(*vms: Mapping[str, str], fault: str | None = None) -> dict[str, Any]:
-    """What the stand-in xe answers from."""
-    return {"fault": fault, "vms": list(vms)}
+def pool(*vms: Mapping[str, str], fault: str | None = None, **tables: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """What the stand-ins for xe, xl and qm answer from; the tables are xapi's vifs, pifs, bonds and tunnels."""
+    return {"fault": fault, "vms": list(vms), **tables}
 
 
 def vm(name: str = NAME, dom_id: int = 5, host: str = HV_UUID, **more: str) -> dict[str, str]:
     """A VM's record in xapi; a halted one has dom-id -1 and no host."""
     state = {"power-state": "halted", "resident-on": "<not in database>"} if dom_id < 0 else {"resident-on": host}
-    return {"name-label": name, "dom-id": str(dom_id), **state, **more}
+    return {"uuid": f"vm-{name}", "name-label": name, "dom-id": str(dom_id), **state, **more}
+
+
+def libvirt_domain(name: str, *interfaces: str, running: bool = True) -> str:
+    """A domain for the test driver of libvirt, in its XML."""
+    schema = "http://libvirt.org/schemas/domain/test/1.0"
+    state = "" if running else "<test:runstate>5</test:runstate>"
+    devices = "".join('<interface type="bridge"><source bridge="xenbr0"/>'
+                      + (f'<target dev="{interface}"/>' if interface else "") + "</interface>"
+                      for interface in interfaces)
+    return (f'<domain type="test" xmlns:test="{schema}">{state}<name>{name}</name><memory>1048576</memory>'
+            f"<vcpu>1</vcpu><os><type>hvm</type></os><devices>{devices}</devices></domain>")
 
 
 @dataclasses.dataclass
@@ -113,15 +124,19 @@ class Lab:
     """The lab, built; use it as a context manager.
 
     `forwarder` are the options of tests/forwarder.py, which then stands between pif and vif; None for the kernel's
-    bridge.  `sources` is the number of source VMs.
+    bridge.  `sources` is the number of source VMs.  With `tags` (VLANs, outermost first; needs a forwarder) the frames
+    on the pif are tagged, and with `overlay` they are inside VXLAN there.
     """
 
-    def __init__(self, forwarder: Sequence[str] | None = None, sources: int = 1) -> None:
+    def __init__(self, forwarder: Sequence[str] | None = None, sources: int = 1, *, tags: Sequence[int] = (),
+                 overlay: bool = False) -> None:
         self.prefix = f"nw{os.getpid() % 100000:x}{os.urandom(2).hex()}"
         self.directory = Path(tempfile.mkdtemp(prefix="netweaver-lab-", dir="/var/tmp"))
         self.home = self.directory / "home"
         self.key = self.directory / "key"
         self.log = self.directory / "truth.json"
+        self._tags, self._overlay = [str(tag) for tag in tags], overlay
+        self._tagger: subprocess.Popen[bytes] | None = None
         self._forwarder_options = forwarder
         self._forwarder: subprocess.Popen[bytes] | None = None
         self._guard = self._start_guard()
@@ -207,19 +222,33 @@ class Lab:
                        [f"{host.address}/24", f"{host.address6}/64"])
             self._ip("link", "set", f"m-{host.name}", "master", "mgmt", namespace=self.client)
         for number, host in enumerate(self.sources, 1):
+            inner = [f"{DATA}.{number}/24", f"{DATA6}:{number}/64"]
             self._link(host.namespace, "eth0", self.client, f"d-{host.name}",
-                       [f"{DATA}.{number}/24", f"{DATA6}:{number}/64"])
+                       [f"{OUTER}.{number}/24"] if self._overlay else inner)
             self._ip("link", "set", f"d-{host.name}", "master", "data", namespace=self.client)
-        self._link(self.hv.namespace, "eth0", self.client, "d-hv")
-        self._ip("link", "set", "d-hv", "master", "data", namespace=self.client)
+            if self._overlay:
+                self._vxlan(host.namespace, f"{OUTER}.250", inner)
+        self._link(self.hv.namespace, "eth0", self.client, "d-hv", [f"{OUTER}.250/24"] if self._overlay else [])
+        if self._tags:
+            self._link(self.client, "t-data", self.client, "t-hv")
+            self._tagger = self._forward(self.client, "d-hv", "t-hv", "0.0.0.0", self.directory / "tagger.json", [])
+        self._ip("link", "set", "t-data" if self._tags else "d-hv", "master", "data", namespace=self.client)
         self._link(self._dst, "eth0", self.hv.namespace, "vif5.0", [f"{self.destination}/24", f"{DATA6}:100/64"])
         self.home.mkdir()
         self._generate_key(self.key)
         for host in self.hosts:
             self._start_sshd(host)
-        self.set_pool(pool(vm(), vm("halted", -1), vm("twin", 5), vm("twin", -1), vm("elsewhere", 5, OTHER_HV_UUID),
-                           vm("dom0", 0, **{"is-control-domain": "true"})))
-        if self._forwarder_options is None:
+        self.set_pool(pool(
+            vm(vmid="105"), vm("halted", -1, vmid="106"), vm("twin", 5, vmid="107"), vm("twin", -1, vmid="108"),
+            vm("elsewhere", 5, OTHER_HV_UUID), vm("dom0", 0, **{"is-control-domain": "true"}),
+            vifs=[{"vm-uuid": f"vm-{NAME}", "device": "0", "network-uuid": "net0"},
+                  {"vm-uuid": f"vm-{NAME}", "device": "1", "network-uuid": "internal"}],
+            pifs=[{"uuid": "pif0", "network-uuid": "net0", "host-uuid": HV_UUID, "device": "eth0", "VLAN": "-1"},
+                  {"uuid": "pif9", "network-uuid": "net0", "host-uuid": OTHER_HV_UUID, "device": "eth9"}]))
+        if self._overlay:
+            self._vxlan(self.hv.namespace, f"{OUTER}.1", [])
+            self._bridge(self.hv.namespace, "xenbr0", "vxlan7", "vif5.0")
+        elif self._forwarder_options is None:
             self._bridge(self.hv.namespace, "xenbr0", "eth0", "vif5.0")
         else:
             self.start_forwarder(self._forwarder_options)
@@ -237,10 +266,15 @@ class Lab:
         binaries.mkdir()
         environment = f"PATH={binaries}:{os.environ['PATH']}"
         if host is self.hv:
-            shutil.copy(TESTS / "standins" / "xe", binaries / "xe")
+            for toolstack in ("xe", "xl", "qm"):
+                shutil.copy(TESTS / "standins" / toolstack, binaries / toolstack)
+            (self.directory / "libvirt.xml").write_text(
+                "<node>" + libvirt_domain(NAME, "vif5.0", "vif5.1") + libvirt_domain("halted", "", running=False)
+                + libvirt_domain("1") + "</node>")
             (host.directory / "etc" / "xensource-inventory").write_text(
                 f"PRODUCT_BRAND='XCP-ng'\nINSTALLATION_UUID='{HV_UUID}'\n")
-            environment += f" XE_POOL={self.directory / 'pool.json'}"
+            environment += (f" POOL={self.directory / 'pool.json'}"
+                            f" LIBVIRT_DEFAULT_URI=test://{self.directory / 'libvirt.xml'}")
         for name in ("passwd", "shadow"):
             path = host.directory / "etc" / name
             lines = path.read_text().splitlines(keepends=True)
@@ -267,13 +301,26 @@ class Lab:
                  "sh", "-c", script], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         wait_until(lambda: b"Server listening" in (host.directory / "sshd.log").read_bytes(), f"sshd on {host.name}")
 
-    def start_forwarder(self, options: Sequence[str]) -> None:
-        self._forwarder = subprocess.Popen(
-            ["ip", "netns", "exec", self.hv.namespace, sys.executable, str(TESTS / "forwarder.py"), "eth0", "vif5.0",
-             self.destination, str(self.log), *options], stdout=subprocess.PIPE)
-        assert self._forwarder.stdout is not None
-        if self._forwarder.stdout.readline() != b"ready\n":
+    def _vxlan(self, namespace: str, remote: str, addresses: Sequence[str]) -> None:
+        self._ip("link", "add", "vxlan7", "type", "vxlan", "id", "7", "remote", remote, "dstport", "4789",
+                 "dev", "eth0", namespace=namespace)
+        for address in addresses:
+            usable_at_once = ["nodad"] if ":" in address else []
+            self._ip("addr", "add", address, "dev", "vxlan7", *usable_at_once, namespace=namespace)
+        self._ip("link", "set", "vxlan7", "up", namespace=namespace)
+
+    def _forward(self, namespace: str, pif: str, vif: str, destination: str, log: Path,
+                 options: Sequence[str]) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", namespace, sys.executable, str(TESTS / "forwarder.py"), pif, vif, destination,
+             str(log), *options, "--tags", *self._tags], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        if process.stdout.readline() != b"ready\n":
             raise RuntimeError("the forwarder doesn't start")
+        return process
+
+    def start_forwarder(self, options: Sequence[str]) -> None:
+        self._forwarder = self._forward(self.hv.namespace, "eth0", "vif5.0", self.destination, self.log, options)
 
     # -- using --
 

@@ -15,6 +15,9 @@ prepare() {
         [ -x /usr/sbin/sshd ] && command -v ssh-keygen >/dev/null || packages="$packages openssh-server openssh-client"
     fi
     if [ "$1" = tests ]; then
+        command -v sudo >/dev/null || packages="$packages sudo"
+        command -v virsh >/dev/null || packages="$packages libvirt-clients"
+        command -v iperf3 >/dev/null || packages="$packages iperf3"
         command -v busybox >/dev/null || packages="$packages busybox"
         command -v tshark >/dev/null || packages="$packages tshark"
         command -v tcsh >/dev/null || packages="$packages tcsh"

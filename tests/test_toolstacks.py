@@ -1,0 +1,304 @@
+"""Toolstacks: what they answer, the odd answers too, and the way from a vif to the physical interfaces behind it."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import HV_UUID, NAME, OTHER_HV_UUID, TESTS, Lab, libvirt_domain, pool, vm, wait_until
+from test_lab import FAST, failure, report, run_code
+
+import netweaver
+
+
+class Shell:
+    """A hypervisor's shell with the stand-ins first in its PATH; can be called as netweaver calls run_command."""
+
+    def __init__(self, directory: Path, description: Mapping[str, Any]) -> None:
+        self.environment = {**os.environ, "PATH": f"{TESTS / 'standins'}:{os.environ['PATH']}",
+                            "POOL": str(directory / "pool.json"), "LIBVIRT_DEFAULT_URI": "test:///default"}
+        (directory / "pool.json").write_text(json.dumps(description))
+
+    def __call__(self, command: str, hint: str = "") -> str:
+        command = command.replace(". /etc/xensource-inventory && echo $INSTALLATION_UUID", f"echo {HV_UUID}")
+        done = subprocess.run(["sh", "-c", command], env=self.environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise netweaver.RemoteCommandError(f"{netweaver.last_line(done.stderr)} ({hint})")
+        return done.stdout
+
+
+# -- xe --
+
+def pif(uuid: str, device: str, network: str = "", **more: str) -> dict[str, str]:
+    return {"uuid": uuid, "device": device, "network-uuid": network, "host-uuid": HV_UUID, "VLAN": "-1", **more}
+
+
+PIFS = [
+    pif("p0", "eth0", "plain"), pif("p9", "eth9", "plain") | {"host-uuid": OTHER_HV_UUID},
+    pif("v7", "eth0", "vlan", VLAN="7"),
+    pif("b", "bond0", "bonded"), pif("s1", "eth1", "slaves", **{"bond-slave-of": "bond"}),
+    pif("s2", "eth2", "slaves", **{"bond-slave-of": "bond"}), pif("v8", "bond0", "vlan on bond", VLAN="8"),
+    pif("t", "tunnel0", "tunnel"), pif("t8", "tunnel1", "tunnel over vlan on bond"),
+    pif("none", "", "nameless") | {"device": ""},
+]
+
+
+@pytest.mark.parametrize(("network", "devices", "overlay"), [
+    ("plain", ["eth0"], False), ("vlan", ["eth0"], False), ("bonded", ["eth1", "eth2"], False),
+    ("vlan on bond", ["eth1", "eth2"], False), ("tunnel", ["eth0"], True),
+    ("tunnel over vlan on bond", ["eth1", "eth2"], True),
+])
+def test_the_uplinks_of_a_network_of_xapi(tmp_path: Path, network: str, devices: list[str], overlay: bool) -> None:
+    run = Shell(tmp_path, pool(
+        vm(), vifs=[{"vm-uuid": f"vm-{NAME}", "device": "0", "network-uuid": "other"},
+                    {"vm-uuid": f"vm-{NAME}", "device": "2", "network-uuid": network}],
+        pifs=PIFS, bonds=[{"uuid": "bond", "master": "b"}],
+        tunnels=[{"access-PIF": "t", "transport-PIF": "p0"}, {"access-PIF": "t8", "transport-PIF": "v8"}]))
+    assert netweaver.xe_uplinks(run, NAME, 2) == (devices, overlay)
+
+
+@pytest.mark.parametrize(("name", "number", "words"), [
+    (NAME, 0, "internal network"), (NAME, 1, "has no interface number 1 (--num; xe vif-list vm-uuid=vm-"),
+    (NAME, 2, "names no device"), ("none", 0, "no VMs with the name-label 'none' run on this host"),
+    ("away", 0, "no VMs with the name-label 'away' run on this host"),
+])
+def test_xapi_knows_no_uplink(tmp_path: Path, name: str, number: int, words: str) -> None:
+    run = Shell(tmp_path, pool(
+        vm(), vm("away", 5, OTHER_HV_UUID), pifs=PIFS,
+        vifs=[{"vm-uuid": f"vm-{NAME}", "device": "0", "network-uuid": "internal"},
+              {"vm-uuid": f"vm-{NAME}", "device": "2", "network-uuid": "nameless"}]))
+    with pytest.raises(netweaver.RemoteCommandError) as caught:
+        netweaver.xe_uplinks(run, name, number)
+    assert words in str(caught.value)
+
+
+def test_values_with_commas() -> None:
+    assert netweaver.parse_minimal("a\\,b,c\\\\d,e\n") == ["a,b", "c\\d", "e"]
+    assert netweaver.parse_minimal("\n") == []
+
+
+# -- the others --
+
+@pytest.mark.parametrize(("toolstack", "name", "number", "found"), [
+    ("xl", "web 1", 0, "vif5.0"), ("xl", "-n", 2, "vif6.2"), ("qm", "web 1", 0, "tap105i0"),
+    ("qm", "106", 1, "tap106i1"), ("qm", "107", 0, "tap109i0"),
+])
+def test_a_vm_that_runs(tmp_path: Path, toolstack: str, name: str, number: int, found: str) -> None:
+    """On Proxmox a name comes before a VMID."""
+    run = Shell(tmp_path, pool(vm("web 1", 5, vmid="105"), vm("-n", 6, vmid="106"), vm("x", -1, vmid="107"),
+                               vm("107", 7, vmid="109")))
+    assert netweaver.TOOLSTACKS[toolstack](run, name, number) == found
+
+
+@pytest.mark.parametrize(("toolstack", "name", "fault", "words"), [
+    ("xl", "none", None, "Can't get domid of domain name 'none'"), ("xl", "none", None, "xl list shows them"),
+    ("xl", "halted", None, "it isn't running, or has another name"),
+    ("xl", "Domain-0", None, "'Domain-0' is the control domain"), ("xl", "web1", "down", "cannot init xl context"),
+    ("qm", "none", None, "there is no VM 'none' on this host (qm list shows them"),
+    ("qm", "halted", None, "the VM 'halted' (VMID 106) is stopped: start it first (qm start 106)"),
+    ("qm", "twin", None, "2 VMs have the name 'twin' (VMIDs 107, 108): give the VMID as -n"),
+    ("qm", "web1", "down", "Connection refused"),
+    ("virsh", "none", None, "error: failed to get domain 'none' (virsh list --all shows the names"),
+    ("virsh", "1", None, "error: failed to get domain '1'"),
+    ("xe", "web1", "starting", "still initialising. Please wait. (is xapi up there?"),
+])
+def test_odd_answers(tmp_path: Path, toolstack: str, name: str, fault: str | None, words: str) -> None:
+    run = Shell(tmp_path, pool(vm("web1", vmid="105"), vm("halted", -1, vmid="106"), vm("twin", 7, vmid="107"),
+                               vm("twin", -1, vmid="108"), vm("Domain-0", 0), fault=fault))
+    with pytest.raises(netweaver.RemoteCommandError) as caught:
+        netweaver.TOOLSTACKS[toolstack](run, name, 0)
+    assert words in str(caught.value)
+
+
+def test_a_proxmox_host_without_vms(tmp_path: Path) -> None:
+    with pytest.raises(netweaver.RemoteCommandError, match="there is no VM 'x'"):
+        netweaver.qm_vif(Shell(tmp_path, pool()), "x", 0)
+
+
+def test_the_real_virsh(tmp_path: Path) -> None:
+    run = Shell(tmp_path, {})
+    assert re.fullmatch(r"testnet\d+", netweaver.virsh_vif(run, "test", 0))
+    (tmp_path / "node.xml").write_text("<node>" + libvirt_domain("off", "", running=False)
+                                       + libvirt_domain("two words", "lan4", "lan7")
+                                       + libvirt_domain("1", "lan8") + "</node>")
+    run.environment["LIBVIRT_DEFAULT_URI"] = f"test://{tmp_path / 'node.xml'}"
+    assert netweaver.virsh_vif(run, "two words", 1) == "lan7"
+    assert netweaver.virsh_vif(run, "1", 0) == "lan8"       # which is also the id of another one
+    for name, number, words in (("two words", 2, "has 2 interfaces, and none of number 2"), ("off", 0, "is shut off")):
+        with pytest.raises(netweaver.RemoteCommandError, match=words):
+            netweaver.virsh_vif(run, name, number)
+    run.environment["LIBVIRT_DEFAULT_URI"] = f"test://{tmp_path / 'none.xml'}"
+    with pytest.raises(netweaver.RemoteCommandError, match="systemctl status libvirtd"):
+        netweaver.virsh_vif(run, "off", 0)
+
+
+def test_an_old_virsh_prints_its_header_in_spite_of_q() -> None:
+    old = ("Interface  Type       Source     Model       MAC\n-------------------------------------------------------\n"
+           "vnet0      network    default    virtio      52:54:00:01:1d:d0\n")
+    assert netweaver.parse_virsh_domiflist(old, "x", 0) == "vnet0"
+    with pytest.raises(netweaver.RemoteCommandError, match="interface 0 of the domain 'x' has no device"):
+        netweaver.parse_virsh_domiflist(old.replace("vnet0", "-    "), "x", 0)
+
+
+# -- the bridge behind a vif --
+
+def link(number: int, name: str, kind: str = "", master: str = "") -> str:
+    """A line as `ip -o -d link` prints it."""
+    details = f"\\    {kind} addrgenmode eui64" if kind else "addrgenmode eui64"
+    return (f"{number}: {name}: <BROADCAST,MULTICAST,UP,LOWER_UP> mtu 1500 qdisc noqueue "
+            f"{f'master {master} ' if master else ''}state UP mode DEFAULT group default qlen 1000\\    link/ether "
+            f"02:00:00:00:00:01 brd ff:ff:ff:ff:ff:ff promiscuity 1  minmtu 68 maxmtu 65535 {details}\n")
+
+
+BRIDGED = link(1, "eth0", master="br0") + link(2, "br0", "bridge forward_delay 1500") + link(3, "vif5.0", master="br0")
+PROXMOX = (link(1, "eno1", master="bond0") + link(2, "eno2", master="bond0") + link(3, "bond0", "bond mode 802.3ad")
+           + link(4, "bond0.20@bond0", "vlan protocol 802.1Q id 20 <REORDER_HDR>", "vmbr0")
+           + link(5, "vmbr0", "bridge forward_delay 0") + link(6, "tap100i0", "tun type tap", "fwbr100i0")
+           + link(7, "fwbr100i0", "bridge forward_delay 0") + link(8, "fwpr100p0@fwln100i0", "veth", "vmbr0")
+           + link(9, "fwln100i0@fwpr100p0", "veth", "fwbr100i0") + link(10, "tap101i0", "tun type tap", "vmbr0")
+           + link(11, "veth102i0@if2", "veth", "vmbr0"))
+ROUTED_TUNNEL = (link(1, "eth0") + link(2, "vxlan9", "vxlan id 9 remote 127.0.0.1 srcport 0 0 dstport 4789", "br0")
+                 + link(3, "br0", "bridge forward_delay 1500") + link(4, "vnet0", "tun type tap", "br0"))
+TUNNEL = ROUTED_TUNNEL.replace("srcport", "dev eth0.5 srcport") + link(5, "eth0.5@eth0", "vlan protocol 802.1Q id 5")
+OPEN_VSWITCH = (
+    link(1, "eth0", "openvswitch_slave", "ovs-system") + link(2, "ovs-system", "openvswitch")
+    + link(3, "br-ex", "openvswitch") + link(4, "qvoabcdef01-23@qvbabcdef01-23", "veth", "ovs-system")
+    + link(5, "qvbabcdef01-23@qvoabcdef01-23", "veth", "qbrabcdef01-23") + link(6, "qbrabcdef01-23", "bridge")
+    + link(7, "tapabcdef01-23", "tun type tap", "qbrabcdef01-23") + link(8, "br-int", "openvswitch")
+    + "ovs br-ex br-ex eth0 phy-br-ex\novs br-int br-int int-br-ex qvoabcdef01-23\n"
+    + 'ovs-interfaces {"data":[["eth0","",["map",[]]],["phy-br-ex","patch",["map",[["peer","int-br-ex"]]]],'
+      '["int-br-ex","patch",["map",[["peer","phy-br-ex"]]]],["qvoabcdef01-23","",["map",[]]]],'
+      '"headings":["name","type","options"]}\n')
+OVS_TUNNEL = OPEN_VSWITCH.replace('["qvoabc', '["gnv0","geneve",["map",[["remote_ip","127.0.0.1"]]]],["qvoabc').replace(
+    "int-br-ex qvo", "int-br-ex gnv0 qvo")
+
+
+@pytest.mark.parametrize(("answer", "vif", "devices", "overlay"), [
+    (BRIDGED, "vif5.0", ["eth0"], False), (PROXMOX, "tap100i0", ["eno1", "eno2"], False),
+    (PROXMOX, "tap101i0", ["eno1", "eno2"], False), (TUNNEL, "vnet0", ["eth0"], True),
+    (ROUTED_TUNNEL, "vnet0", ["lo"], True), (OPEN_VSWITCH, "tapabcdef01-23", ["eth0"], False),
+    (OVS_TUNNEL, "tapabcdef01-23", ["eth0", "lo"], True),
+])
+def test_the_uplinks_of_a_bridge(answer: str, vif: str, devices: list[str], overlay: bool) -> None:
+    def run(command: str, hint: str = "") -> str:
+        if command == netweaver.LINKS_COMMAND:
+            return answer
+        return subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout
+
+    assert netweaver.bridge_uplinks(run, vif) == (devices, overlay)
+
+
+@pytest.mark.parametrize(("vif", "words"), [
+    ("vif9.0", "there is no such interface"), ("eth1", "it is in no bridge"),
+    ("vif5.1", "its bridge br1 has no physical"),
+])
+def test_a_bridge_without_an_uplink(vif: str, words: str) -> None:
+    answer = BRIDGED + link(4, "eth1") + link(5, "vif5.1", master="br1") + link(6, "tap5.1", "tun", master="br1")
+    with pytest.raises(netweaver.RemoteCommandError) as caught:
+        netweaver.bridge_uplinks(lambda command, hint="": answer, vif)
+    assert words in str(caught.value)
+    assert "(there are: br0, eth0, eth1, tap5.1, vif5.0, vif5.1)" in str(caught.value)
+
+
+# -- in the lab --
+
+@pytest.fixture
+def virtual_pool(lab: Lab) -> Iterator[Lab]:
+    before = (lab.directory / "pool.json").read_text()
+    yield lab
+    (lab.directory / "pool.json").write_text(before)
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("toolstack", ["xe", "xl", "virsh"])
+def test_auto_finds_the_pif(lab: Lab, toolstack: str) -> None:
+    found = report(lab.netweaver(*lab.arguments("-c", "500", "--source-command", FAST, "-i", "auto", "--toolstack",
+                                                toolstack, source=lab.source.address)))
+    assert (found["config"]["pif"], found["config"]["vif"]) == ("eth0", "vif5.0")
+    assert (found["config"]["toolstack"], found["config"]["overlay"]) == (toolstack, False)
+    assert found["packets"]["matched"] == 500
+
+
+@pytest.mark.lab
+def test_proxmox_by_its_stable_names(lab: Lab) -> None:
+    lab.hv.run("ip", "link", "set", "vif5.0", "name", "tap105i0")
+    try:
+        found = report(lab.netweaver(*lab.arguments("-c", "500", "--source-command", FAST, "-i", "auto", "--toolstack",
+                                                    "qm", source=lab.source.address)))
+        assert found["config"]["vif"] == "tap105i0"
+        assert found["packets"]["matched"] == 500
+    finally:
+        lab.hv.run("ip", "link", "set", "tap105i0", "name", "vif5.0")
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("--toolstack", "xl", "-n", "none"), "maybe this domain does not exist. (it isn't running, or has another name"),
+    (("--toolstack", "virsh", "-n", "halted"), "the domain 'halted' is shut off"),
+    (("--toolstack", "virsh", "--num", "5"), "has 2 interfaces, and none of number 5"),
+    (("--toolstack", "qm", "-n", "halted"), "is stopped: start it first (qm start 106)"),
+    (("-i", "auto", "--num", "1"), "is in an internal network"),
+    (("-i", "auto", "--vif", "mgmt0"), "it is in no bridge: give it with -i (there are: "),
+])
+def test_a_look_up_that_fails(lab: Lab, arguments: tuple[str, ...], words: str) -> None:
+    line = failure(lab.netweaver(*lab.arguments(*arguments), seconds=15), 4)
+    assert line.startswith(f"netweaver: error: root@{lab.hv.address}: ")
+    assert words in line
+
+
+@pytest.mark.lab
+def test_a_toolstack_that_is_not_there(lab: Lab) -> None:
+    (lab.hv.directory / "bin" / "xl").rename(lab.hv.directory / "bin" / "xl-away")
+    try:
+        line = failure(lab.netweaver(*lab.arguments("--toolstack", "xl"), seconds=15), 4)
+        assert "--toolstack says which one this host has" in line
+    finally:
+        (lab.hv.directory / "bin" / "xl-away").rename(lab.hv.directory / "bin" / "xl")
+
+
+@pytest.mark.lab
+def test_a_vm_that_restarts_meanwhile(virtual_pool: Lab) -> None:
+    lab = virtual_pool
+    process = lab.start(*lab.arguments("-c", "1500", "--source-command", FAST))
+    wait_until(lambda: any("hping3" in line for line in lab.source.processes().values()), "the traffic")
+    lab.set_pool(pool(vm(dom_id=6)))
+    out, errors = process.communicate(timeout=30)
+    assert process.returncode == 4
+    assert out == ""
+    assert "vif5.0 is vif6.0 now: the VM was moved, restarted or unplugged during the run: measure again" in errors
+
+
+@pytest.mark.lab
+def test_a_vm_that_is_halted_meanwhile(virtual_pool: Lab) -> None:
+    lab = virtual_pool
+    process = lab.start(*lab.arguments("-c", "1500", "--source-command", FAST))
+    wait_until(lambda: any("hping3" in line for line in lab.source.processes().values()), "the traffic")
+    lab.set_pool(pool(vm(dom_id=-1)))
+    assert "is not running (halted or suspended)" in process.communicate(timeout=30)[1]
+    assert process.returncode == 4
+
+
+@pytest.mark.lab
+def test_the_readmes_example_of_another_toolstack(lab: Lab, tmp_path: Path) -> None:
+    """It asks Incus; here a stand-in answers as `incus config get` does."""
+    readme = (TESTS.parent / "README.md").read_text()
+    [example] = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "determine_vif" in code]
+    incus = lab.hv.directory / "bin" / "incus"
+    incus.write_text('#!/bin/sh\n[ "$*" = "config get web1 volatile.eth0.host_name" ] && echo vif5.0\n')
+    incus.chmod(0o755)
+    try:
+        for theirs, ours in (("192.0.2.1", lab.source.address), ("192.0.2.2", lab.destination),
+                             ("hv.example.org", lab.hv.address), ("/root/.ssh/id_ed25519", str(lab.key)),
+                             ("-c 1000", "-c 20")):
+            assert theirs in example
+            example = example.replace(theirs, ours)
+        found = json.loads(run_code(lab, example))
+        assert found["config"]["vif"] == "vif5.0"
+        assert found["packets"]["matched"] == 20
+    finally:
+        incus.unlink()
