@@ -1098,7 +1098,7 @@ class Job:
         self.size_limit = 0
         self.status: int | None = None
         self.mark: int | None = None
-        self.ended = self.stopped = self.flooded = self._complete = False
+        self.ended = self.stopped = self.flooded = self._complete = self._left = False
         self.output = b""
         self._channel, self._changed, self._sink, self._most = channel, changed, sink, most
         self._out, self._errors = bytearray(), bytearray()
@@ -1115,7 +1115,15 @@ class Job:
         return bytes(self._errors).decode(errors="replace")
 
     def say(self, word: str) -> None:
-        """Sends a word of the lease; a broken connection has ended the lease by itself."""
+        """Sends a word of the lease; a broken connection has ended the lease by itself.
+
+        Nothing is sent when the host is about to close the channel: what paramiko sends on a channel just as it closes
+        makes sshd end the whole connection.
+        """
+        over = self.status is not None or self._complete
+        if self._left or (over and self.directory in (None, "-")):
+            return
+        self._left = word == "bye"
         try:
             self._channel.sendall(word.encode() + b"\n")
         except OSError:
@@ -1228,7 +1236,8 @@ class Remote:
         """The connection; HostConnectionError if it is lost."""
         transport = self._clients[-1].get_transport()
         if transport is None or not transport.is_active():
-            raise HostConnectionError(f"the connection to {self.name} is lost")
+            reason = transport.get_exception() if transport else None
+            raise HostConnectionError(f"the connection to {self.name} is lost{f': {reason}' if reason else ''}")
         return transport
 
     def start(self, command: str, seconds: float, output: str = "-", *, size: int = 0, share: int = 1,
@@ -1326,11 +1335,11 @@ class Remote:
                         file.seek(0)
                         file.truncate()
                 self._fetch_by_command(path, file, most)
-        except OSError as error:
-            os.unlink(local)
-            raise CaptureError(f"can't write {local}: {error.strerror}") from error
-        except BaseException:
-            os.unlink(local)
+        except BaseException as error:
+            if os.path.exists(local):
+                os.unlink(local)
+            if isinstance(error, OSError):
+                raise CaptureError(f"can't write {local}: {error.strerror}") from error
             raise
 
     def _fetch_by_sftp(self, path: str, file: IO[bytes], sftp: paramiko.SFTPClient, most: int) -> None:
@@ -1798,10 +1807,11 @@ def virsh_vif(run: Run, name: str, number: int) -> str:
     """On libvirt, with KVM for example."""
     from shlex import quote
     hint = "virsh list --all shows the names; systemctl status libvirtd whether libvirt runs"
-    domain = quote(name)
+    domain, state = quote(name), ""
     if re.fullmatch(r"\d+", name, re.ASCII):         # most commands take it for an id, domid never does
-        domain = quote(run(f"LC_ALL=C virsh -q domid --domain {domain}", hint).strip().replace("-", name))
-    state = run(f"LC_ALL=C virsh -q domstate --domain {domain}", hint).strip()
+        found = run(f"LC_ALL=C virsh -q domid --domain {domain}", hint).strip()
+        domain, state = quote(found), "shut off" if found == "-" else ""
+    state = state or run(f"LC_ALL=C virsh -q domstate --domain {domain}", hint).strip()
     if state in ("shut off", "crashed"):             # it may have an interface's name all the same
         raise RemoteCommandError(f"the domain {name!r} is {state}: start it first (virsh start)")
     return parse_virsh_domiflist(run(f"LC_ALL=C virsh -q domiflist --domain {domain}", hint), name, number)

@@ -117,7 +117,8 @@ class Host:
         return found
 
     def files(self) -> list[str]:
-        return self.run("find", "/tmp", "/root", "-mindepth", "1").split()
+        """What is in /tmp and /root; what goes while it is looked for makes find fail."""
+        return self.run("sh", "-c", "find /tmp /root -mindepth 1 2>/dev/null || :").split()
 
 
 class Lab:

@@ -125,11 +125,13 @@ def test_the_real_virsh(tmp_path: Path) -> None:
     assert re.fullmatch(r"testnet\d+", netweaver.virsh_vif(run, "test", 0))
     (tmp_path / "node.xml").write_text("<node>" + libvirt_domain("off", "", running=False)
                                        + libvirt_domain("two words", "lan4", "lan7")
-                                       + libvirt_domain("1", "lan8") + "</node>")
+                                       + libvirt_domain("1", "lan8") + libvirt_domain("2", "lan9", running=False)
+                                       + "</node>")
     run.environment["LIBVIRT_DEFAULT_URI"] = f"test://{tmp_path / 'node.xml'}"
     assert netweaver.virsh_vif(run, "two words", 1) == "lan7"
     assert netweaver.virsh_vif(run, "1", 0) == "lan8"       # which is also the id of another one
-    for name, number, words in (("two words", 2, "has 2 interfaces, and none of number 2"), ("off", 0, "is shut off")):
+    for name, number, words in (("two words", 2, "has 2 interfaces, and none of number 2"), ("off", 0, "is shut off"),
+                                ("2", 0, "the domain '2' is shut off")):
         with pytest.raises(netweaver.RemoteCommandError, match=words):
             netweaver.virsh_vif(run, name, number)
     run.environment["LIBVIRT_DEFAULT_URI"] = f"test://{tmp_path / 'none.xml'}"
