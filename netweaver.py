@@ -28,6 +28,7 @@ from struct import Struct, iter_unpack, unpack_from
 TYPE_CHECKING = False                                # importing typing costs more than analysing 10,000 packets
 if TYPE_CHECKING:
     import argparse
+    import random
     import socket
     import threading
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import paramiko
 
     Block = tuple[list[bytes], array[int]]           # identities, and the times at which they were seen
+    Column = tuple[list[int], list[list[int]]]
     Result = TypeVar("Result")
     Run = Callable[..., str]
 
@@ -976,6 +978,86 @@ def statistics(delays: Iterable[int]) -> dict[str, Any]:
         "pdv": (percentile(990) * 1000 - ranked[0]) / 1000,
         "negative": bisect_left(ranked, 0),
     }
+
+
+BLOCKS, SHORTEST_BLOCK, RESAMPLES, CONFIDENCE = 25, 10, 2000, 0.95
+ENOUGH_FOR_P99 = 500                                 # packets; of fewer hardly one is above it
+CANDIDATES = 500                                     # values of which a resampled percentile is one
+
+
+class _Blocks:
+    """The packets of a matching in successive blocks, to draw samples from: neighbours are not independent."""
+
+    def __init__(self, matching: Matching) -> None:
+        size = matching.first
+        self.number = max(1, min(BLOCKS, size // SHORTEST_BLOCK))
+        bounds = [size * i // self.number for i in range(self.number + 1)]
+        blocks = [sorted(delay for delay in matching.delays[a:b] if delay != LOST)
+                  for a, b in zip(bounds, islice(bounds, 1, None))]
+        self._sent = [b - a for a, b in zip(bounds, islice(bounds, 1, None))]
+        self._matched = list(map(len, blocks))
+        ranked = sorted(matching.samples())
+        self._columns = {permille: self._column(blocks, ranked, *window)
+                         for permille, window in {500: (0.2, 0.8), 990: (0.95, 1.0)}.items()}
+
+    @staticmethod
+    def _column(blocks: Sequence[list[int]], ranked: Sequence[int], low: float, high: float) -> Column:
+        """Values of a range of ranks, and for each how many of each block are not above it."""
+        first, last = int(low * len(ranked)), int(high * len(ranked)) - 1
+        step = max(1, (last - first) // CANDIDATES)
+        values = sorted({ranked[0], *(ranked[rank] for rank in range(first, last, step)), ranked[-1]})
+        return values, [[bisect(block, value) for block in blocks] for value in values]
+
+    def draw(self, generator: random.Random) -> tuple[float, float, float] | None:
+        """Median, 99th percentile (ns) and loss ratio of as many blocks, drawn with repetition; None if all is lost."""
+        weights = [0] * self.number
+        for block in generator.choices(range(self.number), k=self.number):
+            weights[block] += 1
+        matched = sum(map(mul, weights, self._matched))
+        if not matched:
+            return None
+        found = []
+        for permille, (values, below) in self._columns.items():
+            place = bisect_left(below, permille * matched,
+                                key=lambda counts: 1000 * sum(map(mul, weights, counts)))
+            found.append(values[place])
+        return found[0], found[1], 1 - matched / sum(map(mul, weights, self._sent))
+
+
+def compare(baseline: Matching, current: Matching) -> dict[str, Any]:
+    """The shift of median and 99th percentile (µs) and of the loss ratio from one measurement to another.
+
+    Each with an interval by block bootstrap (Carlstein 1986): blocks of successive packets are drawn with repetition,
+    in each measurement by itself.  The intervals are widened as Student's t is for so few blocks, they hold together
+    with a probability of CONFIDENCE (Bonferroni), and a shift is distinguishable from no change if its interval doesn't
+    contain zero.  Too few packets for the 99th percentile have neither.  Always gives the same result.
+    """
+    from random import Random
+    from statistics import NormalDist
+    generator, sides = Random(1), [_Blocks(baseline), _Blocks(current)]
+    shifts: list[tuple[float, ...]] = []
+    for _ in range(RESAMPLES):
+        before, after = (side.draw(generator) for side in sides)
+        if before and after:
+            shifts.append(tuple(map(sub, after, before)))
+    tail = (1 - CONFIDENCE) / 3 / 2
+    normal, freedom = NormalDist().inv_cdf(1 - tail), max(1, min(side.number for side in sides) - 1)
+    wider = 1 + (normal * normal + 1) / (4 * freedom)        # of Student's t to the normal distribution's quantile
+    figures = [statistics(matching.samples()) for matching in (baseline, current)]
+    points = {"median": ([each["median"] for each in figures], 1000),
+              "p99": ([each["percentiles"]["99"] for each in figures], 1000),
+              "loss_ratio": ([matching.lost / matching.first for matching in (baseline, current)], 1)}
+    result: dict[str, Any] = {}
+    for place, (name, ((before, after), unit)) in enumerate(points.items()):
+        ranked = sorted(shift[place] / unit for shift in shifts)
+        cut, shift = int(tail * len(ranked)), after - before
+        interval = [shift + wider * (end - shift) for end in (ranked[cut], ranked[-1 - cut])]
+        if name == "p99" and min(baseline.matched, current.matched) < ENOUGH_FOR_P99:
+            interval = []
+        result[name] = {"baseline": before, "current": after, "shift": shift, "interval": interval or None,
+                        "distinguishable": not interval[0] <= 0 <= interval[1] if interval else None}
+    return {**result, "distinguishable": any(part["distinguishable"] for part in result.values()),
+            "confidence": CONFIDENCE, "resamples": len(shifts), "blocks": [side.number for side in sides]}
 
 
 # ---- Remote: one SSH connection, and commands that certainly end ---------------------------------------------
