@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from typing import IO, Any, BinaryIO, NoReturn, TypeVar
 
     import paramiko
+    from matplotlib.figure import Figure
 
     Block = tuple[list[bytes], array[int]]           # identities, and the times at which they were seen
     Column = tuple[list[int], list[list[int]]]
@@ -366,6 +367,7 @@ class Capture:
         self.name = name
         self.records = self.other = self.filtered = self.cut = self.partial = 0
         self.precision, self.last = "microseconds", 0
+        self.offsets: array[int] | None = None       # of the records of each block, if an array is put here
         self._file, self._translated = file, translated
         self._wanted = [packed_addresses(sources), packed_addresses(destinations)]
         self._order, self._unit, self._linktype = "<", 1, -1
@@ -377,12 +379,19 @@ class Capture:
             data = rest + chunk if rest else chunk
             keys: list[bytes] = []
             times: array[int] = array("q")
+            if self.offsets is not None:
+                del self.offsets[:]
             used = self._take(data, base, keys, times)
             base, rest = base + used, data[used:]
             if times:
                 self.last = times[-1]
             yield keys, times
         self.partial = self.partial or len(rest)
+
+    @property
+    def order(self) -> str:
+        """The byte order of the records, as struct writes it."""
+        return self._order
 
     # -- files --
 
@@ -503,8 +512,11 @@ class Capture:
                 layout = learned
             far = at + SHORTEST_RUN * stride
             if size == last and at >= attempt and data[far + 8:far + 12] == data[at + 8:at + 12]:
+                known = len(keys)
                 count = self._run(data, at, stride, layout, keys, times)
                 if count:
+                    if self.offsets is not None and len(keys) > known:
+                        self.offsets.extend(range(base + at, base + at + count * stride, stride))
                     at += count * stride
                     continue
                 attempt = far
@@ -515,6 +527,8 @@ class Capture:
             elif filtered and not self._passes(data, frame, layout):
                 self.filtered += 1
             else:
+                if self.offsets is not None:
+                    self.offsets.append(base + at)
                 add_key(layout.prefix + join(layout.pick(data, frame)))
                 add_time(seconds * NANOSECONDS + fraction * unit)
             at += stride
@@ -982,6 +996,7 @@ def statistics(delays: Iterable[int]) -> dict[str, Any]:
 
 BLOCKS, SHORTEST_BLOCK, RESAMPLES, CONFIDENCE = 25, 10, 2000, 0.95
 ENOUGH_FOR_P99 = 500                                 # packets; of fewer hardly one is above it
+RUN_TO_RUN = {"median": 0.1, "p99": 0.3, "loss_ratio": 0.0}      # by so much equal runs may differ on a busy host
 CANDIDATES = 500                                     # values of which a resampled percentile is one
 
 
@@ -1030,7 +1045,9 @@ def compare(baseline: Matching, current: Matching) -> dict[str, Any]:
     Each with an interval by block bootstrap (Carlstein 1986): blocks of successive packets are drawn with repetition,
     in each measurement by itself.  The intervals are widened as Student's t is for so few blocks, they hold together
     with a probability of CONFIDENCE (Bonferroni), and a shift is distinguishable from no change if its interval doesn't
-    contain zero.  Too few packets for the 99th percentile have neither.  Always gives the same result.
+    contain zero and, since one run doesn't tell how much the next one would differ by itself, it is more than
+    RUN_TO_RUN of the baseline.  Too few packets for the 99th percentile have neither.  Always gives the same
+    result.
     """
     from random import Random
     from statistics import NormalDist
@@ -1054,10 +1071,12 @@ def compare(baseline: Matching, current: Matching) -> dict[str, Any]:
         interval = [shift + wider * (end - shift) for end in (ranked[cut], ranked[-1 - cut])]
         if name == "p99" and min(baseline.matched, current.matched) < ENOUGH_FOR_P99:
             interval = []
+        large = abs(shift) > RUN_TO_RUN[name] * abs(before)
         result[name] = {"baseline": before, "current": after, "shift": shift, "interval": interval or None,
-                        "distinguishable": not interval[0] <= 0 <= interval[1] if interval else None}
+                        "distinguishable": large and not interval[0] <= 0 <= interval[1] if interval else None}
     return {**result, "distinguishable": any(part["distinguishable"] for part in result.values()),
-            "confidence": CONFIDENCE, "resamples": len(shifts), "blocks": [side.number for side in sides]}
+            "confidence": CONFIDENCE, "run_to_run": RUN_TO_RUN,
+            "resamples": len(shifts), "blocks": [side.number for side in sides]}
 
 
 # ---- Remote: one SSH connection, and commands that certainly end ---------------------------------------------
@@ -2194,8 +2213,9 @@ class NetWeaver:
     those of Access; with `sudo` commands run as root by sudo.  `timeout` bounds the traffic (seconds), `duration` is
     how long to measure (needed without sources), `max_capture_size` bounds each capture (bytes).  With `match_nat`
     addresses take no part in the matching, and `slowest` is how many of the slowest packets to list.  `labels` go into
-    the report.  `progress` and `log` are called with lines for people: the steps, and each command run.  `analyze` sets
-    `matching`: the packets themselves.
+    the report.  `progress` and `log` are called with lines for people: the steps, and each command run; `tick` once a
+    second while traffic runs, with the seconds so far and the packets of any kind that the vif has passed on since, if
+    that is known.  `analyze` sets `matchings`: the packets themselves, of each direction that was measured.
 
     Use it as a context manager, or call `close`.  The methods are meant to be called in the order in which they
     stand here; each raises a NetWeaverError that says what happened and where.  For a hypervisor with another
@@ -2212,7 +2232,8 @@ class NetWeaver:
                  host_key_checking: str = "accept-new", known_hosts: str | None = None,
                  ask: Callable[[str], str] | None = None,
                  progress: Callable[[str], None] = lambda line: None,
-                 log: Callable[[str], None] = lambda line: None) -> None:
+                 log: Callable[[str], None] = lambda line: None,
+                 tick: Callable[[float, int | None], None] | None = None) -> None:
         import threading
         if direction == "both" and match_nat:
             raise UsageError("with address translation the two directions can't be told apart: measure in and out "
@@ -2224,14 +2245,14 @@ class NetWeaver:
         self.count, self.duration, self.match_nat, self.slowest = count, duration, match_nat, slowest
         self.timeout = duration or timeout or max(600, count // 5)
         self.max_capture_size, self.labels = max_capture_size, dict(labels or {})
-        self.matching: Matching | None = None
+        self.matchings: list[Matching] = []
         self.interrupted = False
         self._hypervisor = Target(destination_host_ip)
         self._sources = [Target(source) for source in ([source_ip] if isinstance(source_ip, str) else source_ip)]
         if not self._sources and not duration:
             raise UsageError("without a source (-s) nothing ends the measurement: give its --duration")
         self._access = Access(ssh_key_path, host_key_checking, known_hosts, ask)
-        self._sudo, self._progress, self._log = sudo, progress, log
+        self._sudo, self._progress, self._log, self._tick = sudo, progress, log, tick
         self._changed = threading.Condition()
         self._remotes: dict[str, Remote] = {}
         self._failed: dict[str, NetWeaverError] = {}         # sources, if there are others
@@ -2240,8 +2261,11 @@ class NetWeaver:
         self._recordings: list[Recording] = []
         self._directory: str | None = None
         self._warnings: list[str] = []
+        self._whole: list[Matching] = []                     # before they are cut to the window
+        self._read: dict[str, list[Capture]] = {}
         self._config: dict[str, Any] = {}
         self._recording = False
+        self._counter: paramiko.SFTPClient | None = None
         self._window: tuple[int, int] | None = None          # both captures certainly ran, in the hypervisor's time
 
     def __enter__(self) -> NetWeaver:
@@ -2308,12 +2332,16 @@ class NetWeaver:
             "version": __version__, "hypervisor": str(self._hypervisor),
             "sources": [str(source) for source in self._sources], "destination": self.destination_ip,
             "name_label": self.destination_name_label, "toolstack": None if self.vif else self.toolstack,
-            "direction": self.direction, "overlay": self.overlay, "pif": ",".join(pifs), "vif": vif,
+            "direction": self.direction, "match_nat": self.match_nat, "overlay": self.overlay,
+            "pif": ",".join(pifs), "vif": vif,
             "source_command": source_command if self._sources else None,
             **{f"{side}_command": "\n".join(command for of, _, command in commands if of == side) for side in own},
             "platform": platform(facts, tcpdump_help), "labels": self.labels}
         self._progress("Spawning packet captures...")
+        remote = self._remotes[str(self._hypervisor)]
+        counter = remote.request_sftp() if self._tick else None
         self._start_captures(commands)
+        self._counter = remote.open_sftp(counter) if self._tick else None
         self._recording = True
         started = self._hypervisor_time()
         self._generate(source_command)
@@ -2344,20 +2372,21 @@ class NetWeaver:
         warnings = list(self._warnings)
         outward = self.direction == "out"
         guest = None
+        matchings: list[Matching]
         if seq_no_col is None or timestamp_col is None:
-            whole, captures = self._match()
-            files = {side: file_counts(side, found, warnings) for side, found in captures.items()}
-            ends = self._ends(captures, warnings)
+            self._whole, self._read = self._match()
+            files = {side: file_counts(side, found, warnings) for side, found in self._read.items()}
+            ends = self._ends(self._read, warnings)
             matchings = [self._cut_to_window(matching, outward or place > 0, ends)
-                         for place, matching in enumerate(whole)]
+                         for place, matching in enumerate(self._whole)]
             if self.direction == "both":
-                guest = guest_times(matchings[0], whole[1])          # an answer may come after the window
+                guest = guest_times(matchings[0], self._whole[1])    # an answer may come after the window
         else:
             matching, files = match_text_files(self._paths("pif")[0], self._paths("vif")[0], warnings, seq_no_col,
                                                timestamp_col, seq_no_split_by, seq_no_split_index, outward=outward)
             matchings = [matching]
         capture = {side: {"interface": self._config[side], **self._counts(side), **files[side]} for side in files}
-        self.matching = matching = matchings[0]
+        self.matchings, matching = matchings, matchings[0]
         transmitted = self._config.get("transmitted", matching.first)
         if matching.first > transmitted and not outward:
             warnings.append(f"{matching.first} packets were captured on the pif, and this run sent {transmitted}: "
@@ -2369,6 +2398,50 @@ class NetWeaver:
         if self.interrupted:
             report["interrupted"] = True
         return report
+
+    def save(self, directory: str, report: Mapping[str, Any]) -> str:
+        """Keeps the report, and of the captures what is counted in it, in a new directory there; returns its path.
+
+        It is there whole or not at all.  Several captures of one side are called pif.pcap, pif1.pcap and so on.
+        """
+        import json
+        import shutil
+        import tempfile
+        started = re.sub(r"[-:]|\..*", "", self._config["started"])
+        name = f"{started}Z-{re.sub(r'[^A-Za-z0-9_.-]', '_', self.destination_name_label or self._config['vif'])}"
+        temporary = ""
+        try:
+            os.makedirs(directory, exist_ok=True)
+            temporary = tempfile.mkdtemp(prefix=".netweaver-", dir=directory)
+            for recording in self._recordings:
+                target = os.path.join(temporary, os.path.basename(recording.path))
+                keep = self._keep(recording.side)
+                if keep:
+                    with open(target, "wb") as file:
+                        excerpt(recording.path, keep, file, self.match_nat)
+                else:
+                    shutil.copyfile(recording.path, target)
+            for number in range(1, 1000):
+                path = os.path.join(directory, name if number == 1 else f"{name}-{number}")
+                if os.path.exists(path):
+                    continue
+                with open(os.path.join(temporary, "report.json"), "w") as text:
+                    text.write(json.dumps({**report, "saved": path}) + "\n")
+                os.chmod(temporary, unmasked(0o777))
+                try:
+                    os.rename(temporary, path)
+                except OSError:
+                    if os.path.exists(path):         # another run was faster
+                        continue
+                    raise
+                temporary = ""
+                return path
+            raise UsageError(f"can't save in {directory}: too many runs of the same second")
+        except OSError as error:
+            raise UsageError(f"can't save in {directory}: {error.strerror}") from error
+        finally:
+            if temporary:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     # -- for subclasses, and for the end --
 
@@ -2560,8 +2633,8 @@ class NetWeaver:
         in_parallel(*(lambda name=name: start(name) for name in self._live_sources()))
         self._live_sources()
         self._jobs += jobs
-        over = self._wait(lambda: (bool(jobs) and all(job.ended for job in jobs)) or self.interrupted
-                          or any(recording.job.ended for recording in self._recordings), self.timeout)
+        over = self._watch(lambda: (bool(jobs) and all(job.ended for job in jobs)) or self.interrupted
+                           or any(recording.job.ended for recording in self._recordings))
         self._check_captures()
         for job in jobs:
             try:
@@ -2583,6 +2656,36 @@ class NetWeaver:
         said = [TRANSMITTED.search(job.errors) for job in jobs]
         if said and all(said) and not any(job.stopped for job in jobs) and not self._failed:
             self._config["transmitted"] = sum(int(found[1]) for found in said if found)
+
+    def _watch(self, done: Callable[[], bool]) -> bool:
+        """Waits for the end of the traffic, telling once a second how far it is; False if the time is over."""
+        import time
+        begun = time.monotonic()
+        first = self._passed()
+        while True:
+            left = begun + self.timeout - time.monotonic()
+            if self._wait(done, max(0, min(left, 1)) if self._tick else max(0, left)):
+                return True
+            if left <= 1 or not self._tick:
+                return self._wait(done, max(0, begun + self.timeout - time.monotonic()))
+            passed = self._passed()
+            self._tick(time.monotonic() - begun, None if first is None or passed is None else passed - first)
+
+    def _passed(self) -> int | None:
+        """How many packets the vif has passed on to the VM (or from it) so far, by the kernel; None if not known.
+
+        A file read in sshd itself: no process is started on the hypervisor while it measures.
+        """
+        if self._counter is None:
+            return None
+        from paramiko import SFTPError, SSHException
+        which = "rx" if self.direction == "out" else "tx"
+        try:
+            with self._counter.open(f"/sys/class/net/{self._config['vif']}/statistics/{which}_packets") as file:
+                return int(file.read(32))
+        except (SFTPError, SSHException, EOFError, OSError, ValueError):
+            self._counter = None
+            return None
 
     def _fail(self, source: str, error: NetWeaverError) -> None:
         """Notes that one of the sources is of no use."""
@@ -2689,6 +2792,32 @@ class NetWeaver:
         drained = end + int((DRAIN_SECONDS - 1) * NANOSECONDS)
         return within(matching, start, min(end, ends.get(first, end)), min(drained, ends.get(second, drained)))
 
+    def _keep(self, side: str) -> Callable[[bytes, int], bool] | None:
+        """Which packets of a side's captures are counted in the report; None if all are."""
+        start = self._window[0] if self._window else 0
+        if not self._read:                           # text
+            return None
+        there = sum(capture.records - capture.other - capture.cut for capture in self._read[side])
+        firsts: set[tuple[bytes, int]] = set()
+        seconds: set[bytes] = set()
+        known: set[bytes] = set()
+        strangers: set[int] = set()
+        counted = 0
+        for place, (kept, whole) in enumerate(zip(self.matchings, self._whole)):
+            outward = self.direction == "out" or place > 0
+            if outward == (side == "vif"):
+                counted += kept.first
+                firsts.update(zip(kept.identities, kept.sent))
+            else:
+                counted += kept.second
+                seconds.update(kept.identities)
+                known.update(whole.identities)
+                strangers.update(kept.stranger_times)
+        if counted == there:
+            return None
+        return lambda identity, time: ((identity, time) in firsts or (time >= start and (
+            identity in seconds or (identity not in known and time in strangers))))
+
     def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Waits for a condition on the jobs; False if the time is over."""
         with self._changed:
@@ -2750,6 +2879,21 @@ def match_captures(pif_paths: Sequence[str], vif_paths: Sequence[str], *, outwar
                                            destinations=destinations))
         pif, vif = (since(merged(captures), start) for captures in sides.values())
         return (match(vif, pif) if outward else match(pif, vif)), sides
+
+
+def excerpt(path: str, keep: Callable[[bytes, int], bool], file: IO[bytes], translated: bool = False) -> None:
+    """Copies those records of a pcap file whose packets (identity, time) are to be kept."""
+    with open(path, "rb") as source, open(path, "rb") as records:
+        capture = Capture(source, path, translated=translated)
+        capture.offsets = array("Q")
+        file.write(records.read(PCAP_HEADER))
+        for keys, times in capture:
+            for key, time, offset in zip(keys, times, capture.offsets):
+                if keep(key, time):
+                    records.seek(offset)
+                    head = records.read(16)
+                    size, = unpack_from(capture.order + "I", head, 8)
+                    file.write(head + records.read(size))
 
 
 def match_directions(pif_paths: Sequence[str], vif_paths: Sequence[str], direction: str, *,
@@ -2996,19 +3140,26 @@ def write_csv(matching: Matching, path: str) -> None:
     write_whole(path, lambda file: csv.writer(file, lineterminator="\n").writerows(csv_rows(matching)))
 
 
-def write_whole(path: str, write: Callable[[IO[str]], object]) -> None:
-    """Writes a file which is there whole or not at all; UsageError if it can't be."""
+def unmasked(mode: int) -> int:
+    """The mode that a new file or directory would have."""
+    os.umask(mask := os.umask(0))
+    return mode & ~mask
+
+
+def write_whole(path: str, write: Callable[[Any], object], mode: str = "w") -> None:
+    """Writes a file which is there whole or not at all, with the mode that the umask gives; UsageError if it can't."""
     import tempfile
     name = None
     try:
         if os.path.exists(path) and not os.path.isfile(path):        # a device or a pipe
-            with open(path, "w") as file:
+            with open(path, mode) as file:
                 write(file)
             return
-        with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path) or ".", prefix=".netweaver-",
+        with tempfile.NamedTemporaryFile(mode, dir=os.path.dirname(path) or ".", prefix=".netweaver-",
                                          delete=False) as temporary:
             name = temporary.name
             write(temporary)
+        os.chmod(name, unmasked(0o666))
         os.replace(name, path)
         name = None
     except OSError as error:
@@ -3016,6 +3167,230 @@ def write_whole(path: str, write: Callable[[IO[str]], object]) -> None:
     finally:
         if name:
             os.unlink(name)
+
+
+# ---- Presentation: a document, for people and for other programs ----------------------------------------------
+
+BINS, BAR = 12, 40                                   # of a histogram: lines, and the width of the longest bar
+
+
+def duration_text(microseconds: float) -> str:
+    """A time in a unit that suits it."""
+    for unit, size in (("s", 1e6), ("ms", 1e3), ("µs", 1)):
+        if abs(microseconds) >= size:
+            number = microseconds / size
+            return f"{number:.3g} {unit}" if abs(number) < 999.5 else f"{number:.0f} {unit}"
+    return f"{microseconds * 1000:.0f} ns"
+
+
+def percent(ratio: float) -> str:
+    return f"{100 * ratio:.3g} %"
+
+
+def histogram(delays: Sequence[int], fancy: bool = True) -> list[str]:
+    """Lines that show how the delays (ns) are distributed, up to their 99th percentile, and how many are above it."""
+    ranked = sorted(delays)
+    low, high = ranked[0], ranked[(len(ranked) - 1) * 99 // 100]
+    width = max(1, -(-(high + 1 - low) // BINS))
+    edges = [low + width * place for place in range(BINS + 1) if low + width * (place - 1) <= high]
+    below = [bisect_left(ranked, edge) for edge in edges]
+    counts = list(map(sub, islice(below, 1, None), below))
+    rows = [(f"{duration_text(edge / 1000)}", number) for edge, number in zip(edges, counts)]
+    if len(ranked) > below[-1]:
+        rows.append((f"> {duration_text(edges[-1] / 1000)}", len(ranked) - below[-1]))
+    most, column = max(number for _, number in rows), max(len(label) for label, _ in rows)
+    lines = []
+    for label, number in rows:
+        eighths = -(-number * BAR * 8 // most)
+        bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip() if fancy else "#" * (eighths // 8)
+        lines.append(f"{label:>{column}}  {number:>{len(str(most))}}  {bar}".rstrip())
+    return lines
+
+
+def summary(report: Mapping[str, Any], delays: Sequence[int], fancy: bool = True) -> list[str]:
+    """Lines for people on what was measured; `delays` are the samples (ns)."""
+    config = report["config"]
+    ways = [("out" if config.get("direction") == "out" else "in", report)]
+    if report.get("outbound"):
+        ways.append(("out", report["outbound"]))
+    lines = []
+    for way, part in ways:
+        first, second = ("vif", "pif") if way == "out" else ("pif", "vif")
+        packets, reordered = part["packets"], part["reordering"]
+        lines += [f"{config[first]} -> {config[second]}: {packets['matched']} packets matched of {packets[first]}",
+                  *_delay_lines(part),
+                  f"  lost {packets['lost']} ({percent(part['loss_ratio'])})   duplicated {packets['duplicated']}   "
+                  f"reordered {packets['reordered']} ({percent(reordered['ratio'])})   "
+                  f"on {config[second]} alone {packets[f'{second}_only']}"]
+    guest = report.get("guest")
+    if guest:
+        counts = guest["packets"]
+        lines += [f"the VM itself: {counts['answered']} probes answered, {counts['unanswered']} not",
+                  *(_delay_lines(guest) if "median" in guest else ())]
+    if report.get("comparison"):
+        lines.append(comparison_text(report["comparison"]))
+    return [*lines, *(f"  {line}" for line in histogram(delays, fancy))]
+
+
+def _delay_lines(part: Mapping[str, Any]) -> list[str]:
+    named = [(name, part[name]) for name in ("median", "average", "stdev", "minimum", "maximum")]
+    named += [(f"p{name}", value) for name, value in part["percentiles"].items()]
+    cells = [f"{name:<8}{duration_text(value):>9}" for name, value in named]
+    return ["  " + "   ".join(cells[:5]), "  " + "   ".join(cells[5:])]
+
+
+def comparison_text(comparison: Mapping[str, Any]) -> str:
+    """A line on what has changed since the baseline."""
+    parts = []
+    for name, label in (("median", "median"), ("p99", "p99"), ("loss_ratio", "loss")):
+        part = comparison[name]
+        scale = (lambda value: f"{100 * value:+.3g} %") if name == "loss_ratio" else _signed
+        interval = part["interval"]
+        sure = "too few packets to tell" if not interval else f"{scale(interval[0])} to {scale(interval[1])}"
+        parts.append(f"{label} {scale(part['shift'])} ({sure}{', changed' if part['distinguishable'] else ''})")
+    verdict = "different from" if comparison["distinguishable"] else "no difference to be seen from"
+    return f"{verdict} {comparison['path']}: {', '.join(parts)}"
+
+
+def _signed(microseconds: float) -> str:
+    return f"{'-' if microseconds < 0 else '+'}{duration_text(abs(microseconds))}"
+
+
+def prometheus(report: Mapping[str, Any]) -> str:
+    """The numbers of a report for node_exporter's textfile collector, in Prometheus' base units (seconds)."""
+    config = report["config"]
+    common = {name: config.get(name) or "" for name in ("hypervisor", "name_label", "destination", "pif", "vif")}
+    common |= {re.sub(r"^(?=\d)|[^A-Za-z0-9_]", "_", key): value for key, value in config.get("labels", {}).items()}
+    families: dict[str, tuple[str, list[tuple[dict[str, str], float]]]] = {
+        "delay_seconds": ("Time from one interface to the other; guest: time that the VM took to answer.", []),
+        "packets": ("Packets by what became of them.", []),
+        "loss_ratio": ("Lost packets per packet sent (RFC 7680).", []),
+        "reordered_ratio": ("Reordered packets per packet received (RFC 4737).", []),
+        "negative_delays": ("Delays below zero.", []),
+        "warnings": ("How many warnings speak against these numbers.", [({}, len(report["warnings"]))]),
+        "measured_timestamp_seconds": ("When the traffic started.", []),
+    }
+    parts = [("out" if config.get("direction") == "out" else "in", report), ("out", report.get("outbound")),
+             ("guest", report.get("guest"))]
+    for way, part in parts:
+        if not part:
+            continue
+        values = {name: part.get(name) for name in ("average", "minimum", "maximum", "stdev", "median", "pdv", "ipdv")}
+        values |= {f"p{name}": value for name, value in part.get("percentiles", {}).items()}
+        families["delay_seconds"][1].extend(({"direction": way, "statistic": name}, value / 1e6)
+                                            for name, value in values.items() if value is not None)
+        families["packets"][1].extend(({"direction": way, "kind": kind}, number)
+                                      for kind, number in part["packets"].items())
+        if "loss_ratio" in part:
+            families["loss_ratio"][1].append(({"direction": way}, part["loss_ratio"]))
+            families["reordered_ratio"][1].append(({"direction": way}, part["reordering"]["ratio"]))
+            families["negative_delays"][1].append(({"direction": way}, part["negative"]))
+    if "started" in config:
+        from calendar import timegm
+        from time import strptime
+        started = timegm(strptime(config["started"][:19], "%Y-%m-%dT%H:%M:%S"))
+        families["measured_timestamp_seconds"][1].append(({}, started))
+    lines = []
+    for name, (text, samples) in families.items():
+        if samples:
+            lines += [f"# HELP netweaver_{name} {text}", f"# TYPE netweaver_{name} gauge"]
+        for own, value in samples:
+            labels = ",".join(f'{key}="{_label_value(text)}"' for key, text in {**common, **own}.items())
+            lines.append(f"netweaver_{name}{{{labels}}} {value!r}")
+    return "\n".join(lines) + "\n"
+
+
+def _label_value(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+# Limits that a run can be held to: which numbers, and in which units they may be given.
+TIMES = {"ns": 1e-3, "us": 1, "µs": 1, "ms": 1e3, "s": 1e6, "": 1}
+LIMITED: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
+    **{name: ((name,), TIMES) for name in ("average", "minimum", "maximum", "stdev", "median", "pdv", "ipdv")},
+    **{f"p{name}": (("percentiles", name), TIMES) for name in ("90", "95", "99", "99.9")},
+    **{name: (("packets", name), {"": 1}) for name in ("matched", "lost", "duplicated", "reordered")},
+    "negative": (("negative",), {"": 1}),
+    "loss": (("loss_ratio",), {"": 1, "%": 0.01}),
+    "reordering": (("reordering", "ratio"), {"": 1, "%": 0.01}),
+}
+
+
+class Limit:
+    """A condition such as "p99>200" (µs), "loss>0.1%" or "outbound.median>=50us"; UsageError if it is none."""
+
+    def __init__(self, text: str) -> None:
+        found = re.fullmatch(r"\s*(?:(outbound|guest)\.)?([a-z]+[\d.]*)\s*(>=|<=|>|<)\s*(\d+\.?\d*(?:e-?\d+)?)\s*"
+                             r"([a-zµ%]*)\s*", text)
+        part, name, sign, number, unit = found.groups() if found else (None, "", "", "0", "")
+        if not found or name not in LIMITED or unit not in LIMITED[name][1]:
+            raise UsageError(f"--fail-if {text!r}: give NAME>NUMBER (or >=, <, <=) with a unit if you like, such as "
+                             f"'p99>200us' or 'loss>0.1%'; names are {', '.join(LIMITED)}, also with outbound. or "
+                             "guest. in front")
+        self.text, self._part, self._path, self._sign = text.strip(), part, LIMITED[name][0], sign
+        self._limit = float(number) * LIMITED[name][1][unit]
+        self._time = LIMITED[name][1] is TIMES
+
+    def breach(self, report: Mapping[str, Any]) -> str | None:
+        """How the report meets the condition; None if it doesn't.  What isn't known meets every condition."""
+        value: Any = report.get(self._part) if self._part else report
+        for key in self._path:
+            value = value.get(key) if value else None
+        if value is None:
+            return f"{self.text}: not known"
+        met = {">": value > self._limit, ">=": value >= self._limit, "<": value < self._limit,
+               "<=": value <= self._limit}[self._sign]
+        return f"{self.text}: it is {duration_text(value) if self._time else f'{value:g}'}" if met else None
+
+
+def figure_class(path: str) -> type[Figure]:
+    """Matplotlib's Figure, for a picture of that name; UsageError if it can't be made."""
+    if not path.lower().endswith((".png", ".svg", ".pdf")):
+        raise UsageError(f"--plot {path}: the name must end in .png, .svg or .pdf")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError(f"--plot needs matplotlib ({error}): pip install 'netweaver[plot]', or pip install matplotlib"
+                         ) from None
+    return Figure
+
+
+def plot(path: str, report: Mapping[str, Any], matchings: Sequence[Matching]) -> None:
+    """Draws the delay of each packet over time, with the lost ones, beside its distribution; by the path's ending."""
+    config = report["config"]
+    figure = figure_class(path)(figsize=(10, 4.8), layout="constrained")
+    over_time, distribution = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    ways = [config.get("direction") == "out"] if len(matchings) == 1 else [False, True]
+    start = min(min(matching.sent) for matching in matchings if matching.first)
+    # Colours of Okabe and Ito, which everyone tells apart; markers and dashes do it in grey.
+    styles = (("#0072B2", "o", "-"), ("#E69F00", "^", "--"))
+    for matching, outward, (color, marker, dashes) in zip(matchings, ways, styles):
+        if not matching.matched:
+            continue
+        ends = (config["vif"], config["pif"]) if outward else (config["pif"], config["vif"])
+        moments = [(time - start) / NANOSECONDS for time in matching.sent]
+        seen = [(moment, delay / 1000) for moment, delay in zip(moments, matching.delays) if delay != LOST]
+        lost = [moment for moment, delay in zip(moments, matching.delays) if delay == LOST]
+        over_time.plot(*zip(*seen), marker, markersize=3, color=color, alpha=0.6, markeredgewidth=0,
+                       rasterized=len(seen) > 5000, label=f"{' to '.join(map(os.path.basename, ends))}")
+        if lost:
+            over_time.plot(lost, [0.02] * len(lost), "x", markersize=6, color="#D55E00", label=f"lost ({len(lost)})",
+                           transform=over_time.get_xaxis_transform())
+        ranked = sorted(delay for _, delay in seen)
+        distribution.plot([100 * rank / len(ranked) for rank in range(1, len(ranked) + 1)], ranked, color=color,
+                          linestyle=dashes)
+        if ranked[0] > 0 and ranked[-1] > 20 * ranked[len(ranked) // 2]:
+            over_time.set_yscale("log")
+    over_time.set(xlabel="time since the first packet (s)", ylabel="delay (µs)")
+    distribution.set(xlabel="packets that took no longer (%)", xlim=(0, 100))
+    for axes in (over_time, distribution):
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    what = config.get("name_label") or config.get("destination") or "delay"
+    figure.suptitle(f"{what}: median {duration_text(report['median'])}, 99 % within "
+                    f"{duration_text(report['percentiles']['99'])}, {matchings[0].lost} of {matchings[0].first} "
+                    "packets lost", fontsize="medium")
+    write_whole(path, lambda file: figure.savefig(file, format=path[-3:].lower(), dpi=150), "wb")
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------
@@ -3036,7 +3411,7 @@ examples:
 
 exit codes:
   0 measured   2 usage   3 connection, authentication or host key
-  4 remote command or look-up   5 capture   6 no packet matched
+  4 remote command or look-up   5 capture   6 no packet matched   7 a limit of --fail-if
   129, 130, 143 interrupted by a signal   1 anything else
 """
 
@@ -3126,6 +3501,11 @@ def build_parser() -> argparse.ArgumentParser:
                           help="leave addresses out of the matching, where the path translates them")
     analysis.add_argument("--slowest", metavar="N", default=0, type=positive,
                           help="list the N slowest packets in the JSON")
+    judging = parser.add_argument_group("judging")
+    judging.add_argument("--fail-if", metavar="EXPR", default=[], action="append",
+                         help="exit with 7 if this is so, such as 'p99>200us' or 'loss>0.1%%'; may be repeated")
+    judging.add_argument("--baseline", metavar="DIR", help="compare with a run that --save has kept, or with two "
+                                                           "captures given as PIF.pcap,VIF.pcap")
     login = parser.add_argument_group("login")
     login.add_argument("-k", "--key", metavar="KEYFILE",
                        help="SSH private key (default: the SSH agent and the keys in ~/.ssh)")
@@ -3137,6 +3517,13 @@ def build_parser() -> argparse.ArgumentParser:
                        help="the file of known host keys (default: ~/.ssh/known_hosts)")
     output = parser.add_argument_group("output")
     output.add_argument("--csv", metavar="FILE", help="write a table of the packets that came in, a line each")
+    output.add_argument("--output", metavar="FILE", help="write the result there, whole or not at all, instead of to "
+                                                         "standard output")
+    output.add_argument("--format", choices=("json", "prometheus"), default="json",
+                        help="of the result: JSON, or a file for node_exporter's textfile collector (default: "
+                             "%(default)s)")
+    output.add_argument("--save", metavar="DIR", help="keep the captures and the JSON in a new directory under DIR")
+    output.add_argument("--plot", metavar="FILE", help="draw the delays, as .png, .svg or .pdf (needs matplotlib)")
     output.add_argument("--label", metavar="KEY=VALUE", default=[], action="append", type=label,
                         help="add this to the JSON's config.labels; may be repeated")
     output.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
@@ -3146,9 +3533,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(arguments: argparse.Namespace, signals: Signals, progress: Callable[[str], None],
-            log: Callable[[str], None]) -> dict[str, Any]:
-    """Runs a whole measurement; returns the report."""
+class Outcome:
+    """What came of a measurement or an analysis: the document and the packets, and what went wrong after them."""
+
+    def __init__(self, report: dict[str, Any], matchings: Sequence[Matching]) -> None:
+        self.report, self.matchings = report, matchings
+        self.problems: list[NetWeaverError] = []
+
+    def attempt(self, step: Callable[[], object]) -> None:
+        """Makes something of the numbers; if that fails, they are not lost, and the error comes at the end."""
+        try:
+            step()
+        except NetWeaverError as error:
+            self.problems.append(error)
+
+
+def measure(arguments: argparse.Namespace, signals: Signals, screen: Screen,
+            complete: Callable[[Outcome], None]) -> Outcome:
+    """Runs a whole measurement, and completes it before its files go."""
     lacking = [option for option, value in (
         ("--hv", arguments.hv), ("-s", arguments.source or arguments.duration), ("-d", arguments.destination))
         if not value]
@@ -3160,6 +3562,12 @@ def measure(arguments: argparse.Namespace, signals: Signals, progress: Callable[
     destination = resolve(arguments.destination)
     source_command = format_source_command(arguments.source_command, arguments.count, destination)
     filters = {"pif": arguments.pif_filter or arguments.filter, "vif": arguments.vif_filter or arguments.filter}
+    expected = arguments.duration or expected_seconds(source_command)
+
+    def tick(elapsed: float, passed: int | None) -> None:
+        about = f" of {'' if arguments.duration else 'about '}{expected:.0f} s" if expected else " s"
+        screen.live(f"{elapsed:.0f}{about}" + (f", {passed} packets through the vif" if passed is not None else ""))
+
     from getpass import getpass
     with NetWeaver(arguments.source, arguments.name_label or "", destination, arguments.hv, arguments.key,
                    host_interface=arguments.interface or "eth0", vif_number=arguments.num, vif=arguments.vif,
@@ -3171,18 +3579,35 @@ def measure(arguments: argparse.Namespace, signals: Signals, progress: Callable[
                    sudo=arguments.sudo, host_key_checking=arguments.host_key_checking,
                    known_hosts=arguments.known_hosts,
                    ask=getpass if sys.stdin is not None and sys.stdin.isatty() else None,
-                   progress=progress, log=log) as weaver:
+                   progress=screen.step, log=screen.log, tick=tick if screen.live_line else None) as weaver:
         signals.interrupt = weaver.interrupt
         weaver.generate_and_record(source_command)
         weaver.pull_generated_files()
-        report = weaver.analyze()
-        if arguments.csv and weaver.matching:
-            write_csv(weaver.matching, arguments.csv)
-        return report
+        outcome = Outcome(weaver.analyze(), weaver.matchings)
+        complete(outcome)
+        if arguments.save:
+            outcome.attempt(lambda: outcome.report.update(saved=weaver.save(arguments.save, outcome.report)))
+        return outcome
 
 
-def analyze_files(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Analyses existing captures; returns the report."""
+def expected_seconds(command: str) -> float | None:
+    """About how long hping3 or ping will take to send its packets; None if their command doesn't tell."""
+    count = re.search(r"(?:^|\s)-c\s*(\d+)", command)
+    program = re.match(r"\s*(?:\S*/)?(hping3|ping6?)\s", command)
+    if not count or not program or "--flood" in command:
+        return None
+    interval, unit = 1.0, 1.0
+    if program[1] == "hping3" and (fast := re.search(r"\s--fast(er)?\b", command)):
+        interval = 1e-6 if fast[1] else 0.1
+    elif given := re.search(r"\s-i\s*(u?)(\d+\.?\d*|\.\d+)", command):
+        interval, unit = float(given[2]), 1e-6 if given[1] else 1.0
+    return int(count[1]) * interval * unit + 1
+
+
+def analyze_files(arguments: argparse.Namespace, complete: Callable[[Outcome], None]) -> Outcome:
+    """Analyses existing captures."""
+    if arguments.save:
+        raise UsageError("--save keeps the captures of a measurement; those of --pcaps are there already")
     pif, vif = ([path] if os.path.exists(path) else path.split(",") for path in arguments.pcaps)
     sources = [resolve(Target(source).host) for source in arguments.source]
     destinations = [resolve(arguments.destination)] if arguments.destination else []
@@ -3201,9 +3626,46 @@ def analyze_files(arguments: argparse.Namespace) -> dict[str, Any]:
     report = build_report(matching, capture, warnings, config, arguments.slowest, outbound=outbound,
                           outward=arguments.direction == "out",
                           guest=guest_times(matching, outbound) if outbound else None)
-    if arguments.csv:
-        write_csv(matching, arguments.csv)
-    return report
+    outcome = Outcome(report, matchings)
+    complete(outcome)
+    return outcome
+
+
+class Baseline:
+    """An earlier measurement to compare with: a directory of --save, or two captures, "PIF,VIF"."""
+
+    def __init__(self, text: str, direction: str) -> None:
+        import json
+        self.text = text
+        outward, match_nat, destinations = direction == "out", False, []       # type: bool, bool, list[str]
+        if os.path.isdir(text):
+            names = sorted(os.listdir(text))
+            pif, vif = ([os.path.join(text, name) for name in names if re.fullmatch(rf"{side}\d*\.pcap", name)]
+                        for side in ("pif", "vif"))
+            try:
+                with open(os.path.join(text, "report.json"), encoding="utf-8") as file:
+                    config = json.load(file)["config"]
+                before, match_nat = config["direction"], config.get("match_nat", False)
+                if before == "both":
+                    destinations = [config["destination"]]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise UsageError(f"--baseline {text}: not a directory that --save made: it has no usable report.json"
+                                 ) from None
+            if (before == "out") != outward:
+                raise UsageError(f"--baseline {text}: it was measured with --direction {before}")
+        else:
+            pif, vif = ([path] for path in text.split(",")) if text.count(",") == 1 else ([], [])
+        if not pif or not vif:
+            raise UsageError(f"--baseline {text}: give a directory of --save, or two captures as PIF.pcap,VIF.pcap")
+        self._matching, _ = match_captures(pif, vif, outward=outward, match_nat=match_nat,
+                                           sources=destinations if outward else [],
+                                           destinations=[] if outward else destinations)
+        if not self._matching.matched:
+            raise UsageError(f"--baseline {text}: no packet is in both of its captures")
+
+    def compare(self, outcome: Outcome) -> None:
+        """Adds the comparison to a report."""
+        outcome.report["comparison"] = {"path": self.text, **compare(self._matching, outcome.matchings[0])}
 
 
 def printable(text: str) -> str:
@@ -3236,38 +3698,122 @@ class Signals:
             raise KeyboardInterrupt
 
 
+class Screen:
+    """What a person sees on stderr: lines and, at a terminal, the progress, a live line, colours and a summary."""
+
+    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.live_line = terminal and not quiet and not verbose
+        self._steps, self._verbose = (terminal and not quiet) or verbose, verbose
+        self._colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._live = False
+        self.fancy = "utf" in (getattr(sys.stderr, "encoding", None) or "").lower()
+
+    def say(self, line: str, colour: str = "") -> None:
+        """A line that everyone gets."""
+        line = printable(line)
+        erase = "\r\x1b[K" if self._live else ""
+        self._live = False
+        if not self.fancy:
+            line = line.replace("µ", "u").encode("ascii", "replace").decode()
+        print(f"{erase}{COLOURS[colour]}{line}{COLOURS['end']}" if colour and self._colours else f"{erase}{line}",
+              file=sys.stderr, flush=True)
+
+    def step(self, line: str) -> None:
+        """A line on how far the run is."""
+        if self._steps:
+            self.say(line)
+
+    def log(self, line: str) -> None:
+        """A command that is run."""
+        if self._verbose:
+            self.say(line)
+
+    def live(self, text: str) -> None:
+        """A line that the next one replaces."""
+        if self.live_line:
+            self._live = True
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            print(f"\r\x1b[K{printable(text)[:columns - 1]}", end="", file=sys.stderr, flush=True)
+
+    def summary(self, outcome: Outcome) -> None:
+        """The numbers for people."""
+        if self.live_line:
+            for line in summary(outcome.report, outcome.matchings[0].samples(), self.fancy):
+                self.say(line, "" if line.startswith(" ") else "bold")
+
+
+COLOURS = {"bold": "\x1b[1m", "error": "\x1b[31m", "warning": "\x1b[33m", "end": "\x1b[0m"}
+
+
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """UsageError if what is to be written can't be, as far as that is known before a long measurement."""
+    if arguments.plot:
+        figure_class(arguments.plot)
+    for path in (arguments.csv, arguments.plot, arguments.output):
+        directory = os.path.dirname(path or "") or "."
+        if path and (os.path.isdir(path) or not os.access(directory, os.W_OK)):
+            why = ("it is a directory" if os.path.isdir(path) else "no such directory" if not os.path.isdir(directory)
+                   else "no permission to write there")
+            raise UsageError(f"can't write {path}: {why}")
+
+
+def publish(outcome: Outcome, arguments: argparse.Namespace) -> None:
+    """Prints the document, or writes it where it is wanted."""
+    import json
+    text = prometheus(outcome.report) if arguments.format == "prometheus" else json.dumps(outcome.report) + "\n"
+    if arguments.output:
+        outcome.attempt(lambda: write_whole(arguments.output, lambda file: file.write(text)))
+    else:
+        print(text, end="", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    def say(line: str) -> None:
-        print(printable(line), file=sys.stderr, flush=True)
-
-    verbose = False
+    screen, verbose = Screen(), False
     with Signals() as signals:
         try:
             arguments = build_parser().parse_args(argv)
             verbose = arguments.verbose
+            screen = Screen(arguments.quiet, verbose)
             if arguments.host_key_checking == "no" and not arguments.pcaps:
-                say("netweaver: warning: host keys are not checked: anyone in between can read and change what is sent")
-            if arguments.pcaps:
-                report = analyze_files(arguments)
-            else:
-                report = measure(arguments, signals, (lambda line: None) if arguments.quiet else say,
-                                 say if verbose else lambda line: None)
-            for warning in report["warnings"]:
-                say(f"netweaver: warning: {warning}")
-            import json
-            print(json.dumps(report), flush=True)
-            code = 0
+                screen.say("netweaver: warning: host keys are not checked: anyone in between can read and change what "
+                           "is sent", "warning")
+            limits = [Limit(text) for text in arguments.fail_if]
+            check_outputs(arguments)
+            baseline = Baseline(arguments.baseline, arguments.direction) if arguments.baseline else None
+
+            def complete(outcome: Outcome) -> None:
+                if baseline:
+                    baseline.compare(outcome)
+                if arguments.csv:
+                    outcome.attempt(lambda: write_csv(outcome.matchings[0], arguments.csv))
+                if arguments.plot:
+                    outcome.attempt(lambda: plot(arguments.plot, outcome.report, outcome.matchings))
+
+            outcome = (analyze_files(arguments, complete) if arguments.pcaps else
+                       measure(arguments, signals, screen, complete))
+            screen.summary(outcome)
+            for warning in outcome.report["warnings"]:
+                screen.say(f"netweaver: warning: {warning}", "warning")
+            publish(outcome, arguments)
+            breaches = [breach for limit in limits if (breach := limit.breach(outcome.report))]
+            for breach in breaches:
+                screen.say(f"netweaver: limit: {breach}", "error")
+            for problem in outcome.problems:
+                screen.say(f"netweaver: error: {problem}", "error")
+            code = outcome.problems[0].exit_code if outcome.problems else 7 if breaches else 0
         except NetWeaverError as error:
-            say(f"netweaver: error: {error}")
+            screen.say(f"netweaver: error: {error}", "error")
             code = error.exit_code
         except KeyboardInterrupt:
-            say("netweaver: error: interrupted")
+            screen.say("netweaver: error: interrupted", "error")
             code = 130
         except Exception as error:
             if verbose:
                 raise
-            say(f"netweaver: error: unexpected {type(error).__name__}: {error} (-v shows where; please report it)")
+            screen.say(f"netweaver: error: unexpected {type(error).__name__}: {error} (-v shows where; please report "
+                       "it)", "error")
             code = 1
         return 128 + signals.number if signals.number else code
 
