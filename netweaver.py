@@ -1152,7 +1152,8 @@ ANSWER_SECONDS = 12                                  # for a look-up or a tool's
 ALIVE_SECONDS, IDLE_SECONDS = 2, 10
 DEAD_PEER_SECONDS = 8                                # unacknowledged data after which the network is down
 SLOWEST_TRANSFER = 100_000                           # bytes per second
-SUDO_SHELL = """exec sh -c 'if [ "$(id -u)" = 0 ]; then exec sh; else exec sudo -n sh; fi'"""
+SUDO_SHELL = ("""exec sh -c 'if [ "$(id -u)" = 0 ]; then exec sh; elif sudo -n sh -c :; then exec sudo -n sh; """
+              "else read line; exit 1; fi'")         # it has been sent something when it ends
 SUDO_HINT = " (--sudo needs a rule with NOPASSWD in that host's sudoers)"
 LARGEST_ANSWER = 1 << 20
 
@@ -1203,6 +1204,7 @@ class Job:
         self.output = b""
         self._channel, self._changed, self._sink, self._most = channel, changed, sink, most
         self._out, self._errors = bytearray(), bytearray()
+        self._speaking = threading.Lock()
         word = re.escape(token.encode())
         self._begin = re.compile(rb"\n%b begin (-|/\S+) (\d+)\n" % word, re.ASCII)
         self._mark = re.compile(rb"\n%b mark (\S+)\n" % word, re.ASCII)
@@ -1221,14 +1223,15 @@ class Job:
         Nothing is sent when the host is about to close the channel: what paramiko sends on a channel just as it closes
         makes sshd end the whole connection.
         """
-        over = self.status is not None or self._complete
-        if self._left or (over and self.directory in (None, "-")):
-            return
-        self._left = word == "bye"
-        try:
-            self._channel.sendall(word.encode() + b"\n")
-        except OSError:
-            pass
+        with self._speaking:
+            over = self.status is not None or self._complete
+            if self._left or (over and self.directory in (None, "-")):
+                return
+            self._left = word == "bye"
+            try:
+                self._channel.sendall(word.encode() + b"\n")
+            except OSError:
+                pass
 
     def stop(self) -> None:
         """Asks the command to end; what it wrote stays until `leave`."""
@@ -1361,9 +1364,12 @@ class Remote:
             channel = self.transport().open_session(timeout=CONNECT_SECONDS)
             channel.settimeout(CONNECT_SECONDS)
             channel.exec_command(self._shell)
-            channel.sendall(script.encode(errors="surrogateescape"))
         except (SSHException, EOFError, OSError) as error:
             raise HostConnectionError(f"{self.name}: can't start a command: {error or 'no answer'}") from error
+        try:
+            channel.sendall(script.encode(errors="surrogateescape"))
+        except OSError:
+            self.transport()                         # else a shell that has ended at once; it may have said why
         return Job(self.name, command, channel, token, self._changed, sink, most)
 
     def check(self, job: Job) -> None:
