@@ -1503,16 +1503,19 @@ class Access:
         if self._key_path:
             self._key(os.path.expanduser(self._key_path))
 
-    def connect(self, target: Target, depth: int = 0) -> list[paramiko.SSHClient]:
+    def connect(self, target: Target, depth: int = 0, way: Sequence[str] = ()) -> list[paramiko.SSHClient]:
         """An authenticated connection, last, after those to the hosts through which it goes.
 
-        HostConnectionError says what failed and what to do.
+        Those are the `way`, if one is given, or else what ~/.ssh/config says.  HostConnectionError says what failed and
+        what to do.
         """
         import random
         import time
 
         import paramiko
         settings = self._settings(target.host)
+        if way:
+            settings["proxyjump"] = ",".join(way)
         host = str(settings.get("hostname", target.host))
         port = target.port or int(settings.get("port", 22))
         user = target.user or str(settings.get("user", "root"))
@@ -1560,7 +1563,8 @@ class Access:
         if jumps.lower() != "none":
             if depth > 7:
                 raise HostConnectionError(f"{target}: too many hosts to jump over (ProxyJump)")
-            clients += self.connect(Target(jumps.split(",")[-1].strip()), depth + 1)
+            *before, last = (jump.strip() for jump in jumps.split(","))
+            clients += self.connect(Target(last), depth + 1, before)
             transport = clients[-1].get_transport()
             assert transport is not None
             return transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=CONNECT_SECONDS)
@@ -1838,20 +1842,22 @@ def parse_xe_dom_id(answer: str, name_label: str) -> int:
     `xe --minimal` exits 0 for all of these: a list for several VMs, -1 for a halted one, nothing for none, and
     the domain id on another host of the pool, where a VM of this host may have the same.
     """
-    lines = answer.split("\n")
-    dom_ids = lines[0].strip().split(",")
-    if not lines[0].strip():
+    lines = [line.strip() for line in answer.split("\n")]
+    everywhere = dom_ids = lines[0].split(",") if lines[0] else []
+    if answer.count("\n") > 1:                       # who runs elsewhere doesn't count; who is halted may be meant
+        dom_ids = [*filter(None, lines[1].split(",")), *(dom_id for dom_id in everywhere if dom_id == "-1")]
+    if not everywhere:
         raise RemoteCommandError(f"there is no VM with the name-label {name_label!r} (names are case-sensitive; "
                                  "xe vm-list shows them)")
+    if not all(re.fullmatch(r"-1|\d{1,9}", dom_id, re.ASCII) for dom_id in (*everywhere, *dom_ids)):
+        raise RemoteCommandError(f"xe answered {answer[:80]!r} for {name_label!r}, which are no dom-ids")
+    if not dom_ids:
+        raise RemoteCommandError(f"the VM {name_label!r} runs on another host of the pool: give that one as --hv")
     if len(dom_ids) > 1:
-        raise RemoteCommandError(f"{len(dom_ids)} VMs have the name-label {name_label!r} (dom-ids {lines[0].strip()}):"
+        raise RemoteCommandError(f"{len(dom_ids)} VMs have the name-label {name_label!r} (dom-ids {','.join(dom_ids)}):"
                                  " make the name unique, or name the interface with --vif")
-    if not re.fullmatch(r"-1|\d{1,9}", dom_ids[0], re.ASCII):
-        raise RemoteCommandError(f"xe answered {lines[0][:80]!r} for {name_label!r}, which is no dom-id")
     if dom_ids[0] == "-1":
         raise RemoteCommandError(f"the VM {name_label!r} is not running (halted or suspended): start it first")
-    if len(lines) > 1 and lines[1].strip() != dom_ids[0] and answer.count("\n") > 1:
-        raise RemoteCommandError(f"the VM {name_label!r} runs on another host of the pool: give that one as --hv")
     return int(dom_ids[0])
 
 
@@ -3385,7 +3391,7 @@ def plot(path: str, report: Mapping[str, Any], matchings: Sequence[Matching]) ->
         ranked = sorted(delay for _, delay in seen)
         distribution.plot([100 * rank / len(ranked) for rank in range(1, len(ranked) + 1)], ranked, color=color,
                           linestyle=dashes)
-        if ranked[0] > 0 and ranked[-1] > 20 * ranked[len(ranked) // 2]:
+        if ranked[0] > 0 and ranked[-1] > 5 * ranked[len(ranked) // 2]:
             over_time.set_yscale("log")
     over_time.set(xlabel="time since the first packet (s)", ylabel="delay (µs)")
     distribution.set(xlabel="packets that took no longer (%)", xlim=(0, 100))
@@ -3412,6 +3418,9 @@ examples:
     netweaver --toolstack virsh -n web1 -i auto --hv HV_IP -s SOURCE_IP -d DESTINATION_IP
   a known interface, without asking the toolstack; the traffic that there is, both ways, for a minute:
     netweaver --vif vif5.0 --hv HV_IP -d DESTINATION_IP --duration 60 --direction both
+  keep a run, and compare another one with it later, as a cron job that fails when it gets slow:
+    netweaver ... --save runs
+    netweaver ... --baseline runs/<time>-<name> --fail-if 'p99>200us' --fail-if 'loss>0.1%'
   captures that are there already, and a table of their packets:
     netweaver --pcaps pif.pcap vif.pcap -d 10.0.0.1 --csv packets.csv --slowest 5
 
@@ -3709,8 +3718,9 @@ class Screen:
 
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
         terminal = sys.stderr is not None and sys.stderr.isatty()
-        self.live_line = terminal and not quiet and not verbose
-        self._steps, self._verbose = (terminal and not quiet) or verbose, verbose
+        self._people = terminal and not quiet
+        self.live_line = self._people and not verbose        # lines would tear it
+        self._verbose = verbose
         self._colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self._live = False
         self.fancy = "utf" in (getattr(sys.stderr, "encoding", None) or "").lower()
@@ -3727,7 +3737,7 @@ class Screen:
 
     def step(self, line: str) -> None:
         """A line on how far the run is."""
-        if self._steps:
+        if self._people or self._verbose:
             self.say(line)
 
     def log(self, line: str) -> None:
@@ -3744,7 +3754,7 @@ class Screen:
 
     def summary(self, outcome: Outcome) -> None:
         """The numbers for people."""
-        if self.live_line:
+        if self._people:
             for line in summary(outcome.report, outcome.matchings[0].samples(), self.fancy):
                 self.say(line, "" if line.startswith(" ") else "bold")
 

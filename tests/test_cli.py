@@ -62,7 +62,7 @@ def test_help_has_groups_examples_and_exit_codes() -> None:
 
 def test_help_and_readme_know_the_same_options() -> None:
     found = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", run("--help").stdout.split("examples:")[0]))
-    table = NETWEAVER.with_name("README.md").read_text().split("## Usage")[1].split("### Traffic")[0]
+    table = NETWEAVER.with_name("README.md").read_text().split("\n## Options")[1].split("\n## ")[0]
     known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", table))
     assert found - {"-h", "--help", "--version"} - known == set()
     assert {option for option in known if option.startswith("--")} - found == set()
@@ -94,8 +94,9 @@ def test_no_targets(text: str) -> None:
     ("\n\n", "there is no VM with the name-label 'web1'"),
     ("-1\n\n", "is not running"),
     ("5,-1\n5\n", "2 VMs have the name-label 'web1' (dom-ids 5,-1)"),
-    ("5\n\n", "runs on another host of the pool"),
-    ("<not in database>\n\n", "which is no dom-id"),
+    ("5,6\n5,6\n", "2 VMs have the name-label 'web1' (dom-ids 5,6)"), ("5,-1\n", "2 VMs have"),
+    ("5\n\n", "runs on another host of the pool"), ("5,6\n\n", "runs on another host of the pool"),
+    ("<not in database>\n\n", "which are no dom-ids"),
 ])
 def test_xe_answers_that_are_no_domain(answer: str, words: str) -> None:
     with pytest.raises(netweaver.RemoteCommandError) as caught:
@@ -103,7 +104,7 @@ def test_xe_answers_that_are_no_domain(answer: str, words: str) -> None:
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("answer", ["5\n5\n", "5\n"])
+@pytest.mark.parametrize("answer", ["5\n5\n", "5\n", "7,5,5\n5\n"])
 def test_xe_answers_that_are_a_domain(answer: str) -> None:
     assert netweaver.parse_xe_dom_id(answer, "web1") == 5
 

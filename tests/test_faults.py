@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import NETWEAVER, Lab, wait_until
+from lab import MANAGEMENT, NAME, NETWEAVER, Lab, wait_until
 from test_lab import FAST, failure, report
 
 pytestmark = pytest.mark.lab
@@ -444,6 +444,23 @@ Host vm
     finally:
         os.kill(int(found["SSH_AGENT_PID"]), signal.SIGTERM)
     assert "refused the keys of ssh-agent and ~/.ssh for root" in failure(lab.netweaver(*arguments, seconds=15), 3)
+
+
+def test_a_way_through_several_hosts() -> None:
+    """The second is reached from the first alone, as the way says."""
+    with Lab(sources=2) as lab:
+        first, second = lab.sources
+        (lab.home / ".ssh").mkdir(0o700)
+        (lab.home / ".ssh" / "config").write_text("".join(
+            f"Host {name}\n    HostName {host.address}\n    IdentityFile {lab.key}\n{more}"
+            for name, host, more in (("xen", lab.hv, "    ProxyJump one, two\n"), ("one", first, ""),
+                                     ("two", second, ""))))
+        second.run("ip", "route", "add", "blackhole", f"{MANAGEMENT}.1/32")
+        found = report(lab.netweaver("-n", NAME, "--hv", "xen", "-s", "one", "-d", lab.destination, "-c", "5",
+                                     "--source-command", FAST))
+        assert found["packets"]["matched"] == 5
+        assert "two: " in failure(lab.netweaver("-n", NAME, "--hv", "two", "-s", "one", "-d", lab.destination), 3)
+        lab.wait_clean()
 
 
 @pytest.mark.parametrize(("phrase", "code"), [("open sesame", 0), ("wrong", 3)])
