@@ -45,8 +45,9 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 __all__ = [
     "Capture", "CaptureError", "HostConnectionError", "Matching", "NetWeaver", "NetWeaverError", "NoMatchError",
-    "RemoteCommandError", "TextCapture", "UsageError", "build_report", "describe", "main", "match", "match_files",
-    "match_text_files", "merged", "reordering", "statistics", "variation", "write_csv",
+    "RemoteCommandError", "TOOLSTACKS", "TextCapture", "UsageError", "build_report", "compare", "describe",
+    "guest_times", "main", "match", "match_captures", "match_directions", "match_files", "match_text_files", "merged",
+    "plot", "prometheus", "reordering", "statistics", "variation", "write_csv",
 ]
 
 SCHEMA_VERSION = 1
@@ -1908,7 +1909,8 @@ def xe_uplinks(run: Run, name: str, number: int) -> tuple[list[str], bool]:
 def xl_vif(run: Run, name: str, number: int) -> str:
     """On plain Xen."""
     from shlex import quote
-    answer = run(f"xl domid -- {quote(name)}", "it isn't running, or has another name: xl list shows them").strip()
+    guard = "-- " if name.startswith("-") else ""
+    answer = run(f"xl domid {guard}{quote(name)}", "it isn't running, or has another name: xl list shows them").strip()
     if not re.fullmatch(r"\d{1,9}", answer, re.ASCII):
         raise RemoteCommandError(f"xl answered {answer[:80]!r} for {name!r}, which is no domain id")
     if answer == "0":
@@ -1920,14 +1922,16 @@ def virsh_vif(run: Run, name: str, number: int) -> str:
     """On libvirt, with KVM for example."""
     from shlex import quote
     hint = "virsh list --all shows the names; systemctl status libvirtd whether libvirt runs"
-    domain, state = quote(name), ""
+    domain = f"{'--domain ' if name.startswith('-') else ''}{quote(name)}"
+    off = RemoteCommandError(f"the domain {name!r} is shut off: start it first (virsh start)")
     if re.fullmatch(r"\d+", name, re.ASCII):         # most commands take it for an id, domid never does
-        found = run(f"LC_ALL=C virsh -q domid --domain {domain}", hint).strip()
-        domain, state = quote(found), "shut off" if found == "-" else ""
-    state = state or run(f"LC_ALL=C virsh -q domstate --domain {domain}", hint).strip()
-    if state in ("shut off", "crashed"):             # it may have an interface's name all the same
-        raise RemoteCommandError(f"the domain {name!r} is {state}: start it first (virsh start)")
-    return parse_virsh_domiflist(run(f"LC_ALL=C virsh -q domiflist --domain {domain}", hint), name, number)
+        domain = quote(run(f"LC_ALL=C virsh -q domid {domain}", hint).strip())
+        if domain == "-":
+            raise off
+    answer = run(f"LC_ALL=C virsh -q domiflist {domain}", hint)
+    if run(f"LC_ALL=C virsh -q domstate {domain} || :").strip() == "shut off":       # it may list a name all the same
+        raise off
+    return parse_virsh_domiflist(answer, name, number)
 
 
 def parse_virsh_domiflist(answer: str, name: str, number: int) -> str:
@@ -2276,7 +2280,7 @@ class NetWeaver:
         self._whole: list[Matching] = []                     # before they are cut to the window
         self._read: dict[str, list[Capture]] = {}
         self._config: dict[str, Any] = {}
-        self._recording = False
+        self._reportable = False
         self._counter: paramiko.SFTPClient | None = None
         self._window: tuple[int, int] | None = None          # both captures certainly ran, in the hypervisor's time
 
@@ -2327,6 +2331,7 @@ class NetWeaver:
         output, as pcap (`tcpdump -w -`) or as text, and ends upon SIGTERM; the captures are known to listen
         before any traffic starts, and are stopped once it has ended.
         """
+        self._recordings = []
         self.verify_connections()
         addresses, tcpdump_help, vif = in_parallel(
             lambda: " ".join(self._source_addresses()), self._tcpdump_help,
@@ -2354,7 +2359,7 @@ class NetWeaver:
         counter = remote.request_sftp() if self._tick else None
         self._start_captures(commands)
         self._counter = remote.open_sftp(counter) if self._tick else None
-        self._recording = True
+        self._reportable = True
         started = self._hypervisor_time()
         self._generate(source_command)
         self._window = self._between(started, self._hypervisor_time())
@@ -2471,9 +2476,9 @@ class NetWeaver:
     def interrupt(self) -> bool:
         """Ends the traffic now and lets the run go on to its report; False if there is nothing yet to report on."""
         with self._changed:
-            self.interrupted = self._recording
+            self.interrupted = self._reportable
             self._changed.notify_all()
-            return self._recording
+            return self._reportable
 
     def close(self, wait: bool = True) -> None:
         """Ends whatever still runs on the hosts, and removes all files, here and there.
@@ -2726,7 +2731,7 @@ class NetWeaver:
             raise RemoteCommandError(f"{error}: {advice}") from None
         index = self._remotes[str(self._hypervisor)].run(f"cat /sys/class/net/{quote(vif)}/ifindex").output.decode()
         index = index.strip()
-        if now != vif or index != before:
+        if now != vif or (before and index != before):
             became = f"is {now} now" if now != vif else "is another one now" if index else "is gone"
             raise RemoteCommandError(f"{self._hypervisor}: {vif} {became}: {advice}")
 
@@ -3719,9 +3724,10 @@ class Screen:
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
         terminal = sys.stderr is not None and sys.stderr.isatty()
         self._people = terminal and not quiet
-        self.live_line = self._people and not verbose        # lines would tear it
+        dumb = os.environ.get("TERM") == "dumb"
+        self.live_line = self._people and not verbose and not dumb
         self._verbose = verbose
-        self._colours = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._colours = terminal and not os.environ.get("NO_COLOR") and not dumb
         self._live = False
         self.fancy = "utf" in (getattr(sys.stderr, "encoding", None) or "").lower()
 

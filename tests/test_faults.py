@@ -364,7 +364,7 @@ def test_what_a_host_says_reaches_no_terminal(own_lab: Lab) -> None:
     line = failure(own_lab.netweaver(*own_lab.arguments(), seconds=15), 4)
     assert "\\x1b[2J\\x1b]0;x\\x07oops" in line
     (own_lab.hv.directory / "bin" / "xe").write_text("#!/bin/sh\nprintf '\\033[2J7'\n")
-    assert "which is no dom-id" in failure(own_lab.netweaver(*own_lab.arguments(), seconds=15), 4)
+    assert "which are no dom-ids" in failure(own_lab.netweaver(*own_lab.arguments(), seconds=15), 4)
 
 
 @pytest.mark.parametrize("stream", ["", ">&2"])
