@@ -2251,6 +2251,8 @@ class NetWeaver:
                  log: Callable[[str], None] = lambda line: None,
                  tick: Callable[[float, int | None], None] | None = None) -> None:
         import threading
+        if toolstack not in TOOLSTACKS or direction not in ("in", "out", "both"):
+            raise UsageError(f"toolstack must be one of {', '.join(TOOLSTACKS)} and direction in, out or both")
         if direction == "both" and match_nat:
             raise UsageError("with address translation the two directions can't be told apart: measure in and out "
                              "one after the other")
@@ -3396,8 +3398,12 @@ def plot(path: str, report: Mapping[str, Any], matchings: Sequence[Matching]) ->
         ranked = sorted(delay for _, delay in seen)
         distribution.plot([100 * rank / len(ranked) for rank in range(1, len(ranked) + 1)], ranked, color=color,
                           linestyle=dashes)
-        if ranked[0] > 0 and ranked[-1] > 5 * ranked[len(ranked) // 2]:
-            over_time.set_yscale("log")
+    everything = [delay for matching in matchings for delay in matching.samples()]
+    if min(everything) > 0 and max(everything) > 5000 * report["median"]:
+        from matplotlib.ticker import LogFormatter
+        over_time.set_yscale("log")
+        over_time.yaxis.set_major_formatter(LogFormatter())          # 200, not 2 × 10²
+        over_time.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     over_time.set(xlabel="time since the first packet (s)", ylabel="delay (µs)")
     distribution.set(xlabel="packets that took no longer (%)", xlim=(0, 100))
     for axes in (over_time, distribution):
