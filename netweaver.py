@@ -3402,7 +3402,7 @@ def plot(path: str, report: Mapping[str, Any], matchings: Sequence[Matching]) ->
     if min(everything) > 0 and max(everything) > 5000 * report["median"]:
         from matplotlib.ticker import LogFormatter
         over_time.set_yscale("log")
-        over_time.yaxis.set_major_formatter(LogFormatter())          # 200, not 2 × 10²
+        over_time.yaxis.set_major_formatter(LogFormatter())          # 200, not 2e2
         over_time.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     over_time.set(xlabel="time since the first packet (s)", ylabel="delay (µs)")
     distribution.set(xlabel="packets that took no longer (%)", xlim=(0, 100))
