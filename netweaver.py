@@ -997,7 +997,8 @@ def statistics(delays: Iterable[int]) -> dict[str, Any]:
 
 BLOCKS, SHORTEST_BLOCK, RESAMPLES, CONFIDENCE = 25, 10, 2000, 0.95
 ENOUGH_FOR_P99 = 500                                 # packets; of fewer hardly one is above it
-RUN_TO_RUN = {"median": 0.1, "p99": 0.3, "loss_ratio": 0.0}      # by so much equal runs may differ on a busy host
+# By so much equal runs may differ on a busy host: a share of the baseline, and in any case so many microseconds.
+RUN_TO_RUN = {"median": (0.1, 1.0), "p99": (0.3, 5.0), "loss_ratio": (0.0, 0.0)}
 CANDIDATES = 500                                     # values of which a resampled percentile is one
 
 
@@ -1047,7 +1048,7 @@ def compare(baseline: Matching, current: Matching) -> dict[str, Any]:
     in each measurement by itself.  The intervals are widened as Student's t is for so few blocks, they hold together
     with a probability of CONFIDENCE (Bonferroni), and a shift is distinguishable from no change if its interval doesn't
     contain zero and, since one run doesn't tell how much the next one would differ by itself, it is more than
-    RUN_TO_RUN of the baseline.  Too few packets for the 99th percentile have neither.  Always gives the same
+    RUN_TO_RUN says.  Too few packets for the 99th percentile have neither.  Always gives the same
     result.
     """
     from random import Random
@@ -1072,12 +1073,13 @@ def compare(baseline: Matching, current: Matching) -> dict[str, Any]:
         interval = [shift + wider * (end - shift) for end in (ranked[cut], ranked[-1 - cut])]
         if name == "p99" and min(baseline.matched, current.matched) < ENOUGH_FOR_P99:
             interval = []
-        large = abs(shift) > RUN_TO_RUN[name] * abs(before)
-        result[name] = {"baseline": before, "current": after, "shift": shift, "interval": interval or None,
-                        "distinguishable": large and not interval[0] <= 0 <= interval[1] if interval else None}
+        share, least = RUN_TO_RUN[name]
+        usual = max(share * abs(before), least)
+        result[name] = {"baseline": before, "current": after, "shift": shift, "interval": interval or None, "run_to_run": usual,
+                        "distinguishable": (abs(shift) > usual and not interval[0] <= 0 <= interval[1]
+                                            if interval else None)}
     return {**result, "distinguishable": any(part["distinguishable"] for part in result.values()),
-            "confidence": CONFIDENCE, "run_to_run": RUN_TO_RUN,
-            "resamples": len(shifts), "blocks": [side.number for side in sides]}
+            "confidence": CONFIDENCE, "resamples": len(shifts), "blocks": [side.number for side in sides]}
 
 
 # ---- Remote: one SSH connection, and commands that certainly end ---------------------------------------------
