@@ -1045,11 +1045,10 @@ def compare(baseline: Matching, current: Matching) -> dict[str, Any]:
     """The shift of median and 99th percentile (µs) and of the loss ratio from one measurement to another.
 
     Each with an interval by block bootstrap (Carlstein 1986): blocks of successive packets are drawn with repetition,
-    in each measurement by itself.  The intervals are widened as Student's t is for so few blocks, they hold together
-    with a probability of CONFIDENCE (Bonferroni), and a shift is distinguishable from no change if its interval doesn't
+    in each measurement by itself.  The intervals are widened as Student's t is for so few blocks, and hold together
+    with a probability of CONFIDENCE (Bonferroni).  A shift is distinguishable from no change if its interval doesn't
     contain zero and, since one run doesn't tell how much the next one would differ by itself, it is more than
-    RUN_TO_RUN says.  Too few packets for the 99th percentile have neither.  Always gives the same
-    result.
+    RUN_TO_RUN says.  Too few packets for the 99th percentile have neither.  Always gives the same result.
     """
     from random import Random
     from statistics import NormalDist
