@@ -1074,9 +1074,9 @@ def compare(baseline: Matching, current: Matching) -> dict[str, Any]:
             interval = []
         share, least = RUN_TO_RUN[name]
         usual = max(share * abs(before), least)
-        result[name] = {"baseline": before, "current": after, "shift": shift, "interval": interval or None, "run_to_run": usual,
-                        "distinguishable": (abs(shift) > usual and not interval[0] <= 0 <= interval[1]
-                                            if interval else None)}
+        certain = abs(shift) > usual and not interval[0] <= 0 <= interval[1] if interval else None
+        result[name] = {"baseline": before, "current": after, "shift": shift, "interval": interval or None,
+                        "run_to_run": usual, "distinguishable": certain}
     return {**result, "distinguishable": any(part["distinguishable"] for part in result.values()),
             "confidence": CONFIDENCE, "resamples": len(shifts), "blocks": [side.number for side in sides]}
 
@@ -3215,7 +3215,7 @@ def histogram(delays: Sequence[int], fancy: bool = True) -> list[str]:
     edges = [low + width * place for place in range(BINS + 1) if low + width * (place - 1) <= high]
     below = [bisect_left(ranked, edge) for edge in edges]
     counts = list(map(sub, islice(below, 1, None), below))
-    rows = [(f"{duration_text(edge / 1000)}", number) for edge, number in zip(edges, counts)]
+    rows = [(duration_text(edge / 1000), number) for edge, number in zip(edges, counts)]
     if len(ranked) > below[-1]:
         rows.append((f"> {duration_text(edges[-1] / 1000)}", len(ranked) - below[-1]))
     most, column = max(number for _, number in rows), max(len(label) for label, _ in rows)
@@ -3264,10 +3264,10 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
     parts = []
     for name, label in (("median", "median"), ("p99", "p99"), ("loss_ratio", "loss")):
         part = comparison[name]
-        scale = (lambda value: f"{100 * value:+.3g} %") if name == "loss_ratio" else _signed
-        interval = part["interval"]
-        sure = "too few packets to tell" if not interval else f"{scale(interval[0])} to {scale(interval[1])}"
-        parts.append(f"{label} {scale(part['shift'])} ({sure}{', changed' if part['distinguishable'] else ''})")
+        shift, *ends = [f"{100 * value:+.3g} %" if name == "loss_ratio" else _signed(value)
+                        for value in (part["shift"], *(part["interval"] or ()))]
+        sure = " to ".join(ends) or "too few packets to tell"
+        parts.append(f"{label} {shift} ({sure}{', changed' if part['distinguishable'] else ''})")
     verdict = "different from" if comparison["distinguishable"] else "no difference to be seen from"
     return f"{verdict} {comparison['path']}: {', '.join(parts)}"
 
