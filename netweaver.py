@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import random
     import socket
     import threading
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from typing import IO, Any, BinaryIO, NoReturn, TypeVar
 
     import paramiko
@@ -808,8 +808,11 @@ class Matching:
         return [delay for delay in self.delays if delay != LOST] if self.lost else self.delays.tolist()
 
 
-def match(first: Iterable[Block], second: Iterable[Block]) -> Matching:
-    """Pairs the sightings at one point with those at a second: the k-th copy of a packet with its k-th copy."""
+def match(first: Iterable[Block], second: Iterable[Block], early: Container[bytes] = ()) -> Matching:
+    """Pairs the sightings at one point with those at a second: the k-th copy of a packet with its k-th copy.
+
+    What was seen at the first before anything counted is `early`; at the second it is no stranger, and counts neither.
+    """
     result = Matching()
     identities, sent, known = result.identities, result.sent, {}       # type: list[bytes], array[int], dict[bytes, int]
     copies: dict[bytes, list[int]] = {}              # the ranks of further copies, by identity
@@ -848,6 +851,8 @@ def match(first: Iterable[Block], second: Iterable[Block]) -> Matching:
                 else:
                     rank = find(key, -1)
                     if rank < 0:
+                        if key in early:
+                            continue
                         result.stranger_times.append(time)
                         if len(result.strangers) < SAMPLE:
                             result.strangers.append(key)
@@ -899,13 +904,15 @@ def merged(captures: Sequence[Iterable[Block]]) -> Iterator[Block]:
     yield [key for _, key in rows], array("q", [time for time, _ in rows])
 
 
-def since(blocks: Iterable[Block], start: int) -> Iterator[Block]:
-    """The sightings from a time on (ns).
+def since(blocks: Iterable[Block], start: int, early: set[bytes] | None = None) -> Iterator[Block]:
+    """The sightings from a time on (ns); the identities of those before are added to `early`.
 
     What one capture saw before the other was there must not be taken for the first copy of a later packet.
     """
     for keys, times in blocks:
         if times and min(times) < start:
+            if early is not None:
+                early.update(key for key, time in zip(keys, times) if time < start)
             kept = [place for place, time in enumerate(times) if time >= start]
             keys, times = [keys[place] for place in kept], array("q", map(times.__getitem__, kept))
         yield keys, times
@@ -1232,7 +1239,7 @@ class Job:
             self._left = word == "bye"
             try:
                 self._channel.sendall(word.encode() + b"\n")
-            except OSError:
+            except (OSError, EOFError):
                 pass
 
     def stop(self) -> None:
@@ -1244,7 +1251,7 @@ class Job:
         """Ends everything on the host; returns when it has ended there, or the time is over."""
         self.say("bye")
         self._reader.join(seconds)
-        self._channel.close()
+        close(self._channel)
 
     def _read(self) -> None:
         import select
@@ -1265,7 +1272,7 @@ class Job:
                 if time.monotonic() - beat > ALIVE_SECONDS:
                     beat = time.monotonic()
                     self.say("alive")
-        except OSError:
+        except (OSError, EOFError):
             pass
         finally:
             with self._changed:
@@ -1294,7 +1301,7 @@ class Job:
                     self.output = ready
             if len(self._out) > LARGEST_ANSWER or self._most < 0:
                 self.flooded = True
-                self._channel.close()
+                close(self._channel)
             self._changed.notify_all()
 
     def _take_errors(self, data: bytes) -> None:
@@ -1312,6 +1319,14 @@ class Job:
         self.ended = self.ended or (self.status is not None and self._complete)
 
 
+def close(connection: paramiko.Channel | paramiko.SFTPClient | paramiko.SSHClient) -> None:
+    """Closes what may be broken already: then paramiko can't say so any more."""
+    try:
+        connection.close()
+    except (OSError, EOFError):
+        pass
+
+
 def last_line(text: str) -> str:
     """The last line that says something, for an error message."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -1323,8 +1338,10 @@ class Remote:
 
     def __init__(self, target: Target, access: Access, changed: threading.Condition,
                  log: Callable[[str], None], sudo: bool = False) -> None:
+        import threading
         self.name = str(target)
         self._shell = SUDO_SHELL if sudo else "exec sh"
+        self._prefetching = threading.Lock()
         self._changed, self._log = changed, log
         self._clients = access.connect(target)
 
@@ -1370,7 +1387,7 @@ class Remote:
             raise HostConnectionError(f"{self.name}: can't start a command: {error or 'no answer'}") from error
         try:
             channel.sendall(script.encode(errors="surrogateescape"))
-        except OSError:
+        except (OSError, EOFError):
             self.transport()                         # else a shell that has ended at once; it may have said why
         return Job(self.name, command, channel, token, self._changed, sink, most)
 
@@ -1452,19 +1469,28 @@ class Remote:
             raise
 
     def _fetch_by_sftp(self, path: str, file: IO[bytes], sftp: paramiko.SFTPClient, most: int) -> None:
+        import threading
         import time
         with sftp.open(path, "rb") as remote:
             size = remote.stat().st_size or 0
             if size > most:
                 raise CaptureError(f"{self.name}: {path} has {size} bytes, which is more than it was allowed to have")
             deadline = time.monotonic() + ANSWER_SECONDS + size / SLOWEST_TRANSFER
-            remote.prefetch(size)
-            while size > 0:
-                data = remote.read(min(size, 1 << 15))
-                if not data or time.monotonic() > deadline:
-                    raise CaptureError(f"{self.name}: the transfer of {path} broke off")
-                file.write(data)
-                size -= len(data)
+            with self._prefetching:
+                before = threading.enumerate()
+                remote.prefetch(size)                # in a thread of its own
+                asking = [thread for thread in threading.enumerate()
+                          if thread not in before and "_prefetch_thread" in thread.name]
+            try:
+                while size > 0:
+                    data = remote.read(min(size, 1 << 15))
+                    if not data or time.monotonic() > deadline:
+                        raise CaptureError(f"{self.name}: the transfer of {path} broke off")
+                    file.write(data)
+                    size -= len(data)
+            finally:                                 # it may still be asking for what has come already
+                for thread in asking:
+                    thread.join(max(0, deadline - time.monotonic()))
 
     def _fetch_by_command(self, path: str, file: IO[bytes], most: int) -> None:
         from shlex import quote
@@ -1476,7 +1502,7 @@ class Remote:
 
     def close(self) -> None:
         for client in reversed(self._clients):
-            client.close()
+            close(client)
 
 
 class Access:
@@ -2160,13 +2186,12 @@ def facts_command(pifs: Iterable[str], vif: str) -> str:
     from shlex import quote
     lines = ['echo "kernel `uname -r`"; echo "load `cat /proc/loadavg`"',
              'echo "cpus `grep -c ^processor /proc/cpuinfo`"',
-             "cd /sys/class/net || exit 0",
-             f'v={quote(vif)}; echo "ifindex `cat "$v/ifindex"`"; echo "bridge `readlink "$v/master"`"',
+             f"v={quote(vif)}; printf 'vif %s\\n' \"`ip -o link show dev \"$v\"`\"",
              'echo "ovs `ovs-vsctl --version | head -n 1`"',
              'echo "backend `cat /etc/xensource/network.conf`"']
     for pif in pifs:
-        lines.append(f'p={quote(pif)}; echo "pif $p type `cat "$p/type"`"; '
-                     'echo "pif $p driver `readlink "$p/device/driver"`"; '
+        lines.append(f"p={quote(pif)}; printf 'pif %s link %s\\n' \"$p\" \"`ip -o link show dev \"$p\"`\"; "
+                     'echo "pif $p driver `readlink "/sys/class/net/$p/device/driver"`"; '
                      f"ethtool -k \"$p\" | sed -n 's/^\\([a-z-]*\\): on.*/\\1/p' | while read f; do "
                      'echo "pif $p offload $f"; done')
     return "{ " + "\n".join(lines) + "\n} 2>/dev/null"
@@ -2174,12 +2199,12 @@ def facts_command(pifs: Iterable[str], vif: str) -> str:
 
 def platform(facts: str, tcpdump_help: str) -> dict[str, Any]:
     """The platform (RFC 8172), as far as the output of `facts_command` and tcpdump's usage message tell."""
-    found = dict(re.findall(r"^(kernel|cpus|load|bridge|ovs|backend) (.*\S)", facts, re.MULTILINE))
+    found = dict(re.findall(r"^(kernel|cpus|load|vif|ovs|backend) (.*\S)", facts, re.MULTILINE))
     version = re.search(r"tcpdump version (\S+)", tcpdump_help)
-    bridge = os.path.basename(found.get("bridge", ""))
+    bridge = re.search(r" master (\S+)", found.get("vif", ""))
     ovs = re.search(r"\d[\d.]*\d", found.get("ovs", ""))
     known: dict[str, Any] = {"kernel": found.get("kernel"), "tcpdump": version[1] if version else None}
-    if bridge == "ovs-system" or (not bridge and found.get("backend") == "openvswitch"):
+    if (bridge and bridge[1] == "ovs-system") or (not bridge and found.get("backend") == "openvswitch"):
         known["switch"] = f"Open vSwitch {ovs[0]}" if ovs else "Open vSwitch"
     else:
         known["switch"] = "bridge" if bridge or found.get("backend") == "bridge" else None
@@ -2561,7 +2586,7 @@ class NetWeaver:
         except RemoteCommandError:
             return "", ""
         text = job.output.decode(errors="replace")
-        index = re.search(r"^ifindex (\d+)", text, re.MULTILINE)
+        index = re.search(r"^vif (\d+): ", text, re.MULTILINE)
         return text, index[1] if index else ""
 
     def _capture_command(self, side: str, interface: str, facts: str, tcpdump_help: str) -> str:
@@ -2572,7 +2597,8 @@ class NetWeaver:
             if side == "pif":
                 if self.overlay:
                     expression = f"({expression}) or {tunnel_filter(*flow)}"
-                if re.search(rf"^pif {re.escape(interface)} type 1$", facts, re.MULTILINE):      # Ethernet
+                kind = re.search(rf"^pif {re.escape(interface)} link .*\slink/(\w+)", facts, re.MULTILINE)
+                if kind is None or kind[1] == "ether":
                     expression = tagged_filter(expression)
         return capture_command(interface, expression, tcpdump_help, OVERLAY_SNAPLEN if self.overlay else SNAPLEN)
 
@@ -2608,8 +2634,9 @@ class NetWeaver:
             words = "; ".join(line.strip() for line in job.errors.splitlines() if "listening on" not in line)
             hint = ""
             if "No such device" in words or "doesn't exist" in words:
-                names = remote.run("ls /sys/class/net").output.decode(errors="replace").split()
-                names.sort(key=lambda name: bool(VM_INTERFACE.fullmatch(name)) != (recording.side == "vif"))
+                links = remote.run("ip -o link || ls /sys/class/net").output.decode(errors="replace")
+                names = re.findall(r"^(?:\d+: )?([^\s:@]+)", links, re.MULTILINE)
+                names.sort(key=lambda name: (bool(VM_INTERFACE.fullmatch(name)) != (recording.side == "vif"), name))
                 hint = f" (there are: {', '.join(names[:40])}{', …' if len(names) > 40 else ''})"
             elif "permi" in words:
                 hint = " (log in as root, or use --sudo)"
@@ -2732,8 +2759,8 @@ class NetWeaver:
             now = self.vif or self.determine_vif_number()
         except RemoteCommandError as error:
             raise RemoteCommandError(f"{error}: {advice}") from None
-        index = self._remotes[str(self._hypervisor)].run(f"cat /sys/class/net/{quote(vif)}/ifindex").output.decode()
-        index = index.strip()
+        answer = self._remotes[str(self._hypervisor)].run(f"ip -o link show dev {quote(vif)}").output
+        index = answer.partition(b":")[0].decode(errors="replace")
         if now != vif or (before and index != before):
             became = f"is {now} now" if now != vif else "is another one now" if index else "is gone"
             raise RemoteCommandError(f"{self._hypervisor}: {vif} {became}: {advice}")
@@ -2761,7 +2788,7 @@ class NetWeaver:
             remote.fetch(f"{job.directory}/{side}.pcap", local, sftp, self.max_capture_size)
         finally:
             if sftp:
-                sftp.close()
+                close(sftp)
         job.leave()
         recording.path = local
         counts = tcpdump_counts(job.errors)
@@ -2897,8 +2924,9 @@ def match_captures(pif_paths: Sequence[str], vif_paths: Sequence[str], *, outwar
                     raise CaptureError(f"{path}: can't read it: {error.strerror}") from error
                 sides[side].append(Capture(file, path, translated=match_nat, sources=sources,
                                            destinations=destinations))
-        pif, vif = (since(merged(captures), start) for captures in sides.values())
-        return (match(vif, pif) if outward else match(pif, vif)), sides
+        early: set[bytes] = set()
+        first, second = (merged(captures) for captures in (reversed(sides.values()) if outward else sides.values()))
+        return match(since(first, start, early), since(second, start), early), sides
 
 
 def excerpt(path: str, keep: Callable[[bytes, int], bool], file: IO[bytes], translated: bool = False) -> None:
@@ -3595,7 +3623,10 @@ def measure(arguments: argparse.Namespace, signals: Signals, screen: Screen,
         about = f" of {'' if arguments.duration else 'about '}{expected:.0f} s" if expected else " s"
         screen.live(f"{elapsed:.0f}{about}" + (f", {passed} packets through the vif" if passed is not None else ""))
 
+    import threading
     from getpass import getpass
+    if not arguments.verbose:                        # paramiko's threads end in tracebacks when a connection does
+        threading.excepthook = lambda _: None
     with NetWeaver(arguments.source, arguments.name_label or "", destination, arguments.hv, arguments.key,
                    host_interface=arguments.interface or "eth0", vif_number=arguments.num, vif=arguments.vif,
                    toolstack=arguments.toolstack, direction=arguments.direction, overlay=arguments.overlay,
@@ -3781,7 +3812,8 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         figure_class(arguments.plot)
     for path in (arguments.csv, arguments.plot, arguments.output):
         directory = os.path.dirname(path or "") or "."
-        if path and (os.path.isdir(path) or not os.access(directory, os.W_OK)):
+        device = bool(path) and os.path.exists(path) and not os.path.isfile(path)
+        if path and (os.path.isdir(path) or not os.access(path if device else directory, os.W_OK)):
             why = ("it is a directory" if os.path.isdir(path) else "no such directory" if not os.path.isdir(directory)
                    else "no permission to write there")
             raise UsageError(f"can't write {path}: {why}")

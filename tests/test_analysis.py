@@ -76,3 +76,13 @@ def test_statistics_agree_with_numpy(seed: int) -> None:
     assert found["median"] == nanosecond(numpy.median(values), abs=1e-3)
     for percent, value in found["percentiles"].items():
         assert value == nanosecond(numpy.percentile(values, float(percent)), abs=1e-3)
+
+
+def test_what_passed_before_the_window_is_no_stranger() -> None:
+    """Not even if it took longer than any packet that counts."""
+    early: set[bytes] = set()
+    pif = list(netweaver.since(block(("a", 80), ("b", 90), ("c", 110), ("d", 120)), 100, early))
+    vif = list(netweaver.since(block(("a", 95), ("c", 115), ("d", 125), ("b", 190), ("x", 195)), 100))
+    result = netweaver.match(pif, vif, early)
+    assert early == {b"a", b"b"}
+    assert (result.first, result.matched, result.second_only) == (2, 2, 1)

@@ -182,9 +182,9 @@ def test_any_pair_gives_back_what_made_it(data: st.DataObject) -> None:
             return pcap(records, order)
         return pcapng(interface(1, 9, order=order), *(packet(0, *record, order) for record in records), order=order)
 
-    sides = [netweaver.Capture(io.BytesIO(capture(packets, wrap)), "x")
-             for packets, wrap in zip((path.pif, path.vif), wraps)]
-    matching = netweaver.match(*sides)
+    pif, vif = [netweaver.Capture(io.BytesIO(capture(packets, wrap)), "x")
+                for packets, wrap in zip((path.pif, path.vif), wraps)]
+    matching = netweaver.match(pif, vif)
     assert not matching.alike
     assert {rank: delay for rank, delay in enumerate(matching.delays) if delay != netweaver.LOST} == path.delays
     assert (matching.duplicated, matching.second_only) == (path.duplicated, 0)
@@ -445,13 +445,13 @@ def damaged(chance: random.Random, data: bytes) -> bytes:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_damaged_files_yield_a_report_or_an_error(seed: int) -> None:
-    """2,000 mutated files: nothing but a report or a NetWeaverError, in memory in proportion to the file."""
+    """1,000 mutated files in all: nothing but a report or a NetWeaverError, in memory in proportion to the file."""
     chance = random.Random(seed)
     originals = seeds()
     ends: Counter[str] = Counter()
     tracemalloc.start()
     try:
-        for _ in range(400):
+        for _ in range(200):
             original = chance.choice(originals)
             mutant = damaged(chance, original)
             tracemalloc.reset_peak()
@@ -468,5 +468,5 @@ def test_damaged_files_yield_a_report_or_an_error(seed: int) -> None:
             assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
-    assert ends["report"] > 50
-    assert ends["CaptureError"] > 50
+    assert ends["report"] > 25
+    assert ends["CaptureError"] > 25

@@ -290,20 +290,20 @@ def matching(delays: Sequence[int | None]) -> netweaver.Matching:
     return made
 
 
-@pytest.mark.parametrize("size", [300, 1000, 10_000])
-def test_equal_runs_are_not_distinguished_and_shifted_ones_are(size: int) -> None:
-    base = [matching(noisy(size, seed, loss=0.01)) for seed in range(20)]
-    equal = [netweaver.compare(base[i], matching(noisy(size, 100 + i, loss=0.01))) for i in range(20)]
-    shifted = [netweaver.compare(base[i], matching(noisy(size, 200 + i, 1.2, loss=0.01))) for i in range(20)]
-    assert sum(one["distinguishable"] for one in equal) <= 1
-    assert sum(one["median"]["distinguishable"] for one in shifted) >= 19
+@pytest.mark.parametrize(("size", "tries"), [(300, 5), (1000, 20), (10_000, 5)])
+def test_equal_runs_are_not_distinguished_and_shifted_ones_are(size: int, tries: int) -> None:
+    base = [matching(noisy(size, seed, loss=0.01)) for seed in range(tries)]
+    equal = [netweaver.compare(base[i], matching(noisy(size, 100 + i, loss=0.01))) for i in range(tries)]
+    shifted = [netweaver.compare(base[i], matching(noisy(size, 200 + i, 1.2, loss=0.01))) for i in range(tries)]
+    assert sum(one["distinguishable"] for one in equal) <= tries // 20
+    assert sum(one["median"]["distinguishable"] for one in shifted) >= tries - tries // 20
     for one in shifted:
         low, high = one["median"]["interval"]
         assert low < one["median"]["shift"] < high
         assert one["median"]["shift"] == pytest.approx(one["median"]["current"] - one["median"]["baseline"])
         assert (one["p99"]["interval"] is None) == (size < netweaver.ENOUGH_FOR_P99)
     covering = [one["median"]["interval"][0] <= 43.4 <= one["median"]["interval"][1] for one in shifted]
-    assert sum(covering) >= 18                       # the true shift is a fifth of about 217 µs
+    assert sum(covering) >= tries - tries // 10      # the true shift is a fifth of about 217 µs
 
 
 def test_a_comparison_sees_loss_and_a_longer_tail() -> None:

@@ -404,8 +404,8 @@ def test_labels_and_the_platform(lab: Lab) -> None:
 
 
 def test_platforms_of_other_kinds() -> None:
-    facts = ("kernel 4.19.0+1\nload 0.50 0.40 0.30 1/400 123\ncpus 16\nifindex 9\nbridge \n"
-             "ovs ovs-vsctl (Open vSwitch) 2.5.3\nbackend openvswitch\npif eth0 type 1\n"
+    facts = ("kernel 4.19.0+1\nload 0.50 0.40 0.30 1/400 123\ncpus 16\nvif 9: vif5.0: <UP> mtu 1500 qdisc mq state UP\n"
+             "ovs ovs-vsctl (Open vSwitch) 2.5.3\nbackend openvswitch\npif eth0 link 2: eth0: <UP> mtu 1500\n"
              "pif eth0 driver ../../../../bus/pci/drivers/ixgbe\npif eth0 offload generic-receive-offload\n"
              "pif eth0 offload highdma\n")
     assert netweaver.platform(facts, "tcpdump version 4.9.2\nlibpcap version 1.5.3\n") == {
