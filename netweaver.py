@@ -659,7 +659,7 @@ def expected_answers(identity: bytes) -> list[bytes]:
         length = int.from_bytes(identity[1:3], "big") - (20 if len(source) == 4 else 0) - (identity[at + 12] >> 4) * 4
         return [b"T" + destination + source + ports + ((sequence + 1 + data) & 0xFFFFFFFF).to_bytes(4, "big")
                 for data in {0: 0, max(0, length): 0}]
-    if (protocol, identity[at]) in ((ICMP, 8), (ICMPV6, 128)):
+    if (protocol, identity[at:at + 1]) in ((ICMP, b"\x08"), (ICMPV6, b"\x80")):
         return [b"E" + destination + source + identity[at + 2:at + 6]]
     return []
 
@@ -672,7 +672,7 @@ def answer_key(identity: bytes) -> bytes | None:
     protocol, source, destination, at = answer
     if protocol == TCP and identity[at + 13] & 0x14 and identity[at + 13] & (SYN | 0x04):
         return b"T" + source + destination + identity[at:at + 4] + identity[at + 8:at + 12]
-    if (protocol, identity[at]) in ((ICMP, 0), (ICMPV6, 129)):
+    if (protocol, identity[at:at + 1]) in ((ICMP, b"\0"), (ICMPV6, b"\x81")):
         return b"E" + source + destination + identity[at + 2:at + 6]
     return None
 

@@ -142,9 +142,10 @@ def test_both_directions_and_the_guest(tmp_path: Path) -> None:
         probes.append((echo, ipv4(icmp(0, 0, 77, n, bytes(20)), 1, 250 + n, **BACK)))
     probes.append((ipv4(tcp(3000, 82), ident=300), None))                # no answer
     probes.append((ipv4(tcp(3001, 82, flags=0x10), ident=301), None))    # no probe
+    probes.append((ipv4(b"", 132, ident=302), None))                     # nothing but a header
     found = analyzed("--pcaps", *conversation(tmp_path, probes), "-d", "10.0.0.1", "--direction", "both")
     assert found["config"]["direction"] == "both"
-    assert found["packets"] == {"pif": 26, "vif": 26, "matched": 26, "lost": 0, "duplicated": 0, "reordered": 0,
+    assert found["packets"] == {"pif": 27, "vif": 27, "matched": 27, "lost": 0, "duplicated": 0, "reordered": 0,
                                 "vif_only": 0}
     assert found["minimum"] == found["maximum"] == 5
     assert found["outbound"]["packets"] == {"vif": 24, "pif": 24, "matched": 24, "lost": 0, "duplicated": 0,
