@@ -462,6 +462,7 @@ def test_damaged_files_yield_a_report_or_an_error(seed: int) -> None:
                                                 {"pif": "a", "vif": "b"}, 3)
                 json.dumps(report)
                 list(netweaver.csv_rows(matching))
+                netweaver.guest_times(matching, matching)
                 ends["report"] += 1
             except netweaver.NetWeaverError as error:
                 ends[type(error).__name__] += 1
