@@ -3369,7 +3369,7 @@ class Limit:
 
     def __init__(self, text: str) -> None:
         found = re.fullmatch(r"\s*(?:(outbound|guest)\.)?([a-z]+[\d.]*)\s*(>=|<=|>|<)\s*(\d+\.?\d*(?:e-?\d+)?)\s*"
-                             r"([a-zµ%]*)\s*", text)
+                             r"([a-zµ%]*)\s*", text.replace("\u03bc", "µ"))      # the Greek letter, too
         part, name, sign, number, unit = found.groups() if found else (None, "", "", "0", "")
         if not found or name not in LIMITED or unit not in LIMITED[name][1]:
             raise UsageError(f"--fail-if {text!r}: give NAME>NUMBER (or >=, <, <=) with a unit if you like, such as "
