@@ -257,7 +257,8 @@ def test_no_picture_of_another_kind_or_without_matplotlib(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("limit", "breached"), [
     ("p99>200", True), ("p99>0.5ms", False), ("median>100us", False), ("median>=100us", True), ("median<1ms", True),
     ("loss>0.1%", True), ("loss>50%", False), ("loss>0.2", True), ("lost>=250", True), ("lost>250", False),
-    ("p99.9 > 299 µs", True), ("p99.9>299\u03bcs", True), ("maximum>300000ns", False), ("reordering>0", False), ("negative>0", False),
+    ("p99.9 > 299 µs", True), ("p99.9>299\u03bcs", True),
+    ("maximum>300000ns", False), ("reordering>0", False), ("negative>0", False),
     ("matched<1000", True), ("ipdv<=1s", True), ("outbound.median>1", True), ("guest.p99<1", True)])
 def test_limits(tmp_path: Path, limit: str, breached: bool) -> None:
     """What isn't known (here outbound and guest) meets every condition: a monitor must not be green for it."""
