@@ -3255,9 +3255,14 @@ def histogram(delays: Sequence[int], fancy: bool = True) -> list[str]:
     return lines
 
 
+def side_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """The interfaces, or the files' names without their directories, by side."""
+    return {side: ",".join(map(os.path.basename, str(config[side]).split(","))) for side in ("pif", "vif")}
+
+
 def summary(report: Mapping[str, Any], delays: Sequence[int], fancy: bool = True) -> list[str]:
     """Lines for people on what was measured; `delays` are the samples (ns)."""
-    config = report["config"]
+    config, names = report["config"], side_names(report["config"])
     ways = [("out" if config.get("direction") == "out" else "in", report)]
     if report.get("outbound"):
         ways.append(("out", report["outbound"]))
@@ -3265,11 +3270,11 @@ def summary(report: Mapping[str, Any], delays: Sequence[int], fancy: bool = True
     for way, part in ways:
         first, second = ("vif", "pif") if way == "out" else ("pif", "vif")
         packets, reordered = part["packets"], part["reordering"]
-        lines += [f"{config[first]} -> {config[second]}: {packets['matched']} packets matched of {packets[first]}",
+        lines += [f"{names[first]} -> {names[second]}: {packets['matched']} packets matched of {packets[first]}",
                   *_delay_lines(part),
                   f"  lost {packets['lost']} ({percent(part['loss_ratio'])})   duplicated {packets['duplicated']}   "
                   f"reordered {packets['reordered']} ({percent(reordered['ratio'])})   "
-                  f"on {config[second]} alone {packets[f'{second}_only']}"]
+                  f"on {names[second]} alone {packets[f'{second}_only']}"]
     guest = report.get("guest")
     if guest:
         counts = guest["packets"]
@@ -3405,7 +3410,7 @@ def figure_class(path: str) -> type[Figure]:
 
 def plot(path: str, report: Mapping[str, Any], matchings: Sequence[Matching]) -> None:
     """Draws the delay of each packet over time, with the lost ones, beside its distribution; by the path's ending."""
-    config = report["config"]
+    config, names = report["config"], side_names(report["config"])
     figure = figure_class(path)(figsize=(10, 4.8), layout="constrained")
     over_time, distribution = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     ways = [config.get("direction") == "out"] if len(matchings) == 1 else [False, True]
@@ -3415,12 +3420,12 @@ def plot(path: str, report: Mapping[str, Any], matchings: Sequence[Matching]) ->
     for matching, outward, (color, marker, dashes) in zip(matchings, ways, styles):
         if not matching.matched:
             continue
-        ends = (config["vif"], config["pif"]) if outward else (config["pif"], config["vif"])
+        ends = (names["vif"], names["pif"]) if outward else (names["pif"], names["vif"])
         moments = [(time - start) / NANOSECONDS for time in matching.sent]
         seen = [(moment, delay / 1000) for moment, delay in zip(moments, matching.delays) if delay != LOST]
         lost = [moment for moment, delay in zip(moments, matching.delays) if delay == LOST]
         over_time.plot(*zip(*seen), marker, markersize=3, color=color, alpha=0.6, markeredgewidth=0,
-                       rasterized=len(seen) > 5000, label=f"{' to '.join(map(os.path.basename, ends))}")
+                       rasterized=len(seen) > 5000, label=" to ".join(ends))
         if lost:
             over_time.plot(lost, [0.02] * len(lost), "x", markersize=6, color="#D55E00", label=f"lost ({len(lost)})",
                            transform=over_time.get_xaxis_transform())

@@ -74,7 +74,7 @@ def test_a_summary_for_people(tmp_path: Path) -> None:
     shown = Terminal(sys.executable, str(NETWEAVER), "--pcaps", *paths, environment=environment)
     assert shown.returncode == 0
     assert json.loads(shown.stdout)["packets"]["lost"] == 10
-    assert "990 packets matched of 1000" in shown.text
+    assert "\npif.pcap -> vif.pcap: 990 packets matched of 1000\n" in f"\n{shown.text}"
     assert "lost 10 (1 %)" in shown.text
     assert re.search(r"median +\d+ µs +average +\d+ µs +stdev", shown.text)
     assert "█" in shown.text
