@@ -111,7 +111,7 @@ HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION_OPTIONS = 0, 43, 44, 
 EXTENSION_HEADERS = frozenset((HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION_OPTIONS))
 VXLAN_PORTS, GENEVE_PORT = frozenset((4789, 8472)), 6081
 TUNNEL_PORTS = VXLAN_PORTS | {GENEVE_PORT}
-SYN = 0x02
+FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
 MOST_HEADERS = 32                                    # in one frame; more are no traffic that anyone sends
 # An identity's first byte: IP's version or TEXT, and whether it is a fragment but the first, has no addresses, or has
 # IPv6 extension headers.
@@ -654,7 +654,7 @@ def expected_answers(identity: bytes) -> list[bytes]:
     if probe is None:
         return []
     protocol, source, destination, at = probe
-    if protocol == TCP and identity[at + 13] & 0x17 == SYN:
+    if protocol == TCP and identity[at + 13] & (FIN | SYN | RST | ACK) == SYN:
         ports, (sequence,) = identity[at + 2:at + 4] + identity[at:at + 2], unpack_from(">I", identity, at + 4)
         length = int.from_bytes(identity[1:3], "big") - (20 if len(source) == 4 else 0) - (identity[at + 12] >> 4) * 4
         return [b"T" + destination + source + ports + ((sequence + 1 + data) & 0xFFFFFFFF).to_bytes(4, "big")
@@ -670,7 +670,7 @@ def answer_key(identity: bytes) -> bytes | None:
     if answer is None:
         return None
     protocol, source, destination, at = answer
-    if protocol == TCP and identity[at + 13] & 0x14 and identity[at + 13] & (SYN | 0x04):
+    if protocol == TCP and identity[at + 13] & (RST | ACK) and identity[at + 13] & (SYN | RST):
         return b"T" + source + destination + identity[at:at + 4] + identity[at + 8:at + 12]
     if (protocol, identity[at:at + 1]) in ((ICMP, b"\0"), (ICMPV6, b"\x81")):
         return b"E" + source + destination + identity[at + 2:at + 6]
@@ -1020,8 +1020,8 @@ class _Blocks:
                   for a, b in zip(bounds, islice(bounds, 1, None))]
         self._sent = [b - a for a, b in zip(bounds, islice(bounds, 1, None))]
         self._matched = list(map(len, blocks))
-        ranked = sorted(matching.samples())
-        self._columns = {permille: self._column(blocks, ranked, *window)
+        self.ranked = sorted(matching.samples())
+        self._columns = {permille: self._column(blocks, self.ranked, *window)
                          for permille, window in {500: (0.2, 0.8), 990: (0.95, 1.0)}.items()}
 
     @staticmethod
@@ -1068,7 +1068,7 @@ def compare(baseline: Matching, current: Matching) -> dict[str, Any]:
     tail = (1 - CONFIDENCE) / 3 / 2
     normal, freedom = NormalDist().inv_cdf(1 - tail), max(1, min(side.number for side in sides) - 1)
     wider = 1 + (normal * normal + 1) / (4 * freedom)        # of Student's t to the normal distribution's quantile
-    figures = [statistics(matching.samples()) for matching in (baseline, current)]
+    figures = [statistics(side.ranked) for side in sides]
     points = {"median": ([each["median"] for each in figures], 1000),
               "p99": ([each["percentiles"]["99"] for each in figures], 1000),
               "loss_ratio": ([matching.lost / matching.first for matching in (baseline, current)], 1)}
@@ -1319,7 +1319,7 @@ class Job:
         self.ended = self.ended or (self.status is not None and self._complete)
 
 
-def close(connection: paramiko.Channel | paramiko.SFTPClient | paramiko.SSHClient) -> None:
+def close(connection: socket.socket | paramiko.Channel | paramiko.SFTPClient | paramiko.SSHClient) -> None:
     """Closes what may be broken already: then paramiko can't say so any more."""
     try:
         connection.close()
@@ -1560,7 +1560,7 @@ class Access:
                 return clients
             except BaseException as error:
                 for client in reversed(clients):
-                    client.close()
+                    close(client)
                 # Of many connections at a time sshd closes some without a word (MaxStartups).
                 dropped = str(error).startswith("Error reading SSH protocol banner") and time.monotonic() - begun < 2
                 if dropped and attempt < CONNECT_ATTEMPTS:
@@ -1641,8 +1641,8 @@ class Access:
             made.set_keepalive(DEAD_PEER_SECONDS // 2)
             return client
         except BaseException:
-            client.close()
-            sock.close()
+            close(client)
+            close(sock)
             raise
 
     def _key(self, path: str) -> paramiko.PKey:
@@ -2137,9 +2137,9 @@ def tunnel_filter(sources: Iterable[str], destination: str, direction: str = "in
         return f"({' and '.join(f'udp[{at + i}:4] = 0x{packed[i:i + 4].hex()}' for i in range(0, len(packed), 4))})"
 
     plain = f"udp[28:2] != {ethertype} or ({_flows(term, list(sources), destination, direction)})"
-    ports = "udp dst port 4789 or udp dst port 8472 or udp dst port 6081"
-    return (f"(ip and ({ports}) and ((udp dst port 6081 and udp[8] & 0x3f != 0) or {plain})) or (ip6 and ({ports})) "
-            "or ip proto 47 or ip6 proto 47")
+    ports = " or ".join(f"udp dst port {port}" for port in sorted(TUNNEL_PORTS))
+    return (f"(ip and ({ports}) and ((udp dst port {GENEVE_PORT} and udp[8] & 0x3f != 0) or {plain})) or "
+            f"(ip6 and ({ports})) or ip proto {GRE} or ip6 proto {GRE}")
 
 
 def _flows(term: Callable[[int, str], str], sources: Sequence[str], destination: str, direction: str) -> str:
@@ -2383,7 +2383,7 @@ class NetWeaver:
             **{f"{side}_command": "\n".join(command for of, _, command in commands if of == side) for side in own},
             "platform": platform(facts, tcpdump_help), "labels": self.labels}
         self._progress("Spawning packet captures...")
-        remote = self._remotes[str(self._hypervisor)]
+        remote = self._host
         counter = remote.request_sftp() if self._tick else None
         self._start_captures(commands)
         self._counter = remote.open_sftp(counter) if self._tick else None
@@ -2458,9 +2458,10 @@ class NetWeaver:
         try:
             os.makedirs(directory, exist_ok=True)
             temporary = tempfile.mkdtemp(prefix=".netweaver-", dir=directory)
+            counted = {side: self._keep(side) for side in ("pif", "vif")}
             for recording in self._recordings:
                 target = os.path.join(temporary, os.path.basename(recording.path))
-                keep = self._keep(recording.side)
+                keep = counted[recording.side]
                 if keep:
                     with open(target, "wb") as file:
                         excerpt(recording.path, keep, file, self.match_nat)
@@ -2493,7 +2494,7 @@ class NetWeaver:
     def run_command(self, command: str, hint: str = "", seconds: float = ANSWER_SECONDS) -> str:
         """The standard output of a shell command on the hypervisor; RemoteCommandError, with the hint, if it fails."""
         self.verify_connections()
-        job = self._remotes[str(self._hypervisor)].run(command, seconds)
+        job = self._host.run(command, seconds)
         if job.status == 127:
             hint = "--toolstack says which one this host has; --vif names the interface itself"
         if job.status:
@@ -2533,6 +2534,11 @@ class NetWeaver:
         place = f"{self._hypervisor}: "
         return error if str(error).startswith(place) else RemoteCommandError(f"{place}{error}")
 
+    @property
+    def _host(self) -> Remote:
+        """The connection to the hypervisor."""
+        return self._remotes[str(self._hypervisor)]
+
     def _live_sources(self) -> list[str]:
         """The sources that have not failed; raises the first failure if there are none."""
         names = list(dict.fromkeys(str(source) for source in self._sources))
@@ -2559,7 +2565,7 @@ class NetWeaver:
 
     def _tcpdump_help(self) -> str:
         """The usage message of the hypervisor's tcpdump; CaptureError if there is none."""
-        job = self._remotes[str(self._hypervisor)].run("tcpdump --help 2>&1")
+        job = self._host.run("tcpdump --help 2>&1")
         text = job.output.decode(errors="replace")
         if job.status in (126, 127):
             raise CaptureError(f"{job.host}: can't run tcpdump: {last_line(text)} (install it there)")
@@ -2582,7 +2588,7 @@ class NetWeaver:
     def _facts(self, pifs: Sequence[str], vif: str) -> tuple[str, str]:
         """What the hypervisor says of itself, as far as it does, and the vif's index, which a new vif doesn't get."""
         try:
-            job = self._remotes[str(self._hypervisor)].run(facts_command(pifs, vif))
+            job = self._host.run(facts_command(pifs, vif))
         except RemoteCommandError:
             return "", ""
         text = job.output.decode(errors="replace")
@@ -2606,7 +2612,7 @@ class NetWeaver:
 
     def _start_captures(self, commands: Iterable[tuple[str, str, str]]) -> None:
         """Starts all captures at once; returns when they are listening."""
-        remote, seconds = self._remotes[str(self._hypervisor)], self.timeout + 6 * ANSWER_SECONDS
+        remote, seconds = self._host, self.timeout + 6 * ANSWER_SECONDS
         commands = list(commands)
         for side, interface, command in commands:
             job = remote.start(command, seconds, f"{side}.pcap", size=self.max_capture_size, share=len(commands))
@@ -2622,7 +2628,7 @@ class NetWeaver:
 
     def _check_captures(self) -> None:
         """Raises CaptureError, in tcpdump's words, if a capture has ended by itself."""
-        remote = self._remotes[str(self._hypervisor)]
+        remote = self._host
         for recording in self._recordings:
             job = recording.job
             remote.check(job)
@@ -2741,7 +2747,7 @@ class NetWeaver:
 
     def _stop_captures(self) -> None:
         """Stops the captures when the kernel has handed over what it saw."""
-        remote = self._remotes[str(self._hypervisor)]
+        remote = self._host
         for recording in self._recordings:
             recording.sftp = remote.request_sftp()
         self._wait(lambda: any(recording.job.ended for recording in self._recordings), DRAIN_SECONDS)
@@ -2759,7 +2765,7 @@ class NetWeaver:
             now = self.vif or self.determine_vif_number()
         except RemoteCommandError as error:
             raise RemoteCommandError(f"{error}: {advice}") from None
-        answer = self._remotes[str(self._hypervisor)].run(f"ip -o link show dev {quote(vif)}").output
+        answer = self._host.run(f"ip -o link show dev {quote(vif)}").output
         index = answer.partition(b":")[0].decode(errors="replace")
         if now != vif or (before and index != before):
             became = f"is {now} now" if now != vif else "is another one now" if index else "is gone"
@@ -2779,7 +2785,7 @@ class NetWeaver:
         return total
 
     def _pull(self, number: int) -> None:
-        recording, remote = self._recordings[number], self._remotes[str(self._hypervisor)]
+        recording, remote = self._recordings[number], self._host
         job, side = recording.job, recording.side
         before = sum(other.side == side for other in self._recordings[:number])
         local = os.path.join(self._directory or "", f"{side}{before or ''}.pcap")
