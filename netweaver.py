@@ -13,49 +13,63 @@ kernel: bridge or Open vSwitch, firewall and queueing in between.  The network
 card's interrupt and the guest's own receive path are not inside.
 
     python netweaver.py -n instance-<uuid> --hv HV_IP -s SOURCE_IP -d DESTINATION_IP -k KEYFILE
+
+The rooms of this file, each of which knows only those before it: captures (a
+file in, identities and times out), analysis (who was seen where, and what that
+says), remote (SSH sessions, and commands that certainly end), toolstacks (a
+VM's name in, its interfaces out), measurement (plan, record, fetch, analyse),
+report (the document and its files), people and monitors, and the command line.
 """
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import pwd
 import re
+import select
 import sys
+import threading
+import time
 from array import array
+from base64 import b64decode, b64encode
 from bisect import bisect, bisect_left
+from collections import defaultdict
 from itertools import count, islice
-from operator import itemgetter, le, mul, sub
-from struct import Struct, iter_unpack, unpack_from
+from operator import le, mul
+from shlex import quote
+from struct import Struct, unpack_from
+from struct import error as StructError
 
-TYPE_CHECKING = False                                # importing typing costs more than analysing 10,000 packets
+# Imported where they are needed: what takes more than 2 ms, or isn't needed to analyse files.
+TYPE_CHECKING = False                                # importing typing takes 7 ms
 if TYPE_CHECKING:
     import argparse
-    import random
     import socket
-    import threading
-    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-    from typing import IO, Any, BinaryIO, NoReturn, TypeVar
+    import subprocess
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import ExitStack
+    from typing import Any, BinaryIO, NoReturn, TypeVar
 
     import paramiko
     from matplotlib.figure import Figure
 
-    Block = tuple[list[bytes], array[int]]           # identities, and the times at which they were seen
-    Column = tuple[list[int], list[list[int]]]
-    Result = TypeVar("Result")
-    Run = Callable[..., str]
+    Block = tuple[list[bytes], array[int], dict[int, list[bytes]]]       # see Capture
+    Answer = TypeVar("Answer")
+    Run = Callable[..., str]                         # see the toolstacks
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 __all__ = [
-    "Capture", "CaptureError", "HostConnectionError", "Matching", "NetWeaver", "NetWeaverError", "NoMatchError",
-    "RemoteCommandError", "TOOLSTACKS", "TextCapture", "UsageError", "build_report", "compare", "describe",
-    "guest_times", "main", "match", "match_captures", "match_directions", "match_files", "match_text_files", "merged",
-    "plot", "prometheus", "reordering", "statistics", "variation", "write_csv",
+    "Capture", "CaptureError", "Direction", "HostConnectionError", "IN", "Matching", "NetWeaver", "NetWeaverError",
+    "NoMatchError", "OUT", "RemoteCommandError", "Result", "Selection", "TOOLSTACKS", "TextCapture", "UsageError",
+    "Window", "analyze_captures", "build_report", "classify", "compare", "describe", "guest_times", "main", "match",
+    "plot", "prometheus", "read", "reordering", "statistics", "variation", "write_csv",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DEFAULT_SOURCE_COMMAND = "hping3 -c {count} -S -L 0 -Q --fast {destination}"
 NANOSECONDS = 1_000_000_000
 
-
-# ---- Errors -------------------------------------------------------------------------------------------------
 
 class NetWeaverError(Exception):
     """What a user can do something about; only `main` turns it into an exit code."""
@@ -63,7 +77,7 @@ class NetWeaverError(Exception):
 
 
 class UsageError(NetWeaverError):
-    """An argument that can't be used."""
+    """An argument that can't be used, or a file that can't be written."""
     exit_code = 2
 
 
@@ -82,662 +96,444 @@ class CaptureError(NetWeaverError):
     exit_code = 5
 
 
+class ReaderGone(NetWeaverError):
+    """Who read standard output doesn't any more."""
+    exit_code = 141
+
+
 class NoMatchError(NetWeaverError):
-    """Both captures are fine, and they have no packet in common."""
+    """Both captures are fine, and there is no delay in them."""
     exit_code = 6
 
 
-# ---- Captures: bytes in, sightings out ----------------------------------------------------------------------
-# A sighting is an identity (bytes which are the same wherever the packet is seen) and a time (integer
-# nanoseconds since the epoch).  Dissecting a frame step by step is slow in Python, so it is done once for each
-# kind of frame: it yields the Layout, that is which bytes decide that a frame is of this kind and which identify
-# the packet, and all further frames of the kind are read with two precompiled structs.  Runs of records of one
-# length and layout, which is what generators send, are read column by column without a step of Python for each.
+# ---- Captures: identities ------------------------------------------------------------------------------------
+# An identity is what tells a packet from all others wherever it is seen: IP's version (1 byte; 0 for a line of text;
+# NOT_FIRST is set in that of a fragment but the first), protocol (1), length (2), id (2), source and destination (8 or
+# 32), and of the transport header or the payload what no router changes.
 
-CHUNK = 1 << 19
-PCAP_HEADER, LARGEST_RECORD, LARGEST_BLOCK = 24, 1 << 18, 1 << 24       # bytes; the limits are libpcap's own
-SHORTEST_RUN = 32                                    # records from which on reading by columns pays
-MOST_LAYOUTS, MOST_ADMITTED = 16, 4096               # what is remembered of the frames so far
-PAYLOAD = 32                                         # bytes of payload that take part in an identity
-
-IPV4, IPV6, TRANSPARENT_ETHERNET, MPLS = 0x0800, 0x86DD, 0x6558, (0x8847, 0x8848)
-VLAN_TAGS = (0x8100, 0x88A8, 0x9100)
-IDENTIFIED, UNKNOWN = -1, 0                          # beside ethertypes: where a dissection ends
-NULL, EN10MB, LOOP, LINUX_SLL, LINUX_SLL2, RAW_IP = 0, 1, 108, 113, 276, (12, 14, 101, 228, 229)
-LINK_TYPES = frozenset((NULL, EN10MB, LOOP, LINUX_SLL, LINUX_SLL2, *RAW_IP))
-ADDRESS_FAMILIES = {2: IPV4, 10: IPV6, 24: IPV6, 28: IPV6, 30: IPV6}     # Linux, and the BSDs
-ICMP, IP_IN_IP, TCP, UDP, IPV6_IN_IP, GRE, ICMPV6 = 1, 4, 6, 17, 41, 47, 58
-HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION_OPTIONS = 0, 43, 44, 51, 60
-EXTENSION_HEADERS = frozenset((HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION_OPTIONS))
-VXLAN_PORTS, GENEVE_PORT = frozenset((4789, 8472)), 6081
-TUNNEL_PORTS = VXLAN_PORTS | {GENEVE_PORT}
-FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
+TEXT, NOT_FIRST = 0, 0x80
+ADDRESSES = 6                                        # where they begin in an identity
+PAYLOAD = 32                                         # bytes of payload that take part
 MOST_HEADERS = 32                                    # in one frame; more are no traffic that anyone sends
-# An identity's first byte: IP's version or TEXT, and whether it is a fragment but the first, has no addresses, or has
-# IPv6 extension headers.
-TEXT, NOT_FIRST, TRANSLATED, EXTENDED = 0, 0x80, 0x40, 0x20
+
+NULL, EN10MB, LOOP, LINUX_SLL, LINUX_SLL2, RAW_IP = 0, 1, 108, 113, 276, (12, 14, 101, 228, 229)
+LINK_TYPES = (NULL, EN10MB, LOOP, LINUX_SLL, LINUX_SLL2, *RAW_IP)
+UNKNOWN, ANY_IP = 0, -1                              # beside ethertypes
+IPV4, ARP, IPV6, TRANSPARENT_ETHERNET = 0x0800, 0x0806, 0x86DD, 0x6558
+VLAN_TAGS, MPLS = (0x8100, 0x88A8, 0x9100), (0x8847, 0x8848)
+ADDRESS_FAMILIES = {2: IPV4, 10: IPV6, 24: IPV6, 28: IPV6, 30: IPV6}     # Linux, and the BSDs
+ICMP, IP_IN_IP, TCP, UDP, IPV6_IN_IP, FRAGMENT, GRE, AUTHENTICATION, ICMPV6 = 1, 4, 6, 17, 41, 44, 47, 51, 58
+EXTENSION_HEADERS = (0, 43, FRAGMENT, AUTHENTICATION, 60)    # hop-by-hop, routing, ..., destination options
+VXLAN_PORTS, GENEVE_PORT = (4789, 8472), 6081
+TUNNEL_PORTS = (*VXLAN_PORTS, GENEVE_PORT)
+FIN, SYN, RST, PSH, ACK, CWR = 0x01, 0x02, 0x04, 0x08, 0x10, 0x80
+IPV4_IN_ETHERNET = b"\x08\0\x45"                    # ethertype, version and size
+TOO_SHORT = IndexError, StructError                  # what reading beyond the end of a frame raises
+
+_ipv4_fields = Struct(">Bx4s2sxc2x8s").unpack_from   # version and size; length, id; fragment; protocol; addresses
+_ipv6_fields = Struct(">B3x2sBx32s").unpack_from     # version; length; next header; addresses
+_udp_fields = Struct(">HHH").unpack_from             # ports; length
 
 
-class _Truncated(Exception):
-    """The frame ends before its identity does."""
+def identify(frame: bytes, linktype: int) -> list[bytes]:
+    """The identities of the IP packets in a frame: the outermost first, then what a tunnel carries.
 
-
-class _Dissection:
-    """What a walk through the headers of one frame finds out.
-
-    `checks` are the byte ranges (offset, size) whose values led the way, `guards` the 16-bit values (offset, least,
-    most, others that are barred) which only had to be in a range; `spans` are the byte ranges that identify the
-    innermost packet, `addresses` those of its source and destination, and `kind` the identity's first byte.  There
-    are no spans in a frame without an IP packet.
+    There is none in a frame that carries ARP, be it in a tunnel.  Raises one of TOO_SHORT if the frame ends before the
+    innermost packet is identified, unless the packet around it is whole: then what is inside is malformed.
     """
-
-    def __init__(self, frame: bytes, linktype: int, translated: bool) -> None:
-        self.frame, self.translated = frame, translated
-        self.checks: list[tuple[int, int]] = []
-        self.guards: list[tuple[int, int, int, frozenset[int]]] = []
-        self.spans: list[tuple[int, int]] = []
-        self.addresses: list[tuple[int, int]] = []
-        self.kind = 0
-        steps = {IPV4: self._ipv4, IPV6: self._ipv6, TRANSPARENT_ETHERNET: self._ethernet,
-                 **dict.fromkeys(MPLS, self._mpls), **dict.fromkeys(VLAN_TAGS, self._tag)}
-        protocol, at = self._link(linktype)
-        for _ in range(MOST_HEADERS):                # outermost header first
-            if protocol not in steps:
-                break
-            protocol, at = steps[protocol](at)
-        if protocol != IDENTIFIED:
-            self.spans = []
-
-    def _value(self, at: int, size: int) -> int:
-        if at + size > len(self.frame):
-            raise _Truncated
-        return int.from_bytes(self.frame[at:at + size], "big")
-
-    def _look(self, at: int, size: int) -> int:
-        """The value of a field on which the layout depends."""
-        self.checks.append((at, size))
-        return self._value(at, size)
-
-    # Each step returns the ethertype of what follows and its offset.
-
-    def _link(self, linktype: int) -> tuple[int, int]:
-        if linktype == EN10MB:
-            return self._ethernet(0)
-        if linktype in RAW_IP:
-            return self._ip_version(0)
-        if linktype in (LINUX_SLL, LINUX_SLL2):
-            return (self._look(14, 2), 16) if linktype == LINUX_SLL else (self._look(0, 2), 20)
-        if linktype in (NULL, LOOP):                 # NULL is in the byte order of the host that captured
-            family = self._look(0, 4)
-            return ADDRESS_FAMILIES.get(family if family < 256 else family >> 24, UNKNOWN), 4
-        return UNKNOWN, 0
-
-    def _ip_version(self, at: int) -> tuple[int, int]:
-        return {4: IPV4, 6: IPV6}.get(self._look(at, 1) >> 4, UNKNOWN), at
-
-    def _ethernet(self, at: int) -> tuple[int, int]:
-        return self._look(at + 12, 2), at + 14
-
-    def _tag(self, at: int) -> tuple[int, int]:
-        return self._look(at + 2, 2), at + 4
-
-    def _mpls(self, at: int) -> tuple[int, int]:
-        bottom = self._look(at + 2, 1) & 1
-        return self._ip_version(at + 4) if bottom else (MPLS[0], at + 4)
-
-    def _ipv4(self, at: int) -> tuple[int, int]:
-        header = (self._look(at, 1) & 15) * 4
-        if header < 20:
-            return UNKNOWN, 0
-        self.kind, self.addresses = 4, [(at + 12, 4), (at + 16, 4)]
-        self.spans = [(at + 2, 4), (at + 9, 1)]      # length, id; protocol
-        if not self.translated:
-            self.spans += self.addresses
-        fragment = self._value(at + 6, 2)
-        if fragment & 0x1FFF:                        # not the first: no transport header
-            self.kind |= NOT_FIRST
-            more = fragment & 0xE000
-            self.guards.append((at + 6, more | 1, more | 0x1FFF, frozenset()))
-            self.spans.append((at + 6, 2))
-            return IDENTIFIED, 0
-        self._look(at + 6, 2)
-        return self._transport(self._look(at + 9, 1), at + header, at + 2, header)
-
-    def _ipv6(self, at: int) -> tuple[int, int]:
-        protocol, here = self._look(at + 6, 1), at + 40
-        self.kind, self.addresses = 6, [(at + 8, 16), (at + 24, 16)]
-        self.spans = [(at + 4, 3)]                   # length, next header
-        if not self.translated:
-            self.spans += self.addresses
-        for _ in range(MOST_HEADERS):
-            if protocol not in EXTENSION_HEADERS:
-                break
-            self.kind |= EXTENDED
-            self.spans.append((here, 1))
-            extension, protocol, size = protocol, self._look(here, 1), self._look(here + 1, 1)
-            if extension == FRAGMENT:
-                self.spans.append((here + 4, 4))
-                if self._value(here + 2, 2) & 0xFFF8:
-                    self.kind |= NOT_FIRST
-                    self.guards.append((here + 2, 8, 0xFFFF, frozenset()))
-                    self.spans.append((here + 2, 2))
-                    return IDENTIFIED, 0
-                self._look(here + 2, 2)
-                here += 8
-            else:
-                here += (size + 2) * 4 if extension == AUTHENTICATION else (size + 1) * 8
-        return self._transport(protocol, here, at + 4, here - at - 40)
-
-    def _transport(self, protocol: int, at: int, length: int, excess: int) -> tuple[int, int]:
-        """Spans of the transport header at an offset, or what it carries.
-
-        The 16-bit field at `length` counts the IP payload and `excess` bytes more.
-        """
-        if protocol in (IP_IN_IP, IPV6_IN_IP):
-            return (IPV4 if protocol == IP_IN_IP else IPV6), at
-        if protocol == UDP:
-            return self._udp(at)
-        if protocol == GRE:
-            return self._gre(at)
-        if protocol == TCP:
-            header, flags = (self._look(at + 12, 1) >> 4) * 4, self._look(at + 13, 1)
-            self.spans.append((at, 14))              # ports, sequence and acknowledgment numbers, flags
-            if header > 20 and not flags & SYN:      # the time stamps of a retransmission; routers do edit SYNs
-                self.spans.append((at + 20, header - 20))
-        elif protocol in (ICMP, ICMPV6):
-            self.spans += [(at, 2), (at + 4, 4)]     # type and code; identifier and sequence number
-        else:
-            self._payload(at, length, excess)
-        return IDENTIFIED, 0
-
-    def _udp(self, at: int) -> tuple[int, int]:
-        port = self._value(at + 2, 2)
-        if port in TUNNEL_PORTS:
-            self._look(at + 2, 2)
-            if port == GENEVE_PORT:
-                return self._look(at + 10, 2), at + 16 + (self._look(at + 8, 1) & 63) * 4
-            if self._look(at + 8, 1) & 8:            # VXLAN with a valid VNI
-                return TRANSPARENT_ETHERNET, at + 16
-        else:
-            self.guards.append((at + 2, 0, 0xFFFF, TUNNEL_PORTS))
-        self.spans.append((at, 6))                   # ports, length
-        self._payload(at + 8, at + 4, 8)
-        return IDENTIFIED, 0
-
-    def _gre(self, at: int) -> tuple[int, int]:
-        flags = self._look(at, 2)                    # checksum, key and sequence number are there or not
-        return self._look(at + 2, 2), at + 4 + 4 * ((flags >> 15 & 1) + (flags >> 13 & 1) + (flags >> 12 & 1))
-
-    def _payload(self, at: int, length: int, excess: int) -> None:
-        """Up to PAYLOAD bytes at an offset, of which the field at `length` counts `excess` more."""
-        size = self._value(length, 2) - excess
-        if size >= PAYLOAD:
-            self.guards.append((length, excess + PAYLOAD, 0xFFFF, frozenset()))
-        else:
-            self._look(length, 2)
-        self.spans.append((at, max(0, min(size, PAYLOAD))))
-
-
-class _Layout:
-    """The byte ranges of one kind of frame, compiled."""
-    __slots__ = ("addresses", "admit", "admitted", "decide", "expected", "fixed", "guards", "identity", "need", "pick",
-                 "prefix")
-
-    def __init__(self, frame: bytes, linktype: int, translated: bool = False) -> None:
-        found = _Dissection(frame, linktype, translated)
-        checks, spans = _joined(found.checks), _joined(found.spans)
-        self.guards, self.addresses = found.guards, found.addresses
-        self.prefix = bytes((found.kind | TRANSLATED * translated,))
-        ranges = [*checks, *spans, *self.addresses, *((at, 2) for at, *_ in self.guards)]
-        self.need = max((at + size for at, size in ranges), default=0)
-        if self.need > len(frame):
-            raise _Truncated
-        self.decide = Struct(_form(checks)).unpack_from
-        self.pick = Struct(_form(spans)).unpack_from
-        self.expected = self.decide(frame, 0)
-        # Values for which the guards held once need no second look.
-        self.admit = Struct(_form(_joined((at, 2) for at, *_ in self.guards))).unpack_from
-        self.admitted: set[tuple[bytes, ...]] = set() if self.guards else {()}
-        self.fixed = [(at + i, frame[at + i]) for at, size in checks for i in range(size)]
-        self.identity = [at + i for at, size in spans for i in range(size)]
-
-    def guarded(self, data: bytes, at: int) -> bool:
-        """Whether the guards of this layout hold for the frame at an offset."""
-        for offset, low, high, barred in self.guards:
-            value = data[at + offset] << 8 | data[at + offset + 1]
-            if not low <= value <= high or value in barred:
-                return False
-        if len(self.admitted) < MOST_ADMITTED:
-            self.admitted.add(self.admit(data, at))
-        return True
-
-
-def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The (offset, size) ranges in order; those that touch or overlap are one."""
-    out: list[tuple[int, int]] = []
-    for at, size in sorted(ranges):
-        if out and at <= sum(out[-1]):
-            start, known = out[-1]
-            out[-1] = start, max(known, at + size - start)
-        elif size:
-            out.append((at, size))
-    return out
-
-
-def _form(ranges: Iterable[tuple[int, int]]) -> str:
-    """The struct format that takes the ranges and skips what lies between them."""
-    out, end = "=", 0
-    for at, size in ranges:
-        out += f"{at - end}x{size}s"
-        end = at + size
-    return out
-
-
-def _gather(data: bytes, start: int, stop: int, stride: int, offsets: Sequence[int], width: int,
-            first: int = 0) -> bytearray:
-    """The bytes at the offsets of equally long records, packed into rows of `width` bytes from column `first` on."""
-    rows = bytearray(len(range(start, stop, stride)) * width)
-    for column, offset in enumerate(offsets, first):
-        rows[column::width] = data[start + offset:stop:stride]
-    return rows
-
-
-def _alike(data: bytes, start: int, stride: int, count: int, fixed: Iterable[tuple[int, int]]) -> int:
-    """How many of the records at equal distances have the same given bytes at the given offsets."""
-    for offset, value in fixed:
-        column = data[start + offset:start + count * stride:stride]
-        if column.count(value) != count:
-            count -= len(column.lstrip(bytes((value,))))
-    return count
-
-
-class Capture:
-    """The packets in a pcap or pcapng file, as blocks of sightings.
-
-    Iterating yields pairs (identities, times in integer nanoseconds) of equal length, and raises CaptureError for
-    what is no capture.  With `translated` the addresses take no part in the identities (the path has NAT); with
-    `sources` or `destinations` (IP addresses) only packets from and to one of them count.
-
-    The counts are complete when the iteration is: `records` in the file, `other` of them without an IP packet,
-    `filtered` of them with other addresses, `cut` of them too short to identify the packet, and `partial`, the
-    number of bytes of a last record that is not whole; `last` is the time of the last packet (ns).
-    """
-
-    def __init__(self, file: BinaryIO, name: str, *, translated: bool = False, sources: Iterable[str] = (),
-                 destinations: Iterable[str] = ()) -> None:
-        self.name = name
-        self.records = self.other = self.filtered = self.cut = self.partial = 0
-        self.precision, self.last = "microseconds", 0
-        self.offsets: array[int] | None = None       # of the records of each block, if an array is put here
-        self._file, self._translated = file, translated
-        self._wanted = [packed_addresses(sources), packed_addresses(destinations)]
-        self._order, self._unit, self._linktype = "<", 1, -1
-        self._layouts: list[_Layout] = []            # of this link type, the newest first
-
-    def __iter__(self) -> Iterator[Block]:
-        base, rest = PCAP_HEADER, b""
-        for chunk in self._chunks(self._file.read(PCAP_HEADER)):
-            data = rest + chunk if rest else chunk
-            keys: list[bytes] = []
-            times: array[int] = array("q")
-            if self.offsets is not None:
-                del self.offsets[:]
-            used = self._take(data, base, keys, times)
-            base, rest = base + used, data[used:]
-            if times:
-                self.last = times[-1]
-            yield keys, times
-        self.partial = self.partial or len(rest)
-
-    @property
-    def order(self) -> str:
-        """The byte order of the records, as struct writes it."""
-        return self._order
-
-    # -- files --
-
-    def _chunks(self, head: bytes) -> Iterator[bytes]:
-        """The file's records, a pcapng's as if it were a pcap; chunks may end within a record."""
-        if head[:2] == b"\x1f\x8b":
-            raise CaptureError(f"{self.name}: compressed: gunzip it first (byte 0)")
-        if len(head) < PCAP_HEADER:
-            raise CaptureError(f"{self.name}: too short for a capture file (it ends at byte {len(head)})")
-        if head[:4] == b"\n\r\r\n":
-            yield from self._pcapng(head)
-            return
-        for self._order in "<>":
-            magic, linktype = unpack_from(self._order + "I16xI", head)
-            if magic in (0xA1B2C3D4, 0xA1B23C4D):
-                break
-        else:
-            raise CaptureError(f"{self.name}: not a capture file (byte 0: {head[:4].hex()})")
-        if magic == 0xA1B23C4D:
-            self.precision = "nanoseconds"
-        self._unit = 1 if magic == 0xA1B23C4D else 1000
-        self._linktype = linktype & 0xFFFF
-        if self._linktype not in LINK_TYPES:
-            raise CaptureError(f"{self.name}: link type {self._linktype} is not supported (byte 20)")
-        yield from iter(lambda: self._file.read(CHUNK), b"")
-
-    def _pcapng(self, data: bytes) -> Iterator[bytes]:
-        """The packets of a pcapng file as records of a little-endian nanosecond pcap, whole ones of one link type."""
-        order, base, records = "<", 0, []            # type: str, int, list[bytes]
-        interfaces: list[tuple[int, int, int]] = []
-        record = Struct("<IIII").pack
-        while more := self._file.read(CHUNK):
-            data, at = data + more, 0
-            while at + 12 <= len(data):
-                kind, size = unpack_from(order + "II", data, at)
-                if kind == 0x0A0D0D0A:               # a new section: its byte order, and interfaces of its own
-                    order = {b"\x4d\x3c\x2b\x1a": "<", b"\x1a\x2b\x3c\x4d": ">"}.get(data[at + 8:at + 12], "")
-                    if not order:
-                        raise CaptureError(f"{self.name}: damaged section header at byte {base + at}")
-                    size, = unpack_from(order + "I", data, at + 4)
-                    interfaces = []
-                if size < 12 or size % 4 or size > LARGEST_BLOCK:
-                    raise CaptureError(f"{self.name}: impossible block length {size} at byte {base + at + 4}")
-                if at + size > len(data):
-                    break
-                if kind == 1:
-                    interfaces.append(self._interface(data[at + 8:at + size - 4], order))
-                elif kind in (2, 6) and size >= 32:  # (obsolete) packet block, enhanced packet block
-                    fields = order + ("Hxx4I" if kind == 2 else "5I")
-                    number, high, low, kept, length = unpack_from(fields, data, at + 8)
-                    if number >= len(interfaces) or kept > size - 32:
-                        raise CaptureError(f"{self.name}: damaged packet block at byte {base + at}")
-                    linktype, per_second, offset = interfaces[number]
-                    time = (high << 32 | low) * NANOSECONDS // per_second + offset * NANOSECONDS
-                    if not 0 <= time < NANOSECONDS << 32:
-                        raise CaptureError(f"{self.name}: impossible time stamp at byte {base + at + 12}")
-                    if linktype != self._linktype:
-                        if records:
-                            yield b"".join(records)
-                        self._linktype, self._layouts, records = linktype, [], []
-                    records.append(record(*divmod(time, NANOSECONDS), kept, length))
-                    records.append(data[at + 28:at + 28 + kept])
-                elif kind == 3:                      # a simple packet block has no time
-                    self.records += 1
-                    self.other += 1
-                at += size
-            base, data = base + at, data[at:]
-            if records:
-                yield b"".join(records)
-            records = []
-        self.partial = len(data)
-
-    def _interface(self, body: bytes, order: str) -> tuple[int, int, int]:
-        """(link type, ticks per second, seconds to add) of an interface description block."""
-        linktype, at = int.from_bytes(body[:2], "little" if order == "<" else "big"), 8
-        per_second, offset = 1_000_000, 0
-        while at + 4 <= len(body):
-            code, size = unpack_from(order + "HH", body, at)
-            value = body[at + 4:at + 4 + size]
-            if code == 9 and value:                  # if_tsresol
-                per_second = 2 ** (value[0] & 127) if value[0] & 128 else 10 ** value[0]
-            elif code == 14 and len(value) == 8:     # if_tsoffset
-                offset, = unpack_from(order + "q", value)
-            elif not code:
-                break
-            at += 4 + (size + 3 & ~3)
-        if per_second >= NANOSECONDS:
-            self.precision = "nanoseconds"
-        return linktype, per_second, offset
-
-    # -- records --
-
-    def _take(self, data: bytes, base: int, keys: list[bytes], times: array[int]) -> int:
-        """Adds the whole records of data; returns how many bytes they have."""
-        head = Struct(self._order + "III").unpack_from
-        unit, layouts, join, filtered = self._unit, self._layouts, b"".join, any(self._wanted)
-        add_key, add_time = keys.append, times.append
-        at, end, attempt, last = 0, len(data), 0, -1         # attempt: where to look for a run again
-        while at + 16 <= end:
-            seconds, fraction, size = head(data, at)
-            stride = 16 + size
-            if at + stride > end:
-                if size > LARGEST_RECORD:
-                    raise CaptureError(f"{self.name}: impossible record length {size} at byte {base + at + 8}")
-                break
-            frame = at + 16
-            for place, layout in enumerate(layouts):
-                if (size >= layout.need and layout.decide(data, frame) == layout.expected
-                        and (layout.admit(data, frame) in layout.admitted or layout.guarded(data, frame))):
-                    if place > 1:                    # what comes often is found first
-                        layouts.insert(0, layouts.pop(place))
-                    break
-            else:
-                learned = self._learn(data, at, stride)
-                if learned is None:
-                    at += stride
-                    continue
-                layout = learned
-            far = at + SHORTEST_RUN * stride
-            if size == last and at >= attempt and data[far + 8:far + 12] == data[at + 8:at + 12]:
-                known = len(keys)
-                count = self._run(data, at, stride, layout, keys, times)
-                if count:
-                    if self.offsets is not None and len(keys) > known:
-                        self.offsets.extend(range(base + at, base + at + count * stride, stride))
-                    at += count * stride
-                    continue
-                attempt = far
-            last = size
-            self.records += 1
-            if not layout.identity:
-                self.other += 1
-            elif filtered and not self._passes(data, frame, layout):
-                self.filtered += 1
-            else:
-                if self.offsets is not None:
-                    self.offsets.append(base + at)
-                add_key(layout.prefix + join(layout.pick(data, frame)))
-                add_time(seconds * NANOSECONDS + fraction * unit)
-            at += stride
-        return at
-
-    def _passes(self, data: bytes, frame: int, layout: _Layout) -> bool:
-        """Whether the addresses of a packet are among those that are wanted."""
-        return all(not wanted or data[frame + at:frame + at + size] in wanted
-                   for (at, size), wanted in zip(layout.addresses, self._wanted))
-
-    def _learn(self, data: bytes, at: int, stride: int) -> _Layout | None:
-        """The layout of the record at an offset; None, and counted, if it holds no whole packet."""
-        size, = unpack_from(self._order + "I", data, at + 12)
+    if linktype == EN10MB and frame[12:15] == IPV4_IN_ETHERNET and (identity := _plain(frame)):
+        return [identity]
+    packets: list[bytes] = []
+    end = 0                                          # of the packet around
+    ethertype, at = _link(frame, linktype)
+    for _ in range(MOST_HEADERS):
         try:
-            layout = _Layout(data[at + 16:at + stride], self._linktype, self._translated)
-        except _Truncated:
-            self.records += 1
-            if stride - 16 < size:
-                self.cut += 1
-            else:
-                self.other += 1                      # whole, yet shorter than its headers say: malformed
-            return None
-        self._layouts.insert(0, layout)
-        del self._layouts[MOST_LAYOUTS:]
-        return layout
-
-    def _run(self, data: bytes, start: int, stride: int, layout: _Layout, keys: list[bytes],
-             times: array[int]) -> int:
-        """Adds a run of records of one length and layout, if there is a long one; returns how many they are."""
-        fixed = layout.fixed
-        if any(self._wanted):                        # then the run is of one flow, wanted or not
-            fixed = fixed + [(at + i, data[start + 16 + at + i]) for at, size in layout.addresses for i in range(size)]
-        count = (len(data) - start) // stride
-        count = _alike(data, start, stride, count, [(8 + i, data[start + 8 + i]) for i in range(4)])
-        count = _alike(data, start, stride, count, [(16 + at, value) for at, value in fixed])
-        for at, low, high, barred in layout.guards:
-            rows = _gather(data, start + 16, start + count * stride, stride, (at, at + 1), 2)
-            values = [value for value, in iter_unpack(">H", rows)]
-            bad = {value for value in set(values) if not low <= value <= high or value in barred}
-            if bad:
-                count = next(i for i, value in enumerate(values) if value in bad)
-        if count < SHORTEST_RUN:
-            return 0
-        self.records += count
-        if not layout.identity:
-            self.other += count
-            return count
-        if not self._passes(data, start + 16, layout):
-            self.filtered += count
-            return count
-        stop, width = start + count * stride, 1 + len(layout.identity)
-        rows = _gather(data, start + 16, stop, stride, layout.identity, width, 1)
-        rows[::width] = layout.prefix * count
-        keys += [key for key, in iter_unpack(f"{width}s", rows)]
-        # Seconds and fractions as two huge numbers with a 64-bit digit for each packet: two multiplications.
-        digits = (0, 1, 2, 3) if self._order == "<" else (3, 2, 1, 0)
-        seconds, fractions = (int.from_bytes(_gather(data, start + field, stop, stride, digits, 8), "little")
-                              for field in (0, 4))
-        run = array("q", (seconds * NANOSECONDS + fractions * self._unit).to_bytes(8 * count, "little"))
-        if sys.byteorder == "big":
-            run.byteswap()
-        times.extend(run)
-        return count
+            if ethertype not in (IPV4, IPV6):
+                if ethertype in (UNKNOWN, ARP):
+                    return [] if ethertype == ARP else packets
+                ethertype, at = _other_header(frame, ethertype, at)
+                continue
+            identity, at, size = (_ipv4 if ethertype == IPV4 else _ipv6)(frame, at)
+            if identity[0] & NOT_FIRST:
+                return [*packets, identity]
+            packets.append(_with_transport(frame, identity, at, size))
+            end = at + size
+            ethertype, at = _inside(frame, identity[1], at)
+        except TOO_SHORT:
+            if not packets or end > len(frame):
+                raise
+            break
+        except ValueError:                           # no IP header, whatever the ethertype says
+            break
+    return packets
 
 
-def packed_addresses(addresses: Iterable[str]) -> frozenset[bytes]:
-    """IP addresses as they stand in a packet."""
-    wanted = list(addresses)
-    if not wanted:
-        return frozenset()
-    from ipaddress import ip_address
-    return frozenset(ip_address(address).packed for address in wanted)
+def _plain(frame: bytes) -> bytes:
+    """The identity of what most frames are, TCP or UDP in IPv4, at once; empty for any other packet."""
+    if len(frame) < 54 or frame[21] or frame[20] & 0x3F:
+        return b""
+    if frame[23] == TCP and (frame[46] == 0x50 or frame[47] & SYN):          # no options, or none that count
+        return b"\4\6" + frame[16:20] + frame[26:48]
+    if (frame[23] == UDP and len(frame) >= 42 + PAYLOAD and frame[38:40] >= b"\0\x28" and frame[16:18] >= b"\0\x3c"
+            and _u16(frame, 36) not in TUNNEL_PORTS):
+        return b"\4\x11" + frame[16:20] + frame[26:40] + frame[42:42 + PAYLOAD]
+    return b""
+
+
+def _u16(frame: bytes, at: int) -> int:
+    return frame[at] << 8 | frame[at + 1]
+
+
+def _part(frame: bytes, at: int, size: int) -> bytes:
+    if at + size > len(frame):
+        raise IndexError
+    return frame[at:at + size]
+
+
+# Each of these returns the ethertype of what follows, and where that begins.
+
+def _link(frame: bytes, linktype: int) -> tuple[int, int]:
+    if linktype == EN10MB:
+        return _u16(frame, 12), 14
+    if linktype in (LINUX_SLL, LINUX_SLL2):
+        return (_u16(frame, 14), 16) if linktype == LINUX_SLL else (_u16(frame, 0), 20)
+    if linktype in (NULL, LOOP):                     # NULL is in the byte order of the host that captured
+        return ADDRESS_FAMILIES.get(frame[0] | frame[3], UNKNOWN), 4
+    return (ANY_IP, 0) if linktype in RAW_IP else (UNKNOWN, 0)
+
+
+def _other_header(frame: bytes, ethertype: int, at: int) -> tuple[int, int]:
+    if ethertype in VLAN_TAGS:
+        return _u16(frame, at + 2), at + 4
+    if ethertype == TRANSPARENT_ETHERNET:
+        return _u16(frame, at + 12), at + 14
+    if ethertype in MPLS:                            # the lowest label of the stack, or another one
+        return ANY_IP if frame[at + 2] & 1 else ethertype, at + 4
+    if ethertype == ANY_IP:
+        return {4: IPV4, 6: IPV6}.get(frame[at] >> 4, UNKNOWN), at
+    return UNKNOWN, at
+
+
+def _inside(frame: bytes, protocol: int, at: int) -> tuple[int, int]:
+    """What the packet with its transport header at an offset carries, if it is a tunnel's."""
+    if protocol == UDP:
+        port = _u16(frame, at + 2)
+        if port in VXLAN_PORTS and frame[at + 8] & 8:        # with a valid VNI
+            return TRANSPARENT_ETHERNET, at + 16
+        if port == GENEVE_PORT and not frame[at + 8] >> 6:   # version 0
+            return _u16(frame, at + 10), at + 16 + (frame[at + 8] & 63) * 4
+    elif protocol == GRE:                            # checksum, key and sequence number are there or not
+        optional = sum(frame[at] >> bit & 1 for bit in (7, 5, 4))
+        return _u16(frame, at + 2), at + 4 + 4 * optional
+    elif protocol in (IP_IN_IP, IPV6_IN_IP):
+        return IPV4 if protocol == IP_IN_IP else IPV6, at
+    return UNKNOWN, at
+
+
+# Each of these returns an identity without the transport header's part, where that begins, and the payload's size.
+
+def _ipv4(frame: bytes, at: int) -> tuple[bytes, int, int]:
+    version, length_id, fragment, protocol, addresses = _ipv4_fields(frame, at)  # type: int, bytes, bytes, bytes, bytes
+    if not 0x45 <= version <= 0x4F:
+        raise ValueError
+    if fragment[0] & 0x1F or fragment[1]:
+        return bytes((4 | NOT_FIRST,)) + protocol + length_id + addresses + fragment, 0, 0
+    header = (version & 15) * 4
+    return b"\4" + protocol + length_id + addresses, at + header, (length_id[0] << 8 | length_id[1]) - header
+
+
+def _ipv6(frame: bytes, at: int) -> tuple[bytes, int, int]:
+    version, length, protocol, addresses = _ipv6_fields(frame, at)       # type: int, bytes, int, bytes
+    if version >> 4 != 6:
+        raise ValueError
+    here, ip_id = at + 40, b"\0\0"
+    while protocol in EXTENSION_HEADERS:
+        extension, protocol, size = protocol, frame[here], frame[here + 1]
+        if extension == FRAGMENT:
+            fragment, size = _part(frame, here + 2, 6), 0        # offset and flags, id
+            ip_id = fragment[4:]
+            if fragment[0] or fragment[1] & 0xF8:
+                return bytes((6 | NOT_FIRST, protocol)) + length + ip_id + addresses + fragment, 0, 0
+        here += (size + 2) * 4 if extension == AUTHENTICATION else (size + 1) * 8
+    identity = bytes((6, protocol)) + length + ip_id + addresses
+    return identity, here, (length[0] << 8 | length[1]) - (here - at - 40)
+
+
+def _with_transport(frame: bytes, identity: bytes, at: int, size: int) -> bytes:
+    """An identity with the part of the transport header at an offset, of a payload of so many bytes."""
+    protocol = identity[1]
+    if protocol == TCP:
+        flags, options = frame[at + 13], (frame[at + 12] >> 4) * 4 - 20
+        identity += frame[at:at + 14]                # ports, sequence and acknowledgment numbers, flags
+        # Of a SYN routers do edit the options; in others are the time stamps of a retransmission.
+        return identity if options <= 0 or flags & SYN else identity + _part(frame, at + 20, options)
+    if protocol == UDP:
+        length = _udp_fields(frame, at)[2]
+        size = min(length, size) if length else size         # of a jumbogram there is none
+        return identity + frame[at:at + 6] + _part(frame, at + 8, min(max(size - 8, 0), PAYLOAD))
+    if protocol in (ICMP, ICMPV6):                   # type and code; identifier and sequence number
+        return identity + frame[at:at + 2] + _part(frame, at + 4, 4)
+    return identity + _part(frame, at, min(max(size, 0), PAYLOAD))
+
+
+def addresses_of(identity: bytes) -> bytes:
+    """Source and destination as they stand in the packet; empty for a line of text."""
+    version = identity[0] & ~NOT_FIRST if identity else TEXT
+    return identity[ADDRESSES:ADDRESSES + (8 if version == 4 else 32)] if version else b""
+
+
+def _transport_of(identity: bytes) -> bytes:
+    """What an identity has of the transport header; of a fragment but the first, its offset."""
+    return identity[ADDRESSES + len(addresses_of(identity)):]
 
 
 def describe(identity: bytes) -> dict[str, Any]:
     """The fields of an identity, for people; those that it doesn't have are missing."""
     if identity[0] == TEXT:
         return {"sequence": identity[1:].decode()}
-    kind, version = identity[0], identity[0] & 15
-    fields: dict[str, Any] = {"length": int.from_bytes(identity[1:3], "big") + (40 if version == 6 else 0)}
-    if version == 4:
-        fields["ip_id"], at = int.from_bytes(identity[3:5], "big"), 5
-        if kind & NOT_FIRST:
-            fields["fragment_offset"], at = (int.from_bytes(identity[5:7], "big") & 0x1FFF) * 8, 7
-        protocol, at = identity[at], at + 1
-    else:
-        protocol, at = identity[3], 4
-    if not kind & TRANSLATED:
-        from ipaddress import ip_address
-        size = 4 if version == 4 else 16
-        fields["source"] = str(ip_address(identity[at:at + size]))
-        fields["destination"] = str(ip_address(identity[at + size:at + 2 * size]))
-        at += 2 * size
-    if kind & EXTENDED:
-        return fields
-    fields["protocol"] = {ICMP: "ICMP", ICMPV6: "ICMPv6", TCP: "TCP", UDP: "UDP"}.get(protocol, str(protocol))
-    if not kind & NOT_FIRST and protocol in (TCP, UDP):
-        fields["source_port"], fields["destination_port"] = unpack_from(">HH", identity, at)
-    if not kind & NOT_FIRST and protocol == TCP:
-        fields["sequence"], fields["acknowledgment"] = unpack_from(">II", identity, at + 4)
-    if not kind & NOT_FIRST and protocol in (ICMP, ICMPV6):
-        fields["icmp_type"], fields["icmp_code"], fields["identifier"], fields["sequence"] = unpack_from(
-            ">BBHH", identity, at)
+    from ipaddress import ip_address
+    six, protocol, flow, rest = identity[0] & 15 == 6, identity[1], addresses_of(identity), _transport_of(identity)
+    half = len(flow) // 2
+    fields: dict[str, Any] = {
+        "length": _u16(identity, 2) + 40 * six, "source": str(ip_address(flow[:half])),
+        "destination": str(ip_address(flow[half:])),
+        "protocol": {ICMP: "ICMP", ICMPV6: "ICMPv6", TCP: "TCP", UDP: "UDP"}.get(protocol, str(protocol))}
+    if not six or any(identity[4:6]):
+        fields["ip_id"] = _u16(identity, 4)
+    if identity[0] & NOT_FIRST:
+        fields["fragment_offset"] = _u16(rest, 0) & 0xFFF8 if six else (_u16(rest, 0) & 0x1FFF) * 8
+    elif protocol in (TCP, UDP):
+        fields["source_port"], fields["destination_port"] = _u16(rest, 0), _u16(rest, 2)
+        if protocol == TCP:
+            fields["sequence"], fields["acknowledgment"] = unpack_from(">II", rest, 4)
+    elif protocol in (ICMP, ICMPV6):
+        fields["icmp_type"], fields["icmp_code"], fields["identifier"], fields["sequence"] = unpack_from(">BBHH", rest)
     return fields
 
 
-def _probe(identity: bytes) -> tuple[int, bytes, bytes, int] | None:
-    """IP protocol, source, destination, and the offset of the transport header; None if it isn't one packet's own."""
-    kind, version = identity[0], identity[0] & 15
-    if version not in (4, 6) or kind & (NOT_FIRST | TRANSLATED | EXTENDED):
-        return None
-    at, size = (6, 4) if version == 4 else (4, 16)
-    return identity[at - 1], identity[at:at + size], identity[at + size:at + 2 * size], at + 2 * size
+# ---- Captures: files -----------------------------------------------------------------------------------------
+
+CHUNK = 1 << 19
+PCAP_HEADER, RECORD_HEADER, LARGEST_RECORD, LARGEST_BLOCK = 24, 16, 1 << 18, 1 << 24     # bytes; libpcap's own limits
+# What generators send are records of one length with Ethernet, IPv4 and TCP, none with options that count.  Where all
+# of a chunk are, which a few columns of bytes tell, there are only four fields to take from each: seconds, fraction,
+# length and id, addresses with the TCP header.
+UNIFORM_RECORD, UNIFORM_SIZE = "II24x4s6x22s", 54
+UNIFORM_COLUMNS = (8, 9, 10, 11, 28, 29, 30, 36, 37, 39, 62)    # size, ethertype, version, fragment, protocol, TCP size
 
 
-def expected_answers(identity: bytes) -> list[bytes]:
-    """What `answer_key` gives for the answer to a packet, which is one of these; none if the packet is no probe.
+class Capture:
+    """The packets in a pcap or pcapng file, which may be a pipe; CaptureError for what is neither.
 
-    A SYN's data may be acknowledged with it or not.
-    """
-    probe = _probe(identity)
-    if probe is None:
-        return []
-    protocol, source, destination, at = probe
-    if protocol == TCP and identity[at + 13] & (FIN | SYN | RST | ACK) == SYN:
-        ports, (sequence,) = identity[at + 2:at + 4] + identity[at:at + 2], unpack_from(">I", identity, at + 4)
-        length = int.from_bytes(identity[1:3], "big") - (20 if len(source) == 4 else 0) - (identity[at + 12] >> 4) * 4
-        return [b"T" + destination + source + ports + ((sequence + 1 + data) & 0xFFFFFFFF).to_bytes(4, "big")
-                for data in {0: 0, max(0, length): 0}]
-    if (protocol, identity[at:at + 1]) in ((ICMP, b"\x08"), (ICMPV6, b"\x80")):
-        return [b"E" + destination + source + identity[at + 2:at + 6]]
-    return []
-
-
-def answer_key(identity: bytes) -> bytes | None:
-    """What tells to which probe a packet is the answer; None if it is none: SYN/ACK, RST or echo reply."""
-    answer = _probe(identity)
-    if answer is None:
-        return None
-    protocol, source, destination, at = answer
-    if protocol == TCP and identity[at + 13] & (RST | ACK) and identity[at + 13] & (SYN | RST):
-        return b"T" + source + destination + identity[at:at + 4] + identity[at + 8:at + 12]
-    if (protocol, identity[at:at + 1]) in ((ICMP, b"\0"), (ICMPV6, b"\x81")):
-        return b"E" + source + destination + identity[at + 2:at + 6]
-    return None
-
-
-class TextCapture:
-    """The packets in a text capture, one a line, as one block of sightings.
-
-    The identity is column `seq_no_col` (from 0, columns are separated by white space), of which part
-    `seq_no_split_index` counts after a split by `seq_no_split_by` (None or "": the whole column).  The time is
-    column `timestamp_col`: HH:MM:SS[.fraction], after a date YYYY-MM-DD in the column before it if there is one,
-    or seconds since the epoch.  Times without a date start again at midnight: a step back by more than half a day
-    is a new day.  Lines without these columns are counted in `skipped`.
+    Yields blocks: the identities of the innermost packets, their times, and by place in these lists the identities of
+    the packets around, where there are any.  When the iteration is complete, so are the counts: `records` in the file,
+    `other` of them without an IP packet, `cut` of them too short to identify it, `filtered` of them left out by `read`,
+    and `partial`, the number of bytes of a last record that is not whole.  `resolution` is the number of ticks per
+    second of the coarsest time stamps, and `last` the last one.
     """
 
-    def __init__(self, lines: Iterable[str], seq_no_col: int, timestamp_col: int, seq_no_split_by: str | None = None,
-                 seq_no_split_index: int = 0) -> None:
-        self.records = self.skipped = 0
-        self.dated = False
-        self._lines = lines
-        self._columns = seq_no_col, timestamp_col
-        self._split = seq_no_split_by, seq_no_split_index
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.name = name
+        self.records = self.other = self.cut = self.filtered = self.partial = self.last = 0
+        self.resolution = NANOSECONDS
+        self._file = file
+        self._order, self._linktype = "<", EN10MB
+        self._interfaces: list[tuple[int, int, int]] = []    # of a pcapng file, see _interface
 
     def __iter__(self) -> Iterator[Block]:
-        sequence, stamp = self._columns
-        split_by, split_index = self._split
-        keys: list[bytes] = []
-        times: array[int] = array("q")
-        days = last = 0
-        for line in self._lines:
-            columns = line.split()
-            if not columns:
-                continue
-            try:
-                key = columns[sequence]
-                if split_by:
-                    key = key.split(split_by)[split_index]
-                time, clock = _text_time(columns[stamp]), ":" in columns[stamp]
-                date = _text_date(columns[stamp - 1]) if clock and stamp else None
-            except (IndexError, ValueError):
-                self.skipped += 1
-                continue
-            if clock and date is None:
-                if last - time > DAY // 2:
-                    days += 1
-                last = time
-                time += days * DAY
-            elif date is not None:
-                time += date * DAY
-            self.dated |= date is not None or not clock
-            keys.append(bytes((TEXT,)) + key.encode(errors="replace"))
-            times.append(time)
-        self.records = len(keys)
-        yield keys, times
+        data, base = self._read(PCAP_HEADER), 0
+        if data[:2] == b"\x1f\x8b":
+            raise CaptureError(f"{self.name}: compressed: gunzip it first")
+        if len(data) < PCAP_HEADER:
+            raise CaptureError(f"{self.name}: too short for a capture file (it ends at byte {len(data)})")
+        take = self._blocks
+        if data[:4] != b"\n\r\r\n":
+            self._header(data)
+            data, base, take = b"", PCAP_HEADER, self._records
+        while more := self._read(CHUNK):
+            data += more
+            block: Block = [], array("q"), {}
+            used = take(data, base, block)
+            self.last = max((self.last, *block[1][-1:]))
+            yield block
+            data, base = data[used:], base + used
+        self.partial = len(data)
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            raise CaptureError(f"{self.name}: can't read it: {error.strerror}") from error
+
+    def _header(self, data: bytes) -> None:
+        """Reads the header of a pcap file."""
+        for self._order in "<>":
+            magic, linktype = unpack_from(self._order + "I16xI", data)
+            if magic in (0xA1B2C3D4, 0xA1B23C4D):
+                break
+        else:
+            raise CaptureError(f"{self.name}: not a capture file (byte 0: {data[:4].hex()})")
+        self._linktype = linktype & 0xFFFF
+        if self._linktype not in LINK_TYPES:
+            raise CaptureError(f"{self.name}: link type {self._linktype} is not supported (byte 20)")
+        self.resolution = NANOSECONDS if magic == 0xA1B23C4D else 1_000_000
+
+    def _records(self, data: bytes, base: int, block: Block) -> int:
+        """Adds the packets of the whole records at the start of the data; returns how many bytes those have."""
+        header, unit = Struct(self._order + "4I").unpack_from, NANOSECONDS // self.resolution
+        at, last = self._uniform(data, block), len(data)
+        while at + RECORD_HEADER <= last:
+            seconds, fraction, size, length = header(data, at)
+            frame = at + RECORD_HEADER
+            if frame + size > last:
+                if size > LARGEST_RECORD:
+                    raise CaptureError(f"{self.name}: impossible record length {size} at byte {base + at + 8}")
+                break
+            at = frame + size
+            self._add(data[frame:at], length, self._linktype, seconds * NANOSECONDS + fraction * unit, block)
+        return at
+
+    def _uniform(self, data: bytes, block: Block) -> int:
+        """The same if all records are alike, else 0."""
+        stride = RECORD_HEADER + int.from_bytes(data[8:12], "little" if self._order == "<" else "big")
+        number, first = len(data) // stride, data[RECORD_HEADER:stride]
+        if (self._linktype != EN10MB or first[12:15] != IPV4_IN_ETHERNET or len(first) < UNIFORM_SIZE
+                or first[23] != TCP or not _plain(first)):
+            return 0
+        end = number * stride
+        for at in UNIFORM_COLUMNS if first[46] == 0x50 else (*UNIFORM_COLUMNS, 63):      # with options: TCP's flags
+            if data[at:end:stride].count(data[at]) != number:
+                return 0
+        add_identity, add_time, unit = block[0].append, block[1].append, NANOSECONDS // self.resolution
+        records = Struct(f"{self._order}{UNIFORM_RECORD}{stride - RECORD_HEADER - 48}x").iter_unpack(data[:end])
+        for seconds, fraction, length_id, rest in records:
+            add_identity(b"\4\6" + length_id + rest)
+            add_time(seconds * NANOSECONDS + fraction * unit)
+        self.records += number
+        return end
+
+    def _add(self, frame: bytes, length: int, linktype: int, when: int, block: Block) -> None:
+        """Counts a record, of a frame that was `length` bytes long, and adds its packet to the block."""
+        self.records += 1
+        try:
+            packets = identify(frame, linktype)
+        except TOO_SHORT:
+            if len(frame) < length:
+                self.cut += 1
+                return
+            packets = []                             # malformed: whole, yet shorter than its headers say
+        if not packets:
+            self.other += 1
+            return
+        if len(packets) > 1:
+            block[2][len(block[0])] = packets[:-1]
+        block[0].append(packets[-1])
+        block[1].append(when)
+
+    def _blocks(self, data: bytes, base: int, block: Block) -> int:
+        """The same for the blocks of a pcapng file."""
+        at = 0
+        while at + 12 <= len(data):
+            kind, size = unpack_from(self._order + "II", data, at)
+            if kind == 0x0A0D0D0A:                   # a new section: its byte order, and interfaces of its own
+                self._order = {b"\x4d\x3c\x2b\x1a": "<", b"\x1a\x2b\x3c\x4d": ">"}.get(data[at + 8:at + 12], "")
+                if not self._order:
+                    raise CaptureError(f"{self.name}: damaged section header at byte {base + at}")
+                size, = unpack_from(self._order + "I", data, at + 4)
+                self._interfaces = []
+            if size < 12 or size % 4 or size > LARGEST_BLOCK:
+                raise CaptureError(f"{self.name}: impossible block length {size} at byte {base + at + 4}")
+            if at + size > len(data):
+                break
+            if kind == 1:
+                self._interfaces.append(self._interface(data[at + 8:at + size - 4]))
+            elif kind in (2, 6) and size >= 32:      # (obsolete) packet block, enhanced packet block
+                fields = self._order + ("Hxx4I" if kind == 2 else "5I")
+                number, high, low, kept, length = unpack_from(fields, data, at + 8)
+                if number >= len(self._interfaces) or kept > size - 32:
+                    raise CaptureError(f"{self.name}: damaged packet block at byte {base + at}")
+                linktype, per_second, offset = self._interfaces[number]
+                when = (high << 32 | low) * NANOSECONDS // per_second + offset * NANOSECONDS
+                if not 0 <= when < NANOSECONDS << 32:
+                    raise CaptureError(f"{self.name}: impossible time stamp at byte {base + at + 12}")
+                self.resolution = min(self.resolution, per_second)
+                self._add(data[at + 28:at + 28 + kept], length, linktype, when, block)
+            elif kind == 3:                          # a simple packet block has no time
+                self.records += 1
+                self.other += 1
+            at += size
+        return at
+
+    def _interface(self, body: bytes) -> tuple[int, int, int]:
+        """(link type, ticks per second, seconds to add) of an interface description block."""
+        linktype = int.from_bytes(body[:2], "little" if self._order == "<" else "big")
+        per_second, offset, at = 1_000_000, 0, 8
+        while at + 4 <= len(body):
+            code, size = unpack_from(self._order + "HH", body, at)
+            value = body[at + 4:at + 4 + size]
+            if code == 9 and value:                  # if_tsresol
+                per_second = 2 ** (value[0] & 127) if value[0] & 128 else 10 ** value[0]
+            elif code == 14 and len(value) == 8:     # if_tsoffset
+                offset, = unpack_from(self._order + "q", value)
+            elif not code:
+                break
+            at += 4 + (size + 3 & ~3)
+        return linktype, per_second, offset
+
+
+def is_number(text: str) -> bool:
+    """Whether it is a number that a host may have meant."""
+    return re.fullmatch(r"\d{1,9}", text, re.ASCII) is not None
 
 
 DAY = 86_400 * NANOSECONDS
 
 
+class TextCapture:
+    """The packets in a text capture, one a line: identities and times of all of them, in order.
+
+    The identity is column `seq_no_col` (from 0, columns are separated by white space), of which part
+    `seq_no_split_index` counts after a split by `seq_no_split_by` (None or "": the whole column).  The time is
+    column `timestamp_col`: HH:MM:SS[.fraction], after a date YYYY-MM-DD in the column before it if there is one,
+    or seconds since the epoch.  Times without a date start again at midnight: a step back by more than half a day
+    is a new day; `dated` says that there is none of these.  Lines without these columns are counted in `skipped`.
+    """
+
+    def __init__(self, lines: Iterable[str], seq_no_col: int, timestamp_col: int, seq_no_split_by: str | None = None,
+                 seq_no_split_index: int = 0) -> None:
+        self.identities: list[bytes] = []
+        self.times: array[int] = array("q")
+        self.skipped = 0
+        self.dated = False
+        days = last = 0
+        for columns in filter(None, map(str.split, lines)):
+            try:
+                key = columns[seq_no_col]
+                if seq_no_split_by:
+                    key = key.split(seq_no_split_by)[seq_no_split_index]
+                when, clock = _text_time(columns[timestamp_col]), ":" in columns[timestamp_col]
+                date = _text_date(columns[timestamp_col - 1]) if clock and timestamp_col else None
+            except (IndexError, ValueError):
+                self.skipped += 1
+                continue
+            if clock and date is None:
+                days += last - when > DAY // 2
+                last = when
+                when += days * DAY
+            elif date is not None:
+                when += date * DAY
+            self.dated |= date is not None or not clock
+            self.identities.append(bytes((TEXT,)) + key.encode(errors="replace"))
+            self.times.append(when)
+
+
 def _text_time(text: str) -> int:
     """Nanoseconds since midnight of HH:MM:SS[.fraction], or since the epoch of seconds[.fraction]."""
-    found = re.fullmatch(r"(?:(\d\d?):(\d\d):)?(\d+)(?:[.,](\d{1,9}))?", text, re.ASCII)
-    if not found or len(found[3]) > 10:
+    parts = re.fullmatch(r"(?:(\d\d?):(\d\d):)?(\d{1,10})(?:[.,](\d{1,9}))?", text, re.ASCII)
+    if not parts:
         raise ValueError(text)
-    hours, minutes, seconds = int(found[1] or 0), int(found[2] or 0), int(found[3])
-    return ((hours * 60 + minutes) * 60 + seconds) * NANOSECONDS + int((found[4] or "").ljust(9, "0"))
+    hours, minutes, seconds = int(parts[1] or 0), int(parts[2] or 0), int(parts[3])
+    return ((hours * 60 + minutes) * 60 + seconds) * NANOSECONDS + int((parts[4] or "").ljust(9, "0"))
 
 
 def _text_date(text: str) -> int | None:
@@ -748,353 +544,534 @@ def _text_date(text: str) -> int | None:
     return datetime.date.fromisoformat(text).toordinal() - datetime.date(1970, 1, 1).toordinal()
 
 
-# ---- Analysis: sightings in, numbers out --------------------------------------------------------------------
-# RFC 7679 and its kin speak of a packet's one-way delay between two points; here D = t_vif - t_pif in integer
-# nanoseconds.  A lost packet has no delay.
+# ---- Captures: which packets count, and in which direction they go -------------------------------------------
 
-LOST = -1 << 63
-ABREAST = 32                                         # packets that are compared at once while they come in order
-LONGEST_DELAY = 1 * NANOSECONDS                      # in one host; a longer one is hardly true
-SAMPLE = 1000                                        # unmatched packets that are kept to find out why
+class Direction:
+    """From which point packets go to which: the pif and the vif, or the vif and the pif."""
+    __slots__ = ("first", "name", "second")
+
+    def __init__(self, name: str, first: str, second: str) -> None:
+        self.name, self.first, self.second = name, first, second
+
+
+IN, OUT = Direction("in", "pif", "vif"), Direction("out", "vif", "pif")
+DIRECTIONS = {"in": (IN,), "out": (OUT,), "both": (IN, OUT)}
+
+
+class Selection:
+    """Which packets count, and in which direction they go, by their addresses.
+
+    What goes from one of the sources (none: from anywhere) to one of the destinations goes IN, and the opposite OUT.
+    Without any address all packets count, as those of the first of the directions.  `translated` says that addresses
+    are translated on the way, so that they are no part of a packet's identity.
+    """
+
+    def __init__(self, directions: Sequence[Direction] = (IN,), sources: Iterable[str] = (),
+                 destinations: Iterable[str] = (), translated: bool = False) -> None:
+        self.directions, self.translated = directions, translated
+        ends = frozenset(map(_packed, sources)), frozenset(map(_packed, destinations))
+        self.everything = not any(ends)
+        self._ends = {direction: ends[::-1] if direction is OUT else ends for direction in directions}
+
+    def direction(self, flow: bytes) -> Direction | None:
+        """The direction of a packet by its source and destination as they stand in it; None if it doesn't count."""
+        addresses = flow[:len(flow) // 2], flow[len(flow) // 2:]
+        for direction, ends in self._ends.items():
+            if all(not end or address in end for address, end in zip(addresses, ends)):
+                return direction
+        return None
+
+
+def _packed(address: str) -> bytes:
+    """An IP address as it stands in a packet."""
+    from ipaddress import ip_address
+    return ip_address(address).packed
+
+
+class Traffic:
+    """The packets of one direction: each has a number, and at each point there are numbers and times, in order.
+
+    `numbers` are by what is the same of a packet at both points, `identities` by number.
+    """
+
+    def __init__(self, direction: Direction) -> None:
+        self.direction = direction
+        self.numbers: defaultdict[bytes, int] = defaultdict(count().__next__)
+        self.seen = {point: (array("I"), array("q")) for point in (direction.first, direction.second)}
+        self._translated: list[bytes] = []           # identities, where they differ from point to point
+
+    def add(self, point: str, keys: Iterable[bytes], times: Iterable[int], identities: Iterable[bytes] = ()) -> None:
+        """Adds what was seen at a point; `identities` are those of the keys, if they are not the same."""
+        numbers, stamps = self.seen[point]
+        stamps.extend(times)
+        old = len(numbers)
+        numbers.extend(map(self.numbers.__getitem__, keys))
+        for identity, number in zip(identities, islice(numbers, old, None)):
+            if number == len(self._translated):
+                self._translated.append(identity)
+
+    @property
+    def identities(self) -> list[bytes]:
+        return self._translated or list(self.numbers)
+
+    def sort(self, point: str) -> None:
+        """Brings what several captures saw at a point (the slaves of a bond) into the order of time."""
+        numbers, times = self.seen[point]
+        order = sorted(range(len(times)), key=times.__getitem__)
+        self.seen[point] = array("I", map(numbers.__getitem__, order)), array("q", map(times.__getitem__, order))
+
+    def coarsen(self, point: str, resolution: int) -> None:
+        """Brings the times at a point to so many ticks a second."""
+        numbers, times = self.seen[point]
+        coarse = (when * resolution // NANOSECONDS * NANOSECONDS // resolution for when in times)
+        self.seen[point] = numbers, array("q", coarse)
+
+
+def read(captures: Mapping[str, Sequence[Capture]], selection: Selection) -> list[Traffic]:
+    """The traffic of each direction, in one pass over the captures of each point (pif and vif).
+
+    If a point has coarser time stamps than the other, both get its resolution: no delay must be negative by rounding.
+    """
+    traffic = {direction: Traffic(direction) for direction in selection.directions}
+    for point, files in captures.items():
+        for capture in files:
+            for block in capture:
+                if selection.everything and not selection.translated:
+                    traffic[selection.directions[0]].add(point, block[0], block[1])
+                else:
+                    _select(capture, block, selection, traffic, point)
+        for each in traffic.values() if len(files) > 1 else ():
+            each.sort(point)
+    coarsest = min(capture.resolution for files in captures.values() for capture in files)
+    for point, files in captures.items():
+        if any(capture.resolution > coarsest for capture in files):
+            for each in traffic.values():
+                each.coarsen(point, coarsest)
+    return list(traffic.values())
+
+
+def _select(capture: Capture, block: Block, selection: Selection, traffic: Mapping[Direction, Traffic],
+            point: str) -> None:
+    """Adds the packets of a block that count to the traffic: of each frame the innermost one."""
+    identities, times, around = block
+    chosen: dict[Direction, tuple[list[bytes], array[int], list[bytes]]] = {
+        direction: ([], array("q"), []) for direction in traffic}
+    known: dict[bytes, Direction | None] = {}
+    for place, (identity, when) in enumerate(zip(identities, times)):
+        for packet in (identity, *reversed(around.get(place, ()))):
+            flow = addresses_of(packet)
+            if flow not in known:
+                known[flow] = selection.direction(flow)
+            if direction := known[flow]:
+                break
+        if direction is None:
+            capture.filtered += 1
+            continue
+        keys, stamps, originals = chosen[direction]
+        stamps.append(when)
+        if selection.translated:
+            originals.append(packet)
+            packet = packet[:ADDRESSES] + _transport_of(packet)
+        keys.append(packet)
+    for direction, lists in chosen.items():
+        traffic[direction].add(point, *lists)
+
+
+# ---- Analysis: who was seen at both points -------------------------------------------------------------------
+# RFC 7679 and its kin speak of a packet's one-way delay between two points.  A lost packet has no delay.  All times and
+# delays are integer nanoseconds.
+
+NO_DELAY = -1 << 63
+OUTSIDE, MATCHED, AMBIGUOUS, LOST, UNDECIDED = range(5)      # the classes of packets
+STRANGER, REPEATED = -1, -2                          # in the place of a rank
+LONGEST_WAIT = NANOSECONDS                           # a longer delay, in one host, decides nothing about other packets
+
+
+class Window:
+    """The time that counts, by the clock of the captures.
+
+    All captures ran from `start` on; the traffic ended at `end`; what passed until `watched_until` is certainly in the
+    captures.  `wait` is for how long the user wanted to wait for a packet.
+    """
+    __slots__ = ("end", "start", "wait", "watched_until")
+
+    def __init__(self, start: int = NO_DELAY, end: int = -NO_DELAY, watched_until: int = -NO_DELAY,
+                 wait: int = 0) -> None:
+        self.start, self.end, self.watched_until, self.wait = start, end, watched_until, wait
+
+
+ALWAYS = Window()
 
 
 class Matching:
-    """Which packets that passed one point (the pif, say) were seen at a second one (the vif), and when.
+    """Which packets that passed one point were seen at a second one, and when.
 
-    By the packet's rank in the order of the first point: `identities`, `sent` (the time there) and `delays` (D, or
-    LOST), in nanoseconds; `arrivals` are the ranks of the matched packets in the order of the second.  `first` and
-    `second` count the sightings, `duplicated` the copies at the second beyond those at the first (`extra_copies` by
-    rank), `second_only` the sightings of packets never seen at the first (`stranger_times` are all of their times,
-    `strangers` the first identities).  `alike` are the ranks of the packets that share their identity with another one.
+    By the packet's rank in the order of the first point: `sent`, the time there, and `delays`, NO_DELAY for those that
+    have none.  `arrivals` are the ranks of those that have one in the order of the second point, and `extra_copies`
+    says how often they came once more.  Of packets that share their identity it isn't known which is which, unless
+    one was sent or none is missing: else they are in `unclear`, by identity, as the ranks of those that may count, and
+    the numbers of matched and of duplicated ones.  `strangers` and `stranger_times` are what was never seen at the
+    first point.
     """
-    __slots__ = ("alike", "arrivals", "delays", "extra_copies", "identities", "sent", "stranger_times", "strangers")
 
-    def __init__(self) -> None:
-        self.identities: list[bytes] = []
-        self.sent: array[int] = array("q")
-        self.delays: array[int] = array("q")
-        self.arrivals: array[int] = array("I")
-        self.extra_copies: dict[int, int] = {}
+    def __init__(self, traffic: Traffic) -> None:
+        self.direction = traffic.direction
+        self.numbers, self.sent = traffic.seen[traffic.direction.first]
+        self.identities = traffic.identities
+        self.delays = array("q", (NO_DELAY,)) * len(self.sent)
+        self.arrivals, self.stranger_times = array("I"), array("q")
+        self.extra_copies: defaultdict[int, int] = defaultdict(int)
+        self.unclear: list[tuple[list[int], int, int]] = []
         self.strangers: list[bytes] = []
-        self.stranger_times: array[int] = array("q")
-        self.alike: set[int] = set()
 
-    @property
-    def first(self) -> int:
-        return len(self.sent)
+    def identity(self, rank: int) -> bytes:
+        return self.identities[self.numbers[rank]]
 
-    @property
-    def second(self) -> int:
-        return self.matched + self.duplicated + self.second_only
 
-    @property
-    def duplicated(self) -> int:
-        return sum(self.extra_copies.values())
+def match(traffic: Traffic, start: int = NO_DELAY) -> Matching:
+    """Finds the packets of the first point among those of the second; from `start` on both were watched."""
+    matching = Matching(traffic)
+    sent, delays = matching.sent, matching.delays
+    numbers, times = traffic.seen[matching.direction.second]
+    rank_of = array("i", (STRANGER,)) * len(matching.identities)         # by number
+    repeated: dict[int, list[int]] = {}              # the ranks of packets that were sent several times, by number
+    for rank, number in enumerate(matching.numbers):
+        if rank_of[number] == STRANGER:
+            rank_of[number] = rank
+        else:
+            repeated.setdefault(number, [rank_of[number]]).append(rank)
+    places: dict[int, list[int]] = {number: [] for number in repeated}
+    for place, number in enumerate(numbers) if repeated else ():
+        if number in places:
+            places[number].append(place)
+    partners: dict[int, int] = {}                    # ranks, by the place at the second point
+    for number, ranks in repeated.items():
+        rank_of[number] = REPEATED
+        partners.update(_pair_copies(matching, ranks, places[number], times, start))
+    arrive = matching.arrivals.append
+    for place, rank in enumerate(map(rank_of.__getitem__, numbers)):
+        if rank == REPEATED:
+            rank = partners.get(place, REPEATED)
+        if rank >= 0 and delays[rank] == NO_DELAY:
+            delays[rank] = times[place] - sent[rank]
+            arrive(rank)
+        elif rank == STRANGER:
+            matching.strangers.append(matching.identities[numbers[place]])
+            matching.stranger_times.append(times[place])
+        elif rank >= 0:
+            matching.extra_copies[rank] += 1
+    return matching
 
-    @property
-    def second_only(self) -> int:
-        return len(self.stranger_times)
 
-    @property
-    def matched(self) -> int:
-        return len(self.arrivals)
+def _pair_copies(matching: Matching, ranks: list[int], places: list[int], times: Sequence[int],
+                 start: int) -> dict[int, int]:
+    """The ranks of packets of one identity, by their places at the second point; empty, and noted, if that is unclear.
 
-    @property
-    def lost(self) -> int:
-        return self.first - self.matched
+    Only what was sent from `start` on counts, since one capture may have begun before the other.  What arrived then may
+    still have been sent before: the first ones, and only if so many can have been on their way.
+    """
+    sent = matching.sent
+    counting = [rank for rank in ranks if sent[rank] >= start]
+    arrived = [place for place in places if times[place] >= start]
+    early, earlier = len(arrived) - len(counting), len(ranks) - len(counting)
+    if not counting or not arrived:
+        return {}
+    if 0 <= early <= earlier:
+        pairs = dict(zip(arrived[early:], counting))
+        longest = max(times[place] - sent[rank] for place, rank in pairs.items())
+        if early == sum(start - longest <= sent[rank] < start for rank in ranks):
+            return pairs
+    matched = min(len(counting), len(arrived))
+    matching.unclear.append((counting, matched, max(0, early - earlier)))
+    return {}
+
+
+class Result:
+    """The packets of a matching that count: how many there are of each class, and by rank the classes and delays.
+
+    `matched` are ambiguous ones, too: those are counted, but have neither a delay nor a place in the order.
+    """
+
+    def __init__(self, matching: Matching, classes: bytearray, delays: Sequence[int], matched: int, ambiguous: int,
+                 lost: int, undecided: int, duplicated: int, second_only: int) -> None:
+        self.matching, self.classes, self.delays = matching, classes, delays
+        self.matched, self.ambiguous, self.lost, self.undecided = matched, ambiguous, lost, undecided
+        self.duplicated, self.second_only = duplicated, second_only
+        self.first, self.second = matched + lost + undecided, matched + duplicated + second_only
 
     def samples(self) -> list[int]:
-        """The delays of the matched packets, in the order of the first point."""
-        return [delay for delay in self.delays if delay != LOST] if self.lost else self.delays.tolist()
+        """The delays, in the order of the first point."""
+        return [delay for delay in self.delays if delay != NO_DELAY]
+
+    def arrivals(self) -> Sequence[int]:
+        """The ranks of the packets with a delay, in the order of the second point."""
+        ranks = self.matching.arrivals
+        return [rank for rank in ranks if self.classes[rank] == MATCHED] if OUTSIDE in self.classes else ranks
+
+    def ranks(self) -> Iterator[int]:
+        """Those of the packets that count, in order."""
+        return (rank for rank, kind in enumerate(self.classes) if kind != OUTSIDE)
 
 
-def match(first: Iterable[Block], second: Iterable[Block], early: Container[bytes] = ()) -> Matching:
-    """Pairs the sightings at one point with those at a second: the k-th copy of a packet with its k-th copy.
+def classify(matching: Matching, window: Window = ALWAYS) -> Result:
+    """Says which packets count.
 
-    What was seen at the first before anything counted is `early`; at the second it is no stranger, and counts neither.
+    What passed the first point before the start is outside.  What isn't at the second is lost, or undecided if it was
+    watched for less time than the longest delay, but at most LONGEST_WAIT or what the user wanted; if it passed after
+    the traffic's end, it is outside then.  What only the second saw counts if it must have passed the first meanwhile.
     """
-    result = Matching()
-    identities, sent, known = result.identities, result.sent, {}       # type: list[bytes], array[int], dict[bytes, int]
-    copies: dict[bytes, list[int]] = {}              # the ranks of further copies, by identity
-    for keys, times in first:
-        start, distinct = len(identities), len(known)
-        ranks = list(map(known.setdefault, keys, count(start)))
-        identities += keys
-        sent.extend(times)
-        if len(known) - distinct < len(keys):
-            for rank, (key, original) in enumerate(zip(keys, ranks), start):
-                if rank != original:
-                    copies.setdefault(key, []).append(rank)
-    order: list[bytes | None] = [*identities, None] if copies else identities    # type: ignore[assignment]
-    for key, ranks in copies.items():
-        result.alike.update(ranks, (known[key],))
+    sent, delays = matching.sent, matching.delays
+    outside = sum(when < window.start for when in sent) if min(sent, default=window.start) < window.start else 0
+    if outside:
+        delays = array("q", (NO_DELAY if when < window.start else delay for when, delay in zip(sent, delays)))
+    longest = max(0, min(max(delays, default=0), max(LONGEST_WAIT, window.wait)))
+    decided = window.watched_until - longest
+
+    def fate(rank: int) -> int:
+        """The class of a packet that isn't at the second point."""
+        if sent[rank] < window.start or (sent[rank] > decided and sent[rank] > window.end):
+            return OUTSIDE
+        return UNDECIDED if sent[rank] > decided else LOST
+
+    classes = bytearray((MATCHED,)) * len(sent)
+    for rank, delay in enumerate(delays):
+        if delay == NO_DELAY:
+            classes[rank] = fate(rank)
+    ambiguous = lost = undecided = duplicated = 0
+    for ranks, matched, more in matching.unclear:
+        missing = sorted(map(fate, ranks), key=(OUTSIDE, UNDECIDED, LOST).index)[:len(ranks) - matched]
+        ambiguous, lost = ambiguous + matched, lost + missing.count(LOST)
+        undecided, duplicated = undecided + missing.count(UNDECIDED), duplicated + more
         for rank in ranks:
-            order[rank] = None                       # never the expected one
-    further = {key: iter(ranks) for key, ranks in copies.items()}
-    size = len(sent)
-    result.delays = delays = array("q", [LOST]) * size
-    arrivals, seen, find = result.arrivals, bytearray(size), known.get
-    expected = 0
-    for keys, times in second:
-        for place in range(0, len(keys), ABREAST):
-            some, when = keys[place:place + ABREAST], times[place:place + ABREAST]
-            until = expected + len(some)
-            if some == order[expected:until] and 1 not in seen[expected:until]:
-                delays[expected:until] = array("q", map(sub, when, sent[expected:until]))
-                seen[expected:until] = b"\1" * len(some)
-                arrivals.extend(range(expected, until))
-                expected = until
-                continue
-            for key, time in zip(some, when):
-                if expected < size and order[expected] == key:
-                    rank = expected
-                else:
-                    rank = find(key, -1)
-                    if rank < 0:
-                        if key in early:
-                            continue
-                        result.stranger_times.append(time)
-                        if len(result.strangers) < SAMPLE:
-                            result.strangers.append(key)
-                        continue
-                if seen[rank]:
-                    original, rank = rank, next(further.get(key, iter(())), -1)
-                    if rank < 0:
-                        result.extra_copies[original] = result.extra_copies.get(original, 0) + 1
-                        continue
-                seen[rank] = 1
-                delays[rank] = time - sent[rank]
-                arrivals.append(rank)
-                expected = rank + 1
-    return result
+            classes[rank] = AMBIGUOUS
+    duplicated += sum(more for rank, more in matching.extra_copies.items() if classes[rank] == MATCHED)
+    second_only = sum(window.start + longest <= when <= window.watched_until for when in matching.stranger_times)
+    return Result(matching, classes, delays, classes.count(MATCHED) + ambiguous, ambiguous, classes.count(LOST) + lost,
+                  classes.count(UNDECIDED) + undecided, duplicated, second_only)
 
 
-def within(matching: Matching, start: int, first_end: int, second_end: int) -> Matching:
-    """What is left of a matching when only the time counts in which both captures certainly ran (ns).
-
-    Both saw everything from `start` on, the first until `first_end` and the second until `second_end`.  A packet counts
-    if it passed the first point in that time, and so early that even the longest delay would have brought it to the
-    second in time; one that only the second saw, if it can't have passed the first before `start`.
-    """
-    longest = max(0, max(matching.delays, default=0))
-    end = min(first_end, second_end - longest)
-    ranks = [rank for rank, time in enumerate(matching.sent) if start <= time <= end]
-    times = [time for time in matching.stranger_times if start + longest <= time <= first_end]
-    if len(ranks) == matching.first and len(times) == matching.second_only:
-        return matching
-    new = {rank: place for place, rank in enumerate(ranks)}
-    kept = Matching()
-    kept.identities = [matching.identities[rank] for rank in ranks]
-    kept.sent, kept.delays = (array("q", map(values.__getitem__, ranks)) for values in (matching.sent, matching.delays))
-    kept.arrivals.extend(new[rank] for rank in matching.arrivals if rank in new)
-    kept.extra_copies = {new[rank]: copies for rank, copies in matching.extra_copies.items() if rank in new}
-    kept.alike = {new[rank] for rank in matching.alike if rank in new}
-    kept.stranger_times.extend(times)
-    kept.strangers = matching.strangers
-    return kept
-
-
-def merged(captures: Sequence[Iterable[Block]]) -> Iterator[Block]:
-    """The blocks of one capture, or those of several (the slaves of a bond) as one block in the order of time."""
-    if len(captures) == 1:
-        yield from captures[0]
-        return
-    rows = [(time, key) for capture in captures for keys, times in capture for key, time in zip(keys, times)]
-    rows.sort(key=itemgetter(0))
-    yield [key for _, key in rows], array("q", [time for time, _ in rows])
-
-
-def since(blocks: Iterable[Block], start: int, early: set[bytes] | None = None) -> Iterator[Block]:
-    """The sightings from a time on (ns); the identities of those before are added to `early`.
-
-    What one capture saw before the other was there must not be taken for the first copy of a later packet.
-    """
-    for keys, times in blocks:
-        if times and min(times) < start:
-            if early is not None:
-                early.update(key for key, time in zip(keys, times) if time < start)
-            kept = [place for place, time in enumerate(times) if time >= start]
-            keys, times = [keys[place] for place in kept], array("q", map(times.__getitem__, kept))
-        yield keys, times
-
-
-def guest_times(inbound: Matching, outbound: Matching) -> tuple[list[int], dict[str, int]]:
-    """How long the VM took from each probe's passing the vif to its answer's (ns).
-
-    A probe is a TCP SYN, answered by acknowledgment number, or an ICMP echo request, answered by identifier and
-    sequence number.  Takes the matchings from pif to vif and from vif to pif.  Also counts the probes on the vif:
-    `answered`, `unanswered`, and `ambiguous`: sent several times, so that their answers can't be told apart.
-    """
-    probes: dict[bytes, int] = {}                    # by what their answer will have; when they came to the vif
-    keys: dict[bytes, list[bytes]] = {}
-    ambiguous = 0
-    for rank in inbound.arrivals:
-        expected = expected_answers(inbound.identities[rank])
-        if not expected:
-            continue
-        arrived = inbound.sent[rank] + inbound.delays[rank]
-        ambiguous += expected[0] in keys
-        keys[expected[0]] = [] if expected[0] in keys else expected
-        probes.update(dict.fromkeys(expected, arrived))
-    repeated = sum(not expected for expected in keys.values())
-    first: dict[bytes, int] = {}
-    for identity, time in zip(outbound.identities, outbound.sent):
-        key = answer_key(identity)
-        if key is not None and time >= probes.get(key, time + 1):
-            first.setdefault(key, time)
-    times = [min(first[key] for key in expected if key in first) - probes[expected[0]]
-             for expected in keys.values() if any(key in first for key in expected)]
-    unanswered = len(keys) - repeated - len(times)
-    return times, {"answered": len(times), "unanswered": unanswered, "ambiguous": ambiguous + repeated}
-
-
-def reordering(arrivals: Sequence[int]) -> dict[int, int]:
-    """The reordered packets (RFC 4737: type-P-reordered): their ranks, with the extent of each.
-
-    Takes the ranks of the unique packets in the order in which they arrived.
-    """
-    if all(map(le, arrivals, islice(arrivals, 1, None))):
-        return {}
-    extents = {}
-    newest, peaks, places = -1, [], []               # type: int, list[int], list[int]
-    for place, rank in enumerate(arrivals):
-        if rank > newest:
-            newest = rank
-            peaks.append(rank)
-            places.append(place)
-        else:                                        # back to the earliest arrival that was sent later
-            extents[rank] = place - places[bisect(peaks, rank)]
-    return extents
-
-
-def variation(delays: Sequence[int]) -> float | None:
-    """The mean absolute IPDV (RFC 3393) in nanoseconds: between consecutive packets that both arrived; None if none."""
-    if LOST in delays:
-        steps = [abs(b - a) for a, b in zip(delays, islice(delays, 1, None)) if a != LOST and b != LOST]
-    else:
-        steps = list(map(abs, map(sub, islice(delays, 1, None), delays)))
-    return sum(steps) / len(steps) if steps else None
-
+# ---- Analysis: figures ---------------------------------------------------------------------------------------
 
 def statistics(delays: Iterable[int]) -> dict[str, Any]:
     """Average, extremes, population standard deviation and percentiles of delays, exact until the last rounding.
 
-    Takes integer nanoseconds, at least one, and returns microseconds.
+    Takes integer nanoseconds, at least one, and returns microseconds; `negative` and `zero` are numbers of delays.
     """
     ranked = sorted(delays)
     size, total = len(ranked), sum(ranked)
     squares = sum(map(mul, ranked, ranked))
-
-    def percentile(permille: int) -> float:          # linear between the two nearest ranks
-        low, part = divmod(permille * (size - 1), 1000)
-        high = min(low + 1, size - 1)
-        return (ranked[low] * 1000 + (ranked[high] - ranked[low]) * part) / 1_000_000
-
+    median, p90, p95, p99, p999 = (percentile(ranked, permille) / 1000 for permille in (500, 900, 950, 990, 999))
+    negative = bisect_left(ranked, 0)
     return {
         "average": total / size / 1000,
         "minimum": ranked[0] / 1000,
         "maximum": ranked[-1] / 1000,
         "stdev": (size * squares - total * total) ** 0.5 / size / 1000,
-        "median": percentile(500),
-        "percentiles": {"90": percentile(900), "95": percentile(950), "99": percentile(990), "99.9": percentile(999)},
-        "pdv": (percentile(990) * 1000 - ranked[0]) / 1000,
-        "negative": bisect_left(ranked, 0),
+        "median": median,
+        "percentiles": {"90": p90, "95": p95, "99": p99, "99.9": p999},
+        "pdv": (percentile(ranked, 990) - ranked[0]) / 1000,
+        "negative": negative,
+        "zero": bisect(ranked, 0) - negative,
     }
 
 
-BLOCKS, SHORTEST_BLOCK, RESAMPLES, CONFIDENCE = 25, 10, 2000, 0.95
+def percentile(ranked: Sequence[int], permille: int) -> float:
+    """That of sorted values, linear between the two nearest ranks."""
+    low, part = divmod(permille * (len(ranked) - 1), 1000)
+    high = min(low + 1, len(ranked) - 1)
+    return (ranked[low] * 1000 + (ranked[high] - ranked[low]) * part) / 1000
+
+
+def variation(delays: Sequence[int]) -> float | None:
+    """The mean absolute IPDV (RFC 3393, ns): between consecutive packets that both have a delay; None if none do."""
+    steps = [abs(after - before) for before, after in zip(delays, islice(delays, 1, None))
+             if before != NO_DELAY and after != NO_DELAY]
+    return sum(steps) / len(steps) if steps else None
+
+
+def reordering(result: Result) -> dict[int, int]:
+    """The reordered packets (RFC 4737: type-P-reordered), by rank, with the extent of each.
+
+    Only packets of the same stream, from one address to another, overtake each other.
+    """
+    arrivals, matching = result.arrivals(), result.matching
+    if all(map(le, arrivals, islice(arrivals, 1, None))):
+        return {}
+    streams: defaultdict[bytes, array[int]] = defaultdict(lambda: array("I"))
+    for rank in arrivals:
+        streams[addresses_of(matching.identity(rank))].append(rank)
+    extents = {}
+    for ranks in streams.values():
+        peaks, places = [-1], [-1]                   # the newest packets so far, and where they arrived
+        for place, rank in enumerate(ranks):
+            if rank > peaks[-1]:
+                peaks.append(rank)
+                places.append(place)
+            else:                                    # back to the earliest arrival that was sent later
+                extents[rank] = place - places[bisect(peaks, rank)]
+    return extents
+
+
+def resized(result: Result) -> int:
+    """How many of the packets that only the second point saw are one lost from the first, but for their length.
+
+    Segments were merged (GRO) or split (TSO) on the way.
+    """
+    matching = result.matching
+    lost = {_unsized(matching.identity(rank)) for rank, kind in enumerate(result.classes) if kind == LOST}
+    return sum(_unsized(identity) in lost for identity in matching.strangers) if lost else 0
+
+
+def _unsized(identity: bytes) -> bytes:
+    """An identity without what such a change alters: the length, and TCP's flags PSH, FIN and CWR."""
+    if identity[0] not in (4, 6) or identity[1] != TCP:
+        return identity
+    flags = ADDRESSES + len(addresses_of(identity)) + 13
+    return (identity[:2] + identity[4:flags] + bytes((identity[flags] & ~(PSH | FIN | CWR),)) + identity[flags + 1:])
+
+
+def closing_resets(result: Result) -> int:
+    """How many of the packets that count are RSTs with which a source's kernel answers the answers to its SYNs."""
+    matching = result.matching
+    expected: set[bytes] = set()
+    resets = []
+    for rank in result.ranks():
+        identity = matching.identity(rank)
+        if identity[0] not in (4, 6) or identity[1] != TCP:
+            continue
+        flow, rest = addresses_of(identity), _transport_of(identity)
+        flags, sequence = rest[13] & (FIN | SYN | RST | ACK), int.from_bytes(rest[4:8], "big")
+        if flags == SYN:
+            expected.add(flow + rest[:4] + ((sequence + 1) % (1 << 32)).to_bytes(4, "big"))
+        elif flags == RST:
+            resets.append(flow + rest[:8])
+    return sum(reset in expected for reset in resets)
+
+
+def guest_times(inbound: Result, outbound: Matching) -> tuple[list[int], dict[str, int]]:
+    """How long the VM took from each probe's arrival at its interface to the answer's departure from there (ns).
+
+    A probe is a TCP SYN, answered by acknowledgment number, or an ICMP echo request, answered by identifier and
+    sequence number.  Also counts the probes: `answered`, `unanswered`, and `ambiguous`: sent several times, so that
+    their answers can't be told apart.
+    """
+    matching = inbound.matching
+    came: dict[bytes, int] = {}                      # probes, by what their answer may have
+    expected: dict[bytes, list[bytes]] = {}          # empty for a probe that was sent several times
+    again = 0
+    for rank, kind in enumerate(inbound.classes):
+        answers = _exchange(matching.identity(rank))[0] if kind in (MATCHED, AMBIGUOUS) else []
+        if not answers:
+            continue
+        again += answers[0] in expected
+        expected[answers[0]] = [] if answers[0] in expected or kind == AMBIGUOUS else answers
+        came.update(dict.fromkeys(answers, matching.sent[rank] + inbound.delays[rank]))
+    departed: dict[bytes, int] = {}
+    for number, when in zip(outbound.numbers, outbound.sent):
+        key = _exchange(outbound.identities[number])[1]
+        if key in came and when >= came[key]:
+            departed.setdefault(key, when)
+    single = [answers for answers in expected.values() if answers]
+    found = [(answers[0], [departed[key] for key in answers if key in departed]) for answers in single]
+    times = [min(departures) - came[probe] for probe, departures in found if departures]
+    return times, {"answered": len(times), "unanswered": len(single) - len(times),
+                   "ambiguous": again + len(expected) - len(single)}
+
+
+def _exchange(identity: bytes) -> tuple[list[bytes], bytes]:
+    """What tells that two packets are probe and answer: what the answer to a probe may have, and what an answer has."""
+    if not identity or identity[0] not in (4, 6):
+        return [], b""
+    flow, rest = addresses_of(identity), _transport_of(identity)
+    back = flow[len(flow) // 2:] + flow[:len(flow) // 2]
+    if identity[1] == TCP:
+        flags, sequence = rest[13] & (FIN | SYN | RST | ACK), int.from_bytes(rest[4:8], "big")
+        if flags == SYN:                             # its data may be acknowledged, or not
+            data = max(0, _u16(identity, 2) - (20 if identity[0] == 4 else 0) - (rest[12] >> 4) * 4)
+            numbers = [(sequence + 1 + more) % (1 << 32) for more in sorted({0, data})]
+            return [back + rest[2:4] + rest[:2] + number.to_bytes(4, "big") for number in numbers], b""
+        if flags & (RST | ACK) and flags & (SYN | RST):
+            return [], flow + rest[:4] + rest[8:12]
+    elif (identity[1], rest[:1]) in ((ICMP, b"\x08"), (ICMPV6, b"\x80")):
+        return [back + rest[2:6]], b""
+    elif (identity[1], rest[:1]) in ((ICMP, b"\0"), (ICMPV6, b"\x81")):
+        return [], flow + rest[2:6]
+    return [], b""
+
+
+# ---- Analysis: comparing two measurements --------------------------------------------------------------------
+
+MOST_BLOCKS, SHORTEST_BLOCK, FEWEST_BLOCKS = 25, 10, 5
+CONFIDENCE = 0.95                                    # of the three intervals together (Bonferroni)
+# Student's quantile for that, as a series in 1 / (degrees of freedom) (Abramowitz and Stegun, 26.7.5).
+STUDENT = 2.394, 4.028, 6.455, 7.917, 6.96
 ENOUGH_FOR_P99 = 500                                 # packets; of fewer hardly one is above it
-# By so much equal runs may differ on a busy host: a share of the baseline, and in any case so many microseconds.
+# By so much equal runs may differ on a busy host: a share of the baseline, and at least so much (µs, but for the loss).
 RUN_TO_RUN = {"median": (0.1, 1.0), "p99": (0.3, 5.0), "loss_ratio": (0.0, 0.0)}
-CANDIDATES = 500                                     # values of which a resampled percentile is one
 
 
-class _Blocks:
-    """The packets of a matching in successive blocks, to draw samples from: neighbours are not independent."""
-
-    def __init__(self, matching: Matching) -> None:
-        size = matching.first
-        self.number = max(1, min(BLOCKS, size // SHORTEST_BLOCK))
-        bounds = [size * i // self.number for i in range(self.number + 1)]
-        blocks = [sorted(delay for delay in matching.delays[a:b] if delay != LOST)
-                  for a, b in zip(bounds, islice(bounds, 1, None))]
-        self._sent = [b - a for a, b in zip(bounds, islice(bounds, 1, None))]
-        self._matched = list(map(len, blocks))
-        self.ranked = sorted(matching.samples())
-        self._columns = {permille: self._column(blocks, self.ranked, *window)
-                         for permille, window in {500: (0.2, 0.8), 990: (0.95, 1.0)}.items()}
-
-    @staticmethod
-    def _column(blocks: Sequence[list[int]], ranked: Sequence[int], low: float, high: float) -> Column:
-        """Values of a range of ranks, and for each how many of each block are not above it."""
-        first, last = int(low * len(ranked)), int(high * len(ranked)) - 1
-        step = max(1, (last - first) // CANDIDATES)
-        values = sorted({ranked[0], *(ranked[rank] for rank in range(first, last, step)), ranked[-1]})
-        return values, [[bisect(block, value) for block in blocks] for value in values]
-
-    def draw(self, generator: random.Random) -> tuple[float, float, float] | None:
-        """Median, 99th percentile (ns) and loss ratio of as many blocks, drawn with repetition; None if all is lost."""
-        weights = [0] * self.number
-        for block in generator.choices(range(self.number), k=self.number):
-            weights[block] += 1
-        matched = sum(map(mul, weights, self._matched))
-        if not matched:
-            return None
-        found = []
-        for permille, (values, below) in self._columns.items():
-            place = bisect_left(below, permille * matched,
-                                key=lambda counts: 1000 * sum(map(mul, weights, counts)))
-            found.append(values[place])
-        return found[0], found[1], 1 - matched / sum(map(mul, weights, self._sent))
-
-
-def compare(baseline: Matching, current: Matching) -> dict[str, Any]:
+def compare(baseline: Result, current: Result) -> dict[str, Any]:
     """The shift of median and 99th percentile (µs) and of the loss ratio from one measurement to another.
 
-    Each with an interval by block bootstrap (Carlstein 1986): blocks of successive packets are drawn with repetition,
-    in each measurement by itself.  The intervals are widened as Student's t is for so few blocks, and hold together
-    with a probability of CONFIDENCE (Bonferroni).  A shift is distinguishable from no change if its interval doesn't
-    contain zero and, since one run doesn't tell how much the next one would differ by itself, it is more than
-    RUN_TO_RUN says.  Too few packets for the 99th percentile have neither.  Always gives the same result.
+    Each has Student's interval for the difference of two means (Welch), those of blocks of successive packets, since
+    neighbours are not independent.  As one run doesn't tell how much the next one would differ by itself, a shift is
+    distinguishable only if it is also larger than RUN_TO_RUN.  With too few blocks, or packets for the 99th percentile,
+    there is no interval and no verdict (None).
     """
-    from random import Random
-    from statistics import NormalDist
-    generator, sides = Random(1), [_Blocks(baseline), _Blocks(current)]
-    shifts: list[tuple[float, ...]] = []
-    for _ in range(RESAMPLES):
-        before, after = (side.draw(generator) for side in sides)
-        if before and after:
-            shifts.append(tuple(map(sub, after, before)))
-    tail = (1 - CONFIDENCE) / 3 / 2
-    normal, freedom = NormalDist().inv_cdf(1 - tail), max(1, min(side.number for side in sides) - 1)
-    wider = 1 + (normal * normal + 1) / (4 * freedom)        # of Student's t to the normal distribution's quantile
-    figures = [statistics(side.ranked) for side in sides]
-    points = {"median": ([each["median"] for each in figures], 1000),
-              "p99": ([each["percentiles"]["99"] for each in figures], 1000),
-              "loss_ratio": ([matching.lost / matching.first for matching in (baseline, current)], 1)}
-    result: dict[str, Any] = {}
-    for place, (name, ((before, after), unit)) in enumerate(points.items()):
-        ranked = sorted(shift[place] / unit for shift in shifts)
-        cut, shift = int(tail * len(ranked)), after - before
-        interval = [shift + wider * (end - shift) for end in (ranked[cut], ranked[-1 - cut])]
-        if name == "p99" and min(baseline.matched, current.matched) < ENOUGH_FOR_P99:
-            interval = []
-        share, least = RUN_TO_RUN[name]
-        usual = max(share * abs(before), least)
-        certain = abs(shift) > usual and not interval[0] <= 0 <= interval[1] if interval else None
-        result[name] = {"baseline": before, "current": after, "shift": shift, "interval": interval or None,
-                        "run_to_run": usual, "distinguishable": certain}
-    return {**result, "distinguishable": any(part["distinguishable"] for part in result.values()),
-            "confidence": CONFIDENCE, "resamples": len(shifts), "blocks": [side.number for side in sides]}
+    wholes = [[delay for delay, kind in zip(result.delays, result.classes) if kind in (MATCHED, LOST)]
+              for result in (baseline, current)]
+    sides = [[_figures(block) for block in _blocks(whole)] for whole in wholes]
+    enough = min(len(whole) - whole.count(NO_DELAY) for whole in wholes) >= ENOUGH_FOR_P99
+    comparison: dict[str, Any] = {}
+    for name, (share, least) in RUN_TO_RUN.items():
+        columns = [[figures[name] for figures in side if name in figures] for side in sides]
+        before, after = (_figures(whole).get(name, 0.0) for whole in wholes)
+        shift, usual = after - before, max(share * abs(before), least)
+        interval = certain = None
+        if min(map(len, columns)) >= FEWEST_BLOCKS and (enough or name != "p99"):
+            reach = _reach(*columns)
+            interval, certain = [shift - reach, shift + reach], abs(shift) > max(reach, usual)
+        comparison[name] = {"baseline": before, "current": after, "shift": shift, "interval": interval,
+                            "run_to_run": usual, "distinguishable": certain}
+    verdicts = [figure["distinguishable"] for figure in comparison.values()]
+    verdict = True in verdicts if set(verdicts) != {None} else None
+    return {**comparison, "distinguishable": verdict, "confidence": CONFIDENCE, "blocks": list(map(len, sides))}
 
 
-# ---- Remote: one SSH connection, and commands that certainly end ---------------------------------------------
-# Every remote command runs under WRAPPER, which is fed to `sh` on standard input: login shells of any kind see
-# nothing but "exec sh", and no process list shows an argument.  What remains of standard input is a lease: lines
-# that say "stop" (end the command), "bye" (end everything), "mark" (tell the time) or "alive".  The command ends, and
-# its directory is removed, when the lease ends (the client died), when it is not renewed for IDLE seconds (the network
-# did) and after LIMIT seconds.  Its file takes no more than SIZE KiB, nor than half of the free space divided by SHARE.
-# POSIX sh and coreutils only: dom0s have neither Python nor, some of them, timeout(1).
+def _blocks(outcomes: Sequence[int]) -> list[Sequence[int]]:
+    size, number = len(outcomes), max(1, min(MOST_BLOCKS, len(outcomes) // SHORTEST_BLOCK))
+    return [outcomes[size * place // number:size * (place + 1) // number] for place in range(number)]
+
+
+def _figures(outcomes: Sequence[int]) -> dict[str, float]:
+    """Those that the outcomes (delays, or NO_DELAY) have: without a matched packet there is no median."""
+    ranked = sorted(outcome for outcome in outcomes if outcome != NO_DELAY)
+    figures = {"loss_ratio": 1 - len(ranked) / len(outcomes)} if outcomes else {}
+    if ranked:
+        figures |= {"median": percentile(ranked, 500) / 1000, "p99": percentile(ranked, 990) / 1000}
+    return figures
+
+
+def _reach(*columns: Sequence[float]) -> float:
+    """Half of the width of Student's interval for the difference of two means (Welch)."""
+    errors = []
+    for column in columns:
+        mean, last = sum(column) / len(column), len(column) - 1
+        errors.append((sum((value - mean) ** 2 for value in column) / last / len(column), last))
+    error = sum(part for part, _ in errors)
+    if not error:
+        return 0.0
+    freedom = error * error / sum(part * part / last for part, last in errors)
+    reach: float = error ** 0.5 * sum(factor / freedom ** power for power, factor in enumerate(STUDENT))
+    return reach
+
+
+# ---- Remote: commands that certainly end ---------------------------------------------------------------------
+# Every remote command runs under WRAPPER, which is fed to `sh` on standard input: login shells see nothing but "exec
+# sh", and no process list an argument.  What remains of standard input is a lease: lines that say "stop" (end the
+# command), "bye" (end everything), "mark" (tell the time) or "alive" (which is answered).  The command ends, and its
+# private directory is removed, when the lease ends (the client died), when it is not renewed for IDLE seconds (the
+# network did) and after LIMIT seconds.  POSIX sh and coreutils only: dom0s have no Python, and some no timeout(1).
 
 WRAPPER = r"""
 umask 077
@@ -1113,24 +1090,15 @@ finish() {
   for i in $lease $dog; do kill -s KILL $i; done     # a young subshell can lose any other signal
   [ -z "$dir" ] || rm -rf "$dir"
 }
-bound() {
-  set -- `df -Pk "$dir" | sed -n '$p'`
-  case ${4:-x} in *[!0-9]*) ;; *) [ "$SIZE" -le $(($4 / 2 / SHARE)) ] || SIZE=$(($4 / 2 / SHARE)) ;; esac
-  [ "$SIZE" -ge 64 ] || { echo "no space left in ${dir%/*}" >&2; return 1; }
-  units=1; ulimit -S -f 8                            # in units of 512 bytes or of 1024: it depends on the shell
-  case `grep '^Max file size' /proc/self/limits` in *" 4096 "*) units=2 ;; esac
-  ulimit -f $((SIZE * units)); trap '' XFSZ
-}
 main() {
   exec 3<&0 </dev/null 4>&1                          # only here: shells read their script bit by bit
   trap finish EXIT; trap 'gone=1' HUP INT TERM PIPE
-  case $OUTPUT in
-    -|/*) ;;
-    *) dir=`mktemp -d "${TMPDIR:-/tmp}/netweaver.XXXXXXXXXX"` && bound || exit 70; OUTPUT=$dir/$OUTPUT ;;
-  esac
-  printf '\n%s begin %s %s\n' "$TOKEN" "${dir:--}" "$SIZE"
-  if [ "$OUTPUT" = - ]; then $detach sh -c "$COMMAND" 3<&- 4>&- &
-  else $detach sh -c "$COMMAND" >"$OUTPUT" 3<&- 4>&- & fi
+  if [ -n "$PRIVATE" ]; then
+    dir=`mktemp -d "${TMPDIR:-/tmp}/netweaver.XXXXXXXXXX"` && cd "$dir" || exit 70
+    [ -z "$SUDO_UID" ] || { chown "$SUDO_UID" "$dir"; umask 022; }   # SFTP has the rights of who has logged in
+  fi
+  printf '\n%s begin %s\n' "$TOKEN" "${dir:--}"
+  $detach sh -c "$COMMAND" 3<&- 4>&- &
   p=$!
   (trap 'n=0' USR1; t=0 n=0
    while [ $t -lt "$LIMIT" ] && [ $n -lt "$IDLE" ]; do
@@ -1140,7 +1108,7 @@ main() {
    tell KILL; rm -rf "$dir") 3<&- 4>&- >/dev/null 2>&1 & dog=$!
   (while read -r line; do
      case $line in
-       alive) kill -s USR1 $dog ;;
+       alive) kill -s USR1 $dog; printf '\n%s alive\n' "$TOKEN" >&4 ;;
        mark) printf '\n%s mark %s\n' "$TOKEN" "`date +%s%N`" >&4 ;;
        stop) tell TERM ;;
        bye) break ;;
@@ -1156,75 +1124,81 @@ main() {
 main
 """
 
+# Several captures in one session, since sshd counts them (MaxSessions): each writes a file of its own, and what it says
+# on stderr, and that it ends, comes with its number.  All of them end upon one TERM.
+CAPTURES = r"""
+capture() {
+  mkfifo "$1.err"
+  (trap '' TERM; while IFS= read -r line; do printf '%s %s\n' "$1" "$line"; done) <"$1.err" >&2 &
+  (trap 'kill -s TERM $c 2>/dev/null' TERM; c=
+   sh -c "$2" >"$1.pcap" & c=$!
+   until wait $c; s=$?; ! kill -s 0 $c 2>/dev/null; do :; done
+   echo "exit $s" >&2) 2>"$1.err" &
+  all="$all $!"
+}
+all=; trap 'kill -s TERM $all 2>/dev/null' TERM
+"""
+
 CONNECT_SECONDS, CONNECT_ATTEMPTS = 10, 5            # for each step of a connection; a busy sshd drops new ones
 ANSWER_SECONDS = 12                                  # for a look-up or a tool's start or end
-ALIVE_SECONDS, IDLE_SECONDS = 2, 10
+ALIVE_SECONDS, IDLE_SECONDS = 2, 10                  # between heartbeats, and without one until a host is gone
 DEAD_PEER_SECONDS = 8                                # unacknowledged data after which the network is down
-SLOWEST_TRANSFER = 100_000                           # bytes per second
 SUDO_SHELL = ("""exec sh -c 'if [ "$(id -u)" = 0 ]; then exec sh; elif sudo -n sh -c :; then exec sudo -n sh; """
               "else read line; exit 1; fi'")         # it has been sent something when it ends
 SUDO_HINT = " (--sudo needs a rule with NOPASSWD in that host's sudoers)"
 LARGEST_ANSWER = 1 << 20
 
 
-class Target:
-    """Whom to log in as, and where: `[user@]host[:port]`, IPv6 literals in brackets when a port follows.
-
-    `user` and `port` are None where the text doesn't say: then ~/.ssh/config does, or they are root and 22.
-    """
-    __slots__ = ("host", "port", "user")
-
-    def __init__(self, text: str) -> None:
-        user, at, place = text.rpartition("@")
-        found = re.fullmatch(r"(?:\[([^]]+)]|([^:]+))(?::(\d{1,5}))?", place)
-        if not found and place.count(":") > 1:       # a bare IPv6 literal
-            found = re.fullmatch(r"()([0-9A-Fa-f:.]+(?:%\w+)?)()", place)
-        self.user = user if at else None
-        self.host = (found[1] or found[2]) if found else ""
-        self.port = int(found[3]) if found and found[3] else None
-        if (not re.fullmatch(r"[\w.:%][\w.:%-]*", self.host, re.ASCII) or self.port not in (None, *range(1, 65536))
-                or (at and not re.fullmatch(r"[\w.][\w.@\\$-]*", user))):
-            raise UsageError(f"{text!r} is not [user@]host[:port] (an IPv6 address with a port goes in brackets)")
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.user or 'root'}@{host}" + (f":{self.port}" if self.port not in (None, 22) else "")
-
-
 class Job:
     """A command that runs on a host under WRAPPER, and what is known of it so far.
 
-    `directory` is set when it was started ("-" if it has none), and `size_limit` (bytes) with it; `status` is its exit
-    status once it has ended, and `ended` is also true when the connection broke before.  `output` is its standard
-    output, if that was asked for (in `sink` instead, if there is one; `flooded` if it was more than it may be),
-    `errors` the end of its standard error, and `mark` the host's time in nanoseconds when it was last asked.
-    `changed` is notified whenever one of them changes.
+    `ended` is true when it has ended there or the connection broke.  `changed` is notified whenever something changes.
     """
 
-    def __init__(self, host: str, command: str, channel: paramiko.Channel, token: str, changed: threading.Condition,
-                 sink: IO[bytes] | None = None, most: int = LARGEST_ANSWER) -> None:
-        import threading
-        self.host, self.command = host, command
-        self.directory: str | None = None
-        self.size_limit = 0
-        self.status: int | None = None
-        self.mark: int | None = None
+    def __init__(self, name: str, channel: paramiko.Channel, token: str, changed: threading.Condition) -> None:
+        self.name, self._channel, self._token, self._changed = name, channel, token.encode(), changed
         self.ended = self.stopped = self.flooded = self._complete = self._left = False
-        self.output = b""
-        self._channel, self._changed, self._sink, self._most = channel, changed, sink, most
-        self._out, self._errors = bytearray(), bytearray()
-        self._speaking = threading.Lock()
-        word = re.escape(token.encode())
-        self._begin = re.compile(rb"\n%b begin (-|/\S+) (\d+)\n" % word, re.ASCII)
-        self._mark = re.compile(rb"\n%b mark (\S+)\n" % word, re.ASCII)
-        self._end = re.compile(rb"\n%b end (\d{1,3})\n" % word, re.ASCII)
-        self._tail = len(token) + 64                 # what may be the beginning of one of these lines
-        self._reader = threading.Thread(target=self._read, name=f"netweaver {host}", daemon=True)
+        self._out, self._errors, self._speaking = bytearray(), bytearray(), threading.Lock()
+        self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def _told(self, word: bytes) -> list[bytes]:
+        """What the wrapper has told of something."""
+        return re.findall(rb"\n%b %b ?(\S*)\n" % (self._token, word), self._out)
+
+    @property
+    def directory(self) -> str:
+        """Its private directory; "-" if it has none, and empty before it has begun."""
+        return b"".join(self._told(b"begin")[:1]).decode(errors="replace")
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status; None if it hasn't ended, or the connection broke before."""
+        return next((int(status) for status in self._told(b"end") if is_number(status.decode())), None)
+
+    @property
+    def output(self) -> str:
+        """Its standard output, without what login shells say before."""
+        _, _, begun = self._out.partition(b"\n%b begin " % self._token)
+        return begun.partition(b"\n")[2].partition(b"\n%b end " % self._token)[0].decode(errors="replace")
 
     @property
     def errors(self) -> str:
-        return bytes(self._errors).decode(errors="replace")
+        """The end of its standard error."""
+        return self._errors.partition(b"\n%b end " % self._token)[0].decode(errors="replace")
+
+    def said(self, number: int) -> list[str]:
+        """The lines of one of several captures; the last one is "exit STATUS" when it has ended."""
+        start = f"{number} "
+        return [line[len(start):] for line in self.errors.splitlines() if line.startswith(start)]
+
+    def time(self) -> bytes:
+        """What `date +%s%N` says there now; empty if the host doesn't answer."""
+        before = len(self._told(b"mark"))
+        self.say("mark")
+        with self._changed:
+            self._changed.wait_for(lambda: self.ended or len(self._told(b"mark")) > before, ANSWER_SECONDS)
+        return b"".join(self._told(b"mark")[before:])
 
     def say(self, word: str) -> None:
         """Sends a word of the lease; a broken connection has ended the lease by itself.
@@ -1233,8 +1207,7 @@ class Job:
         makes sshd end the whole connection.
         """
         with self._speaking:
-            over = self.status is not None or self._complete
-            if self._left or (over and self.directory in (None, "-")):
+            if self._left or ((self._complete or self.ended) and self.directory in ("", "-")):
                 return
             self._left = word == "bye"
             try:
@@ -1243,7 +1216,7 @@ class Job:
                 pass
 
     def stop(self) -> None:
-        """Asks the command to end; what it wrote stays until `leave`."""
+        """Asks the command to end; its files stay until `leave`."""
         self.stopped = True
         self.say("stop")
 
@@ -1254,23 +1227,26 @@ class Job:
         close(self._channel)
 
     def _read(self) -> None:
-        import select
-        import time
         poll = select.poll()
         poll.register(self._channel.fileno(), select.POLLIN)
-        beat = time.monotonic()
+        said = heard = time.monotonic()
         try:
             while True:
                 poll.poll(1000 * ALIVE_SECONDS)
-                over = self._channel.closed or self._channel.eof_received
+                now, over = time.monotonic(), self._channel.closed or self._channel.eof_received
                 while self._channel.recv_ready():
-                    self._take(self._channel.recv(65536))
+                    heard = now
+                    self._take(self._out, self._channel.recv(65536))
                 while self._channel.recv_stderr_ready():
-                    self._take_errors(self._channel.recv_stderr(65536))
+                    heard = now
+                    self._take(self._errors, self._channel.recv_stderr(65536))
                 if over:
                     break
-                if time.monotonic() - beat > ALIVE_SECONDS:
-                    beat = time.monotonic()
+                if now - heard > IDLE_SECONDS:       # then all that goes through this connection is lost
+                    close(self._channel.get_transport())
+                    break
+                if now - said > ALIVE_SECONDS:
+                    said = now
                     self.say("alive")
         except (OSError, EOFError):
             pass
@@ -1279,47 +1255,21 @@ class Job:
                 self.ended = True
                 self._changed.notify_all()
 
-    def _take(self, data: bytes) -> None:
+    def _take(self, stream: bytearray, data: bytes) -> None:
         with self._changed:
-            self._out += data
-            if self.directory is None and (found := self._begin.search(self._out)):
-                self.directory, self.size_limit = found[1].decode(), int(found[2]) * 1024
-                del self._out[:found.end()]
-            if self.directory is not None:
-                if found := self._mark.search(self._out):
-                    self.mark = int(found[1]) if re.fullmatch(rb"\d{19}", found[1]) else 0
-                    del self._out[found.start():found.end()]
-                if found := self._end.search(self._out):
-                    self.status = int(found[1])
-                    self._over()
-                ready = bytes(self._out[:found.start() if found else -self._tail])
-                if self._sink:
-                    self._sink.write(ready)
-                    self._most -= len(ready)
-                    del self._out[:len(ready)]
-                elif found:
-                    self.output = ready
-            if len(self._out) > LARGEST_ANSWER or self._most < 0:
+            stream += data
+            self._out[:] = self._out.replace(b"\n%b alive\n" % self._token, b"")
+            if len(self._out) > LARGEST_ANSWER:
                 self.flooded = True
                 close(self._channel)
+            del self._errors[:-LARGEST_ANSWER]
+            # It has ended when both streams say so: they may come in any order.
+            self._complete = self._complete or b"\n%b end " % self._token in self._errors
+            self.ended = self.ended or (self._complete and self.status is not None)
             self._changed.notify_all()
 
-    def _take_errors(self, data: bytes) -> None:
-        with self._changed:
-            self._errors += data
-            if found := self._end.search(self._errors):
-                del self._errors[found.start():]
-                self._complete = True
-                self._over()
-            del self._errors[:-65536]
-            self._changed.notify_all()
 
-    def _over(self) -> None:
-        """It has ended when both streams say so: they may come in any order."""
-        self.ended = self.ended or (self.status is not None and self._complete)
-
-
-def close(connection: socket.socket | paramiko.Channel | paramiko.SFTPClient | paramiko.SSHClient) -> None:
+def close(connection: socket.socket | paramiko.Channel | paramiko.SFTPClient | paramiko.Transport) -> None:
     """Closes what may be broken already: then paramiko can't say so any more."""
     try:
         connection.close()
@@ -1333,63 +1283,66 @@ def last_line(text: str) -> str:
     return lines[-1][:300] if lines else "no message"
 
 
-class Remote:
-    """An SSH connection to a host: runs commands under WRAPPER and fetches files."""
+class Host:
+    """A host to which there is an SSH connection: runs commands under WRAPPER, and fetches files."""
 
-    def __init__(self, target: Target, access: Access, changed: threading.Condition,
-                 log: Callable[[str], None], sudo: bool = False) -> None:
-        import threading
-        self.name = str(target)
+    def __init__(self, connection: Connection, changed: threading.Condition, log: Callable[[str], None],
+                 sudo: bool = False) -> None:
+        self.name, self._connection, self._changed, self._log = connection.settings.name, connection, changed, log
         self._shell = SUDO_SHELL if sudo else "exec sh"
-        self._prefetching = threading.Lock()
-        self._changed, self._log = changed, log
-        self._clients = access.connect(target)
+        self._jobs: list[Job] = []
 
     @property
     def address(self) -> str:
         """The IP address of the host, as the connection has it; nothing if that goes through another host."""
-        if len(self._clients) > 1:
-            return ""
         try:
-            return str(self.transport().getpeername()[0]).split("%")[0].removeprefix("::ffff:")
+            return str(self._connection.transport.getpeername()[0]).split("%")[0].removeprefix("::ffff:")
         except (OSError, AttributeError, IndexError):
             return ""
 
     def transport(self) -> paramiko.Transport:
         """The connection; HostConnectionError if it is lost."""
-        transport = self._clients[-1].get_transport()
-        if transport is None or not transport.is_active():
-            reason = transport.get_exception() if transport else None
+        transport = self._connection.transport
+        if not transport.is_active():
+            reason = transport.get_exception()
             raise HostConnectionError(f"the connection to {self.name} is lost{f': {reason}' if reason else ''}")
         return transport
 
-    def start(self, command: str, seconds: float, output: str = "-", *, size: int = 0, share: int = 1,
-              sink: IO[bytes] | None = None, most: int = LARGEST_ANSWER) -> Job:
-        """Starts a shell command that ends after so many seconds at the latest.
+    def _session(self) -> paramiko.Channel:
+        """A new session; sshd counts one that has just ended a little longer."""
+        from paramiko import ChannelException, SSHException
+        for attempt in range(6):
+            try:
+                channel = self.transport().open_session(timeout=CONNECT_SECONDS)
+                channel.settimeout(CONNECT_SECONDS)
+                return channel
+            except ChannelException:
+                time.sleep(0.02 * 2 ** attempt)
+            except (SSHException, EOFError, OSError) as error:
+                raise HostConnectionError(f"{self.name}: can't start a session: {error or 'no answer'}") from error
+        raise HostConnectionError(f"{self.name}: sshd allows too few sessions on a connection: its sshd_config needs "
+                                  "MaxSessions 2 or more")
 
-        Its standard output goes to the job ("-"; to `sink`, if there is one, at most `most` bytes), to an absolute
-        path, or to a file of that name in the job's private directory, which then stays until `Job.leave` and takes at
-        most `size` bytes, and half of the free space divided by `share`.
+    def start(self, command: str, seconds: float, *, private: bool = False, shown: Iterable[str] = ()) -> Job:
+        """Starts a shell command that ends after so many seconds at the latest; people are `shown` it, or those.
+
+        With `private` it runs in a directory of its own, which stays until `Job.leave`.
         """
-        from shlex import quote
-
         from paramiko import SSHException
-        token = f"netweaver-{os.urandom(12).hex()}"
-        self._log(f"{self.name}: {command}")
-        assignments = {"TOKEN": token, "COMMAND": command, "OUTPUT": output, "LIMIT": str(int(seconds) + 1),
-                       "IDLE": str(IDLE_SECONDS), "SIZE": str(size // 1024), "SHARE": str(share)}
+        token, channel = f"netweaver-{os.urandom(12).hex()}", self._session()
+        assignments = {"TOKEN": token, "COMMAND": command, "PRIVATE": "yes" if private else "",
+                       "LIMIT": str(int(seconds) + 1), "IDLE": str(IDLE_SECONDS)}
         script = "".join(f"{name}={quote(value)}\n" for name, value in assignments.items()) + WRAPPER
+        for line in shown or [command]:
+            self._log(f"{self.name}: {line}")
         try:
-            channel = self.transport().open_session(timeout=CONNECT_SECONDS)
-            channel.settimeout(CONNECT_SECONDS)
             channel.exec_command(self._shell)
-        except (SSHException, EOFError, OSError) as error:
-            raise HostConnectionError(f"{self.name}: can't start a command: {error or 'no answer'}") from error
-        try:
             channel.sendall(script.encode(errors="surrogateescape"))
-        except (OSError, EOFError):
+        except (SSHException, EOFError, OSError):
             self.transport()                         # else a shell that has ended at once; it may have said why
-        return Job(self.name, command, channel, token, self._changed, sink, most)
+        job = Job(self.name, channel, token, self._changed)
+        self._jobs.append(job)
+        return job
 
     def check(self, job: Job) -> None:
         """HostConnectionError if a job has ended since the connection did, not by itself."""
@@ -1398,437 +1351,77 @@ class Remote:
             if job.directory or not job.errors.strip():      # it did start, or couldn't even say why not
                 raise HostConnectionError(f"the connection to {self.name} is lost (or its shell there was killed)")
 
-    def finish(self, job: Job, seconds: float) -> None:
-        """Waits for the end of a job; RemoteCommandError if it was not one of its own."""
+    def run(self, command: str, seconds: float = ANSWER_SECONDS) -> Job:
+        """Runs a shell command to its end; RemoteCommandError if that is not one of its own."""
+        job = self.start(command, seconds)
+        self._jobs.remove(job)
         with self._changed:
             self._changed.wait_for(lambda: job.ended, seconds)
         if job.status is None:
+            self.check(job)
             if not job.flooded:
-                self.check(job)
                 self.transport()
             why = ("did not answer in time" if not job.ended else "says too much" if job.flooded else
                    f"could not be run: {last_line(job.errors)}{SUDO_HINT if 'sudo' in job.errors else ''}")
             job.leave(0)
-            raise RemoteCommandError(f"{self.name}: {job.command}: {why}")
-
-    def run(self, command: str, seconds: float = ANSWER_SECONDS) -> Job:
-        """Runs a shell command to its end; returns the job, whatever its status."""
-        job = self.start(command, seconds)
-        self.finish(job, seconds)
+            raise RemoteCommandError(f"{self.name}: {command}: {why}")
         return job
 
-    def request_sftp(self) -> paramiko.Channel | None:
-        """A channel on which an SFTP server was asked for; None if the host has none."""
-        from paramiko import SSHException
-        try:
-            channel = self.transport().open_session(timeout=CONNECT_SECONDS)
-            channel.settimeout(CONNECT_SECONDS)
-            channel.invoke_subsystem("sftp")
-            return channel
-        except (SSHException, EOFError, OSError):
-            self.transport()
-            return None
-
-    def open_sftp(self, channel: paramiko.Channel | None) -> paramiko.SFTPClient | None:
-        """The SFTP session on a channel that was requested a while ago; None if no server is there.
-
-        A server that ends at once must have had the time to: what is sent on a channel while it closes makes sshd end
-        the whole connection.
-        """
+    def open_sftp(self) -> paramiko.SFTPClient:
+        """The session in which files are fetched; CaptureError if the host has none."""
         from paramiko import SFTPClient, SFTPError, SSHException
+        channel = self._session()
         try:
-            if channel and not channel.closed and not channel.eof_received:
-                return SFTPClient(channel)
-        except (SFTPError, SSHException, EOFError, OSError):
-            self.transport()
-        self._log(f"{self.name}: no SFTP; files come over the channel of a command")
-        return None
+            channel.invoke_subsystem("sftp")
+            return SFTPClient(channel)
+        except (SFTPError, SSHException, EOFError, OSError) as error:
+            raise CaptureError(f"{self.name}: has no SFTP ({error or 'it ended at once'}): its sshd_config needs a "
+                               "line such as 'Subsystem sftp internal-sftp'") from error
 
-    def fetch(self, path: str, local: str, sftp: paramiko.SFTPClient | None, most: int) -> None:
-        """Copies a file of the host, of `most` bytes at the most, over SFTP or else over a command's channel.
+    def check_sftp(self) -> list[str]:
+        """CaptureError if there is no such session: that should be known before the traffic runs."""
+        close(self.open_sftp())
+        return []
 
-        CaptureError if it can't be copied whole; then there is no local file.
-        """
+    def fetch(self, sftp: paramiko.SFTPClient, path: str, local: str, most: int) -> None:
+        """Copies a file of the host, of `most` bytes at the most; CaptureError if it can't be copied whole."""
         from paramiko import SFTPError, SSHException
+
+        def check(size: int, _: int = 0) -> None:
+            if size > most:
+                raise CaptureError(f"{self.name}: {path} has more than the {most} bytes which it may have")
+
         try:
             with open(local, "wb") as file:
-                if sftp:
-                    try:
-                        self._fetch_by_sftp(path, file, sftp, most)
-                        return
-                    except (SFTPError, SSHException, EOFError, OSError):
-                        self.transport()
-                        file.seek(0)
-                        file.truncate()
-                self._fetch_by_command(path, file, most)
-        except BaseException as error:
-            if os.path.exists(local):
-                os.unlink(local)
-            if isinstance(error, OSError):
-                raise CaptureError(f"can't write {local}: {error.strerror}") from error
-            raise
+                check(sftp.stat(path).st_size or 0)
+                sftp.getfo(path, file, check)
+        except (SFTPError, SSHException, EOFError, OSError) as error:
+            number = getattr(error, "errno", None)
+            if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+                raise CaptureError(f"can't write {local} on this machine: {os.strerror(number)}") from error
+            self.transport()
+            raise CaptureError(f"{self.name}: can't fetch {path}: {error or 'the transfer broke off'}") from error
 
-    def _fetch_by_sftp(self, path: str, file: IO[bytes], sftp: paramiko.SFTPClient, most: int) -> None:
-        import threading
-        import time
-        with sftp.open(path, "rb") as remote:
-            size = remote.stat().st_size or 0
-            if size > most:
-                raise CaptureError(f"{self.name}: {path} has {size} bytes, which is more than it was allowed to have")
-            deadline = time.monotonic() + ANSWER_SECONDS + size / SLOWEST_TRANSFER
-            with self._prefetching:
-                before = threading.enumerate()
-                remote.prefetch(size)                # in a thread of its own
-                asking = [thread for thread in threading.enumerate()
-                          if thread not in before and "_prefetch_thread" in thread.name]
-            try:
-                while size > 0:
-                    data = remote.read(min(size, 1 << 15))
-                    if not data or time.monotonic() > deadline:
-                        raise CaptureError(f"{self.name}: the transfer of {path} broke off")
-                    file.write(data)
-                    size -= len(data)
-            finally:                                 # it may still be asking for what has come already
-                for thread in asking:
-                    thread.join(max(0, deadline - time.monotonic()))
-
-    def _fetch_by_command(self, path: str, file: IO[bytes], most: int) -> None:
-        from shlex import quote
-        seconds = ANSWER_SECONDS + most / SLOWEST_TRANSFER
-        job = self.start(f"exec cat -- {quote(path)}", seconds, sink=file, most=most)
-        self.finish(job, seconds)
-        if job.status:
-            raise CaptureError(f"{self.name}: can't fetch {path}: {last_line(job.errors)}")
+    def leave(self) -> None:
+        """Ends all that still runs there."""
+        in_parallel(*(job.leave for job in self._jobs))
 
     def close(self) -> None:
-        for client in reversed(self._clients):
-            close(client)
+        self._connection.close()
 
 
-class Access:
-    """How to log in to hosts: keys, known hosts and ~/.ssh/config, in OpenSSH's terms.
-
-    `host_key_checking` is accept-new (record the keys of new hosts), yes (refuse new hosts) or no (check nothing).
-    `ask` gets the passphrase of a key from a person; without it, a protected key can't be used.
-    """
-
-    def __init__(self, key_path: str | None = None, host_key_checking: str = "accept-new",
-                 known_hosts: str | None = None, ask: Callable[[str], str] | None = None) -> None:
-        import threading
-        import warnings
-        try:
-            with warnings.catch_warnings():          # what paramiko's and cryptography's versions think of each other
-                warnings.simplefilter("ignore")
-                import paramiko  # noqa: F401
-        except Exception as error:
-            raise NetWeaverError(f"can't import paramiko ({error}): pip install -U paramiko") from error
-        self._key_path, self._checking, self._known_hosts, self._ask = key_path, host_key_checking, known_hosts, ask
-        self._keys: dict[str, paramiko.PKey] = {}
-        self._lock = threading.Lock()                # one question at a time
-
-    def prepare(self) -> None:
-        """Loads the key, which may need a question, before any connection is made."""
-        if self._key_path:
-            self._key(os.path.expanduser(self._key_path))
-
-    def connect(self, target: Target, depth: int = 0, way: Sequence[str] = ()) -> list[paramiko.SSHClient]:
-        """An authenticated connection, last, after those to the hosts through which it goes.
-
-        Those are the `way`, if one is given, or else what ~/.ssh/config says.  HostConnectionError says what failed and
-        what to do.
-        """
-        import random
-        import time
-
-        import paramiko
-        settings = self._settings(target.host)
-        if way:
-            settings["proxyjump"] = ",".join(way)
-        host = str(settings.get("hostname", target.host))
-        port = target.port or int(settings.get("port", 22))
-        user = target.user or str(settings.get("user", "root"))
-        paths = str(settings.get("userknownhostsfile", "~/.ssh/known_hosts")).split()
-        known = KnownHosts([self._known_hosts] if self._known_hosts else paths, host, port, str(target))
-        key = self._key(os.path.expanduser(self._key_path)) if self._key_path else None
-        files = [] if key else [path for path in settings.get("identityfile", []) if os.path.exists(path)]
-        for attempt in range(1, CONNECT_ATTEMPTS + 1):
-            clients: list[paramiko.SSHClient] = []
-            begun = time.monotonic()
-            try:
-                sock = self._socket(target, host, port, settings, clients, depth)
-                clients.append(self._session(sock, host, port, user, key, files, known))
-                return clients
-            except BaseException as error:
-                for client in reversed(clients):
-                    close(client)
-                # Of many connections at a time sshd closes some without a word (MaxStartups).
-                dropped = str(error).startswith("Error reading SSH protocol banner") and time.monotonic() - begun < 2
-                if dropped and attempt < CONNECT_ATTEMPTS:
-                    time.sleep(random.uniform(0.1, 0.5) * attempt)
-                    continue
-                if isinstance(error, (paramiko.SSHException, EOFError, OSError, TypeError, ValueError)):
-                    raise HostConnectionError(f"{target}: {self._explain(error, user, port)}") from error
-                raise
-        raise AssertionError("unreachable")
-
-    def _settings(self, name: str) -> dict[str, Any]:
-        """What ~/.ssh/config says of a host."""
-        import paramiko
-        path = os.path.expanduser("~/.ssh/config")
-        try:
-            config = paramiko.SSHConfig.from_path(path)
-            return dict(config.lookup(name))
-        except FileNotFoundError:
-            return {}
-        except Exception as error:                   # whatever its parser makes of a strange file
-            raise HostConnectionError(f"{path}: can't use it: {last_line(str(error))}") from error
-
-    def _socket(self, target: Target, host: str, port: int, settings: Mapping[str, Any],
-                clients: list[paramiko.SSHClient], depth: int) -> socket.socket | paramiko.Channel:
-        """The way to a host: TCP, a command, or a channel through other hosts, which are added to the clients."""
-        import socket
-        jumps, command = str(settings.get("proxyjump", "none")), str(settings.get("proxycommand", "none"))
-        if jumps.lower() != "none":
-            if depth > 7:
-                raise HostConnectionError(f"{target}: too many hosts to jump over (ProxyJump)")
-            *before, last = (jump.strip() for jump in jumps.split(","))
-            clients += self.connect(Target(last), depth + 1, before)
-            transport = clients[-1].get_transport()
-            assert transport is not None
-            return transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=CONNECT_SECONDS)
-        if command.lower() != "none":
-            import subprocess
-            ours, theirs = socket.socketpair()
-            with theirs:                             # as ssh does: the user's own command, in the user's own shell
-                subprocess.Popen(["sh", "-c", f"exec {command}"], stdin=theirs.fileno(), stdout=theirs.fileno(),
-                                 start_new_session=True)
-            ours.settimeout(CONNECT_SECONDS)
-            return ours
-        sock = socket.create_connection((host, port), CONNECT_SECONDS)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):      # Linux: without it a dead peer is noticed after 15 minutes
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
-        return sock
-
-    def _session(self, sock: socket.socket | paramiko.Channel, host: str, port: int, user: str,
-                 key: paramiko.PKey | None, files: Sequence[str], known: KnownHosts) -> paramiko.SSHClient:
-        import logging
-
-        import paramiko
-        logging.getLogger("paramiko").addHandler(logging.NullHandler())      # else it prints tracebacks
-        checking = self._checking
-
-        class Policy(paramiko.MissingHostKeyPolicy):
-            def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
-                if checking != "no":                 # the client knows no host: known does all of the checking
-                    known.check(key, record=checking == "accept-new")
-
-        def transport(*arguments: Any, **options: Any) -> paramiko.Transport:
-            made = paramiko.Transport(*arguments, **options)
-            security, algorithms = made.get_security_options(), known.algorithms()
-            security.key_types = tuple(sorted(security.key_types, key=lambda name: name not in algorithms))
-            return made
-
-        client = paramiko.SSHClient()
-        client.set_missing_host_key_policy(Policy())
-        try:
-            client.connect(host, port, user, pkey=key, key_filename=list(files), sock=sock,      # type: ignore[arg-type]
-                           timeout=CONNECT_SECONDS, banner_timeout=CONNECT_SECONDS, auth_timeout=CONNECT_SECONDS,
-                           channel_timeout=CONNECT_SECONDS, allow_agent=key is None, look_for_keys=key is None,
-                           transport_factory=transport)
-            made = client.get_transport()
-            assert made is not None
-            made.set_keepalive(DEAD_PEER_SECONDS // 2)
-            return client
-        except BaseException:
-            close(client)
-            close(sock)
-            raise
-
-    def _key(self, path: str) -> paramiko.PKey:
-        """The private key in a file; HostConnectionError with the reason if there is none that can be used."""
-        import paramiko
-        with self._lock:
-            if path in self._keys:
-                return self._keys[path]
-            passphrase = None
-            try:
-                if _is_protected(path):
-                    if not self._ask:
-                        raise HostConnectionError(f"{path}: can't use this key: it is protected by a passphrase: load "
-                                                  "it into ssh-agent (ssh-add) and leave -k out")
-                    passphrase = self._ask(f"Passphrase for {path}: ").encode()
-                # The second parameter has other names in other versions.
-                self._keys[path] = paramiko.PKey.from_path(path, passphrase)         # type: ignore[arg-type]
-                return self._keys[path]
-            except OSError as error:
-                reason = error.strerror or str(error)
-            except (paramiko.SSHException, ValueError, TypeError) as error:
-                reason = ("the passphrase is wrong" if passphrase else
-                          f"not a private key in OpenSSH or PEM format ({last_line(str(error))})")
-        raise HostConnectionError(f"{path}: can't use this key: {reason}")
-
-    def _explain(self, error: BaseException, user: str, port: int) -> str:
-        """What failed, and what to do."""
-        import paramiko
-        if isinstance(error, paramiko.ssh_exception.IncompatiblePeer):
-            return f"no common SSH algorithms ({error}): for an old sshd try pip install 'paramiko<5'"
-        if isinstance(error, paramiko.AuthenticationException) or "authentication methods" in str(error):
-            offered = f"the key {self._key_path}" if self._key_path else "the keys of ssh-agent and ~/.ssh"
-            return f"refused {offered} for {user}: add the public key to {user}'s ~/.ssh/authorized_keys there"
-        if isinstance(error, (paramiko.SSHException, EOFError)):
-            return f"no SSH session: {error or 'the connection was closed'}: is it sshd that listens there?"
-        reason = "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)
-        return f"can't reach port {port}: {reason}: check the address, the network and sshd"
-
-
-def _is_protected(path: str) -> bool:
-    """Whether a private key needs a passphrase; paramiko's answer depends on the versions."""
-    from base64 import b64decode
-    with open(path, "rb") as file:
-        text = file.read(LARGEST_ANSWER)
-    found = re.search(rb"-----BEGIN OPENSSH PRIVATE KEY-----\s+([A-Za-z0-9+/\s]{40})", text)
-    if found:                                        # magic, then the length and the name of the cipher
-        return b64decode(b"".join(found[1].split())[:32])[15:23] != b"\0\0\0\x04none"
-    return b"ENCRYPTED" in text
-
-
-class KnownHosts:
-    """What OpenSSH's known_hosts files say of one host: who is new is recorded, who has changed is refused.
-
-    New keys go into the first of the files, hashed if others there are.
-    """
-
-    def __init__(self, paths: Sequence[str], host: str, port: int, shown: str) -> None:
-        self._paths = [os.path.expanduser(path) for path in paths]
-        self._shown = shown
-        self.name = (host if port == 22 else f"[{host}]:{port}").lower()
-        self._read()
-
-    def _read(self) -> None:
-        self.known: list[tuple[str, paramiko.PKey]] = []
-        self.revoked: list[tuple[str, paramiko.PKey]] = []
-        self._hashed = False
-        for path in (*self._paths, "/etc/ssh/ssh_known_hosts"):
-            try:
-                with open(path, encoding="utf-8", errors="replace") as file:
-                    lines = file.read().splitlines()
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise HostConnectionError(f"{self._shown}: can't read {path}: {error.strerror}") from error
-            self._hashed |= path == self._paths[0] and any(line.startswith("|1|") for line in lines)
-            for number, line in enumerate(lines, 1):         # one by one: a strange line spoils no other
-                marker, _, rest = line.strip().partition(" ")
-                if marker.startswith("#"):
-                    continue
-                place = f"line {number} of {path}"
-                if marker == "@revoked":
-                    self.revoked += [(place, key) for key in self._keys(number, rest)]
-                elif not marker.startswith("@"):     # certificate authorities are not for host keys
-                    self.known += [(place, key) for key in self._keys(number, line)]
-
-    def _keys(self, number: int, line: str) -> list[paramiko.PKey]:
-        """The key of a line, if it speaks of this host."""
-        import paramiko
-        try:
-            entry = paramiko.hostkeys.HostKeyEntry.from_line(line, number)
-        except Exception:                            # whatever it makes of a strange line
-            return []
-        if entry is None or entry.key is None or not entry.hostnames:
-            return []
-        matches = [self._matches(pattern.lstrip("!")) for pattern in entry.hostnames]
-        negated = any(hit and pattern.startswith("!") for hit, pattern in zip(matches, entry.hostnames))
-        return [entry.key] if any(matches) and not negated else []
-
-    def _matches(self, pattern: str) -> bool:
-        if pattern.startswith("|1|"):
-            import paramiko
-            return paramiko.HostKeys.hash_host(self.name, pattern) == pattern
-        expression = re.escape(pattern.lower()).replace(r"\*", ".*").replace(r"\?", ".")
-        return re.fullmatch(expression, self.name) is not None
-
-    def algorithms(self) -> set[str]:
-        """The host key algorithms to prefer, so that the server shows a key that is known."""
-        names = {key.get_name() for _, key in self.known}
-        return names | ({"rsa-sha2-512", "rsa-sha2-256"} if "ssh-rsa" in names else set())
-
-    def check(self, key: paramiko.PKey, record: bool = True) -> None:
-        """Accepts a key that is known, or records it if the host is new; raises HostConnectionError otherwise."""
-        shown = f"{key.get_name()} {_fingerprint(key)}"
-        for place, revoked in self.revoked:
-            if revoked == key:
-                raise HostConnectionError(f"{self._shown}: its host key {shown} is revoked: see {place}")
-        if any(known == key for _, known in self.known):
-            return
-        if self.known:
-            places = ", ".join(place for place, _ in self.known)
-            raise HostConnectionError(f"{self._shown}: the host key has changed, or someone is in between: it is now "
-                                      f"{shown}; if that is right, remove {places}")
-        if not record:
-            raise HostConnectionError(f"{self._shown}: its host key {shown} is not in {self._paths[0]}, and "
-                                      "--host-key-checking is yes: connect once with ssh, or use accept-new")
-        self._record(key)
-
-    def _record(self, key: paramiko.PKey) -> None:
-        """Appends one line, under a lock: other runs may be doing the same."""
-        import fcntl
-
-        import paramiko
-        path = self._paths[0]
-        try:
-            os.makedirs(os.path.dirname(path) or ".", 0o700, exist_ok=True)
-            with open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                self._read()
-                if self.known:
-                    return self.check(key)
-                old = file.read()
-                newline = b"" if not old or old.endswith(b"\n") else b"\n"
-                name = paramiko.HostKeys.hash_host(self.name) if self._hashed else self.name
-                file.write(newline + f"{name} {key.get_name()} {key.get_base64()}\n".encode())
-        except OSError as error:
-            raise HostConnectionError(f"{self._shown}: can't record its host key in {path}: {error.strerror} "
-                                      "(--known-hosts names another file)") from error
-
-
-def _fingerprint(key: paramiko.PKey) -> str:
-    """A key's fingerprint as OpenSSH prints it."""
-    from base64 import b64encode
-    from hashlib import sha256
-    return "SHA256:" + b64encode(sha256(key.asbytes()).digest()).decode().rstrip("=")
-
-
-def resolve(name: str) -> str:
-    """The IP address of a host given as an address or a name; UsageError if it is neither."""
-    if re.fullmatch(r"[\d.]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", name, re.ASCII):
-        from ipaddress import ip_address
-        try:
-            return str(ip_address(name))
-        except ValueError:
-            raise UsageError(f"{name!r} is not an IP address") from None
-    import socket
-    try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"{name!r} is neither an IP address nor a name that can be resolved") from error
-    return str(found[0][4][0])
-
-
-def in_parallel(*calls: Callable[[], Result], seconds: float | None = None) -> list[Result]:
-    """The results of the calls, each made in a thread of its own; raises the first error, once all have ended.
+def in_parallel(*calls: Callable[[], Answer], seconds: float | None = None) -> list[Answer]:
+    """The answers of the calls, each made in a thread of its own; raises the first error, once all have ended.
 
     HostConnectionError if they take more than so many seconds (a resolver may take its time).
     """
-    import threading
-    import time
     deadline = None if seconds is None else time.monotonic() + seconds
-    results: dict[int, Result] = {}
+    answers: dict[int, Answer] = {}
     errors: list[BaseException] = []
 
-    def run(place: int, call: Callable[[], Result]) -> None:
+    def run(place: int, call: Callable[[], Answer]) -> None:
         try:
-            results[place] = call()
+            answers[place] = call()
         except BaseException as error:
             errors.append(error)
 
@@ -1839,59 +1432,532 @@ def in_parallel(*calls: Callable[[], Result], seconds: float | None = None) -> l
         thread.join(None if deadline is None else max(0, deadline - time.monotonic()))
     if errors:
         raise errors[0]
-    if len(results) < len(calls):
+    if len(answers) < len(calls):
         raise HostConnectionError(f"no answer after {seconds} s: check addresses, name resolution and network")
-    return [results[place] for place in range(len(calls))]
+    return [answers[place] for place in range(len(calls))]
+
+
+# ---- Remote: logging in --------------------------------------------------------------------------------------
+# OpenSSH answers what OpenSSH would do: `ssh -G` resolves its configuration, `ssh-keygen -F` finds the lines of
+# known_hosts, and a jump is `ssh -W`.  What is left to do here: compare host keys, append a line, and try keys.
+
+RSA_WITH_SHA2 = ("rsa-sha2-512", "rsa-sha2-256")
+
+
+class Target:
+    """Whom to log in as, and where: `[user@]host[:port]`, IPv6 literals in brackets when a port follows.
+
+    `user` and `port` are None where the text doesn't say: then ssh_config does, or they are root and 22.
+    """
+
+    def __init__(self, text: str) -> None:
+        user, at, place = text.rpartition("@")
+        parts = re.fullmatch(r"(?:\[([^]]+)]|([^:]+))(?::(\d{1,5}))?", place)
+        if not parts and place.count(":") > 1:       # a bare IPv6 literal
+            parts = re.fullmatch(r"()([0-9A-Fa-f:.]+(?:%\w+)?)()", place)
+        self.user, self.host = user if at else None, (parts[1] or parts[2]) if parts else ""
+        self.port = int(parts[3]) if parts and parts[3] else None
+        if (not re.fullmatch(r"[\w.:%][\w.:%-]*", self.host, re.ASCII) or self.port not in (None, *range(1, 65536))
+                or (at and not re.fullmatch(r"[\w.][\w.@\\$-]*", user))):
+            raise UsageError(f"{text!r} is not [user@]host[:port] (an IPv6 address with a port goes in brackets)")
+
+    def named(self, user: str, port: int) -> str:
+        """What it is called in messages and in the report."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{user}@{host}" + (f":{port}" if port != 22 else "")
+
+
+class HostSettings:
+    """What OpenSSH's configuration says of a target, by what `ssh -G` printed.
+
+    `names` are those in known_hosts: a key which only the second one has is accepted, too.  `own_files` are the
+    user's known_hosts files, of which the first gets new keys; `files` are those and the system's.  `checking` is yes,
+    no, ask or accept-new.  `jumps` and `command` are empty if there is none.
+    """
+
+    def __init__(self, target: Target, values: Mapping[str, Sequence[str]]) -> None:
+        def value(keyword: str) -> str:
+            text = values.get(keyword, ["none"])[0]
+            return "" if text.lower() == "none" else text
+
+        def paths(keyword: str) -> list[str]:        # ssh -G joins them by blanks, and doesn't quote theirs
+            return [home_path(path) for path in re.split(r" (?=[/~])", value(keyword)) if path]
+
+        def expand(text: str) -> str:
+            return re.sub(r"%(.)", lambda token: tokens.get(token[1], token[0]), text)
+
+        alias, local, me = value("hostkeyalias"), os.uname().nodename, pwd.getpwuid(os.getuid())
+        self.host, self.port, self.user = value("hostname"), int(value("port")), value("user")
+        self.name = target.named(self.user, self.port)
+        self.place = f"port {self.port}" + ("" if self.host == target.host else f" of {self.host}")
+        for keyword in ("revokedhostkeys", "knownhostscommand"):         # better no session than one that ssh refuses
+            if value(keyword):
+                raise HostConnectionError(f"{self.name}: ssh_config sets {keyword}, which netweaver can't honour")
+        tokens = {"%": "%", "d": me.pw_dir, "h": self.host, "i": str(me.pw_uid), "k": alias or self.host, "l": local,
+                  "L": local.partition(".")[0], "n": target.host, "p": str(self.port), "r": self.user, "u": me.pw_name}
+        place = self.host if self.port == 22 else f"[{self.host}]:{self.port}"
+        self.names = [alias] if alias else list(dict.fromkeys((place, self.host)))
+        self.own_files = paths("userknownhostsfile")
+        self.files = self.own_files + paths("globalknownhostsfile")
+        checking = value("stricthostkeychecking")
+        self.checking = {"true": "yes", "false": "no", "off": "no"}.get(checking, checking)
+        self.hashed, self.only_named = value("hashknownhosts") == "yes", value("identitiesonly") == "yes"
+        self.agent = values.get("identityagent") != ["none"]
+        self.identities = [os.path.expandvars(expand(home_path(path))) for path in values.get("identityfile", ())
+                           if path != "none"]
+        self.jumps, self.command = value("proxyjump"), expand(value("proxycommand"))
+
+
+def home_path(path: str) -> str:
+    """A path with ~ as ssh expands it, which doesn't look at $HOME."""
+    return pwd.getpwuid(os.getuid()).pw_dir + path[1:] if path[:2] == "~/" else os.path.expanduser(path)
+
+
+def ask_openssh(*command: str) -> subprocess.CompletedProcess[str]:
+    """What one of OpenSSH's programs answers."""
+    import subprocess
+    try:
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=CONNECT_SECONDS,
+                              encoding="utf-8", errors="surrogateescape")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise HostConnectionError(f"can't run {command[0]} ({error}): is OpenSSH's client installed?") from error
+
+
+def words_of(text: str) -> str:
+    """What a program has said, on one line."""
+    lines = [line.strip() for line in text.split("\n") if line.strip(" @\r")]
+    return "; ".join(line for line in lines if not line.startswith("Warning: Permanently added"))[-400:]
+
+
+def known_keys(name: str, files: Iterable[str]) -> list[tuple[str, str, str, bytes]]:
+    """What known_hosts files say of a name: place, marker (REVOKED, CA or nothing), type, and key (empty if damaged).
+
+    `ssh-keygen -F` knows patterns, negation, hashes, blanks and markers.
+    """
+    keys = []
+    for file in filter(os.path.exists, files):
+        answer = ask_openssh("ssh-keygen", "-F", name, "-f", file)
+        if answer.returncode > 1 or not os.access(file, os.R_OK):
+            raise HostConnectionError(f"can't read {file}: {words_of(answer.stderr) or 'no permission'}")
+        lines = answer.stdout.split("\n")
+        for header, line in zip(lines[::2], lines[1::2]):        # "# Host NAME found: line 3 REVOKED", and the line
+            number, marker = re.findall(r" found: line (\d+) ?(\w*)$", header.rstrip("\r"))[0]
+            _, kind, key, *_ = [*line.split()[1 if marker else 0:], "", "", ""]
+            try:
+                keys.append((f"line {number} of {file}", marker, kind, b64decode(key, validate=True)))
+            except ValueError:
+                keys.append((f"line {number} of {file}", marker, kind, b""))
+    return keys
+
+
+class HostKey:
+    """The key that a host shows, and what ssh would make of it."""
+
+    def __init__(self, key: paramiko.PKey, settings: HostSettings) -> None:
+        from hashlib import sha256
+        self._kind, self._blob, self._settings = key.get_name(), key.asbytes(), settings
+        fingerprint = b64encode(sha256(self._blob).digest()).decode().rstrip("=")
+        self._shown = f"{settings.name}: its host key ({self._kind} SHA256:{fingerprint})"
+
+    def is_known(self) -> bool:
+        """Whether it is known, or else the host new; HostConnectionError if the key must be refused.
+
+        Stricter than ssh: by a damaged line or a certificate authority, too, a host is known.
+        """
+        keys, *others = (known_keys(name, self._settings.files) for name in self._settings.names)
+        revoked, authorities = ([place for place, marker, _, blob in keys if marker == which and blob in blobs]
+                                for which, blobs in (("REVOKED", [self._blob]), ("CA", [key[3] for key in keys])))
+        plain = [key for key in keys if not key[1]]
+        changed = [place for place, _, kind, blob in plain if kind == self._kind or not blob]
+        if revoked:
+            raise HostConnectionError(f"{self._shown} is revoked by {revoked[0]}: ask who administers that host")
+        if any(blob == self._blob for *_, blob in plain):
+            return True
+        if changed:
+            raise HostConnectionError(f"{self._shown} has changed, or someone is in between: if it is right, remove "
+                                      f"{', '.join(changed)}")
+        if plain:
+            raise HostConnectionError(f"{self._shown} isn't known, only a key of another type is ({plain[0][2]}, "
+                                      f"{plain[0][0]}), which the host doesn't show: if it is right, add it there")
+        if any(blob == self._blob and not marker for keys in others for _, marker, _, blob in keys):
+            return True
+        if authorities:
+            raise HostConnectionError(f"{self._shown} would be known by a certificate only ({authorities[0]}), which "
+                                      "paramiko can't verify: add the key itself to known_hosts")
+        return False
+
+    def accept(self) -> None:
+        """Lets a known key pass, and records that of a new host, if new ones are accepted; HostConnectionError if not.
+
+        With `no` any key passes: to warn of that is up to the caller.
+        """
+        checking, files = self._settings.checking, self._settings.own_files
+        if checking == "no" or self.is_known():
+            return
+        if checking not in ("accept-new", "ask") or not files:
+            why = f"StrictHostKeyChecking is {checking}" if files else "UserKnownHostsFile is none"
+            raise HostConnectionError(f"{self._shown} is not known, and {why}: connect once with ssh, or see "
+                                      "--host-key-checking and --known-hosts")
+        try:
+            self._record(files[0])
+        except OSError as error:
+            raise HostConnectionError(f"{self._settings.name}: can't record its host key in {files[0]}: "
+                                      f"{error.strerror} (--known-hosts names another file)") from error
+
+    def _record(self, path: str) -> None:
+        """Appends one line, under a lock: other runs may be doing the same."""
+        from paramiko import HostKeys
+        os.makedirs(os.path.dirname(path) or ".", 0o700, exist_ok=True)
+        with open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not self.is_known():                  # else another run was quicker
+                name = self._settings.names[0]
+                name = HostKeys.hash_host(name) if self._settings.hashed else name
+                line = f"{name} {self._kind} {b64encode(self._blob).decode()}\n".encode()
+                end = os.fstat(file.fileno()).st_size
+                whole = not end or os.pread(file.fileno(), 1, end - 1) == b"\n"
+                file.write(line if whole else b"\n" + line)
+
+
+def load_key(path: str, ask: Callable[[str], str] | None) -> paramiko.PKey:
+    """The private key in a file; HostConnectionError if it can't be used.  `ask` gets its passphrase from a person.
+
+    cryptography, which paramiko brings, reads more formats (PKCS#8), so it reads, and paramiko gets OpenSSH's own.
+    """
+    import io
+
+    import paramiko
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import serialization as formats
+    asked, private = False, None                     # type: bool, Any
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LARGEST_ANSWER)
+        if b"PRIVATE KEY-----" not in data:
+            public = data.startswith((b"ssh-", b"ecdsa-", b"sk-"))
+            raise HostConnectionError(f"can't use the key {path}: it is "
+                                      f"{'a public key: give the private one' if public else 'not a private key'}")
+        load: Any = formats.load_ssh_private_key if b"BEGIN OPENSSH" in data else formats.load_pem_private_key
+        try:
+            private = load(data, None)
+        except (TypeError, ValueError) as error:     # the versions say in various ways that it is protected
+            if "assword" not in str(error) or "may be in an incorrect format" in str(error):
+                raise
+            if ask is None:
+                raise HostConnectionError(f"can't use the key {path}: it is protected by a passphrase: load it into "
+                                          "ssh-agent (ssh-add) and leave -k out") from None
+            asked = True
+            private = load(data, ask(f"Passphrase for {path}: ").encode())
+        text = private.private_bytes(formats.Encoding.PEM, formats.PrivateFormat.OpenSSH, formats.NoEncryption())
+        kinds: Any = {"RSA": paramiko.RSAKey, "ECP": paramiko.ECDSAKey, "Ell": paramiko.ECDSAKey}
+        kind = kinds.get(type(private).__name__.lstrip("_")[:3], paramiko.Ed25519Key)
+        key: paramiko.PKey = kind.from_private_key(io.StringIO(text.decode()))
+        if os.path.exists(f"{path}-cert.pub"):
+            key.load_certificate(f"{path}-cert.pub")
+        return key
+    except OSError as error:
+        why = error.strerror or str(error)
+    except (paramiko.SSHException, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        why = "the passphrase is wrong" if asked else (f"{words_of(str(error))[:120]}: if ssh reads it, ssh-keygen -p "
+                                                       f"-f {path} writes it anew in OpenSSH's format")
+    raise HostConnectionError(f"can't use the key {path}: {why}")
+
+
+def public_key(path: str) -> bytes:
+    """The public key of an identity file; empty if that isn't known without a passphrase."""
+    for candidate in (f"{path}.pub", path):
+        try:
+            with open(candidate, "rb") as file:
+                return b64decode(file.read(1 << 16).split()[1], validate=True)
+        except (OSError, IndexError, ValueError):
+            pass
+    return b""
+
+
+class Connection:
+    """An SSH session, and the process through which it goes, if it does."""
+
+    def __init__(self, settings: HostSettings, transport: paramiko.Transport, sock: socket.socket,
+                 proxy: subprocess.Popen[bytes] | None) -> None:
+        self.settings, self.transport, self._sock, self._proxy = settings, transport, sock, proxy
+
+    def close(self) -> None:
+        close(self.transport)
+        close(self._sock)                            # a transport that hasn't begun leaves it open
+        if self._proxy:                              # ssh -W would wait for a host that is silent
+            self._proxy.kill()
+            self._proxy.wait()
+
+
+class Retry(HostConnectionError):
+    """It may go better another time: of many connections sshd drops some."""
+
+
+class OldServer(HostConnectionError):
+    """It may go better without RSA with SHA-2, which OpenSSH has since 7.2."""
+
+
+def import_paramiko() -> list[HostSettings]:
+    """Imports what logging in needs; NetWeaverError if it can't be imported."""
+    import warnings
+    try:
+        with warnings.catch_warnings():              # what paramiko's and cryptography's versions think of each other
+            warnings.simplefilter("ignore")
+            import paramiko  # noqa: F401
+    except Exception as error:
+        raise NetWeaverError(f"can't import paramiko ({error}): pip install -U paramiko") from error
+    return []
+
+
+class Access:
+    """How to log in: the options as a configuration for ssh, wrapped around the user's own.
+
+    What the options say stands first, and wins; what holds where nobody says anything stands last.  The `ssh` of a
+    jump is given the same.  `checking` is that of StrictHostKeyChecking.  Without `ask`, which gets the passphrase of a
+    key from a person, a protected key can't be used.
+    """
+
+    def __init__(self, key_path: str | None = None, checking: str | None = None, known_hosts: str | None = None,
+                 ask: Callable[[str], str] | None = None) -> None:
+        import tempfile
+        paths = [path and os.path.abspath(os.path.expanduser(path)) for path in (key_path, known_hosts)]
+        if paths[0] and paths[0].endswith(".pub") and os.path.exists(paths[0][:-4]):
+            paths[0] = paths[0][:-4]
+        if paths[0] and not os.path.exists(paths[0]):
+            raise HostConnectionError(f"can't use the key {paths[0]}: No such file or directory")
+        self._key_path, self._ask, self._lock = paths[0], ask, threading.Lock()      # one question at a time
+        self._keys: dict[str, paramiko.PKey] = {}
+        options = {"IdentityFile": paths[0], "StrictHostKeyChecking": checking, "UserKnownHostsFile": paths[1]}
+        if any('"' in text or "\n" in text for text in options.values() if text):
+            raise UsageError("ssh_config can't name a file with a quote or a line break (-k, --known-hosts)")
+        lines = [f'{keyword} "{text.replace("%", "%%")}"' for keyword, text in options.items() if text]
+        lines += ["BatchMode yes", f"ConnectTimeout {CONNECT_SECONDS}", f"ServerAliveInterval {ALIVE_SECONDS}",
+                  f'Include "{home_path("~/.ssh/config")}"',     # its own ~ would be $HOME
+                  "Include /etc/ssh/ssh_config", "Host *", "User root", "StrictHostKeyChecking accept-new", ""]
+        # A file that ssh can read, and that is gone when this process is.
+        memory = hasattr(os, "memfd_create")
+        self._file = (open(os.memfd_create("ssh_config"), "wb", buffering=0) if memory else
+                      tempfile.NamedTemporaryFile("wb", buffering=0))
+        self._config = f"/proc/{os.getpid()}/fd/{self._file.fileno()}" if memory else str(self._file.name)
+        self._file.write("\n".join(lines).encode(errors="surrogateescape"))
+
+    def load(self, path: str) -> paramiko.PKey:
+        """The private key in a file, for which a person is asked once at the most."""
+        with self._lock:
+            self._keys[path] = self._keys.get(path) or load_key(path, self._ask)
+            return self._keys[path]
+
+    def settings(self, target: Target) -> HostSettings:
+        """What OpenSSH's configuration says of a target.
+
+        Where the target names no user, a first answer tells only whom the configuration would log in as: `Match user`
+        and %r must then mean the same one.
+        """
+        values: dict[str, list[str]] = {"user": [target.user] if target.user else []}
+        for _ in range(1 if target.user else 2):
+            options = [*(f"-l{user}" for user in values["user"]), *([f"-p{target.port}"] if target.port else [])]
+            answer = ask_openssh("ssh", "-G", "-T", "-F", self._config, *options, "--", target.host)
+            if answer.returncode:
+                raise HostConnectionError(f"{target.host}: ssh_config can't be used: {words_of(answer.stderr)}")
+            values = {}
+            for line in answer.stdout.split("\n"):
+                keyword, _, text = line.partition(" ")
+                values.setdefault(keyword.lower(), []).append(text)
+        return HostSettings(target, values)
+
+    def connect(self, settings: HostSettings) -> Connection:
+        """An authenticated session; HostConnectionError says where, what failed and what to do."""
+        import logging
+        import random
+        logging.getLogger("paramiko").addHandler(logging.NullHandler())      # else it prints tracebacks
+        if self._key_path and not self._key_path.endswith(".pub"):
+            self.load(self._key_path)                # a question takes its time
+        disabled: dict[str, Sequence[str]] = {}
+        for attempt in range(1, CONNECT_ATTEMPTS):
+            try:
+                return self._connect(settings, disabled)
+            except Retry:
+                time.sleep(random.uniform(0.1, 0.5) * attempt)
+            except OldServer:
+                if disabled:
+                    raise
+                disabled["pubkeys"] = RSA_WITH_SHA2
+        return self._connect(settings, disabled)
+
+    def _connect(self, settings: HostSettings, disabled: Mapping[str, Sequence[str]]) -> Connection:
+        import tempfile
+
+        import paramiko
+        begun = time.monotonic()
+        with tempfile.TemporaryFile() as said:
+            sock, proxy = self._dial(settings, said.fileno())
+            transport = paramiko.Transport(sock, disabled_algorithms=dict(disabled))
+            connection = Connection(settings, transport, sock, proxy)
+            try:
+                security = transport.get_security_options()
+                known = {kind for _, marker, kind, _ in known_keys(settings.names[0], settings.files) if not marker}
+                security.key_types = tuple(sorted(      # a server then shows the key that is known, if it still has it
+                    security.key_types, key=lambda kind: ("ssh-rsa" if kind in RSA_WITH_SHA2 else kind) not in known))
+                transport.banner_timeout = transport.auth_timeout = transport.channel_timeout = CONNECT_SECONDS
+                transport.start_client(timeout=CONNECT_SECONDS)
+                if not transport.initial_kex_done:   # it returns without a word when the time is over
+                    raise paramiko.SSHException("no answer")
+                HostKey(transport.get_remote_server_key(), settings).accept()
+                self._authenticate(transport, settings)
+                transport.set_keepalive(DEAD_PEER_SECONDS // 2)      # something to acknowledge
+                return connection
+            except BaseException as error:
+                connection.close()
+                if not isinstance(error, (paramiko.SSHException, EOFError, OSError)):
+                    raise
+                said.seek(0)
+                words = words_of(said.read().decode(errors="replace"))
+                raise self._explained(error, settings, words, time.monotonic() - begun < 2) from error
+
+    @staticmethod
+    def _explained(error: Exception, settings: HostSettings, words: str, soon: bool) -> HostConnectionError:
+        """What failed, and what to do; `words` are those of the process on the way."""
+        from paramiko.ssh_exception import IncompatiblePeer
+        if isinstance(error, IncompatiblePeer):
+            return HostConnectionError(f"{settings.name}: no SSH algorithms in common with {settings.place} ({error}): "
+                                       "for an old sshd try pip install 'paramiko<5'")
+        way = f"ProxyJump {settings.jumps}" if settings.jumps else f"ProxyCommand {settings.command}"
+        why = (f"no way to {settings.place} by {way}: {words}" if words else
+               f"no SSH session with {settings.place}: {error or 'it hung up'}: is it sshd that listens there?")
+        dropped = soon and "SSH protocol banner" in str(error) and (not words or "closed by remote host" in words)
+        return (Retry if dropped else HostConnectionError)(f"{settings.name}: {why}")
+
+    def _dial(self, settings: HostSettings, said: int) -> tuple[socket.socket, subprocess.Popen[bytes] | None]:
+        """The way to a host: TCP, or a process that speaks for it, and says in the file `said` what goes wrong."""
+        import socket
+        import subprocess
+        if settings.jumps or settings.command:
+            command = [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {settings.command}"]
+            if settings.jumps:
+                before, _, last = settings.jumps.rpartition(",")
+                host = f"[{settings.host}]" if ":" in settings.host else settings.host
+                command = ["ssh", "-F", self._config, *(["-J", before] if before else []),
+                           "-W", f"{host}:{settings.port}", "--", last if "://" in last else f"ssh://{last}"]
+            ours, theirs = socket.socketpair()
+            with theirs:
+                return ours, subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=said,
+                                              start_new_session=True)
+        try:
+            sock = socket.create_connection((settings.host, settings.port), CONNECT_SECONDS)
+        except (OSError, UnicodeError) as error:
+            reason = "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)
+            hint = ("is sshd running there? (XenServer 9 starts without: xe host-enable-ssh)"
+                    if isinstance(error, ConnectionRefusedError) else "check the address, the network and sshd")
+            raise HostConnectionError(f"{settings.name}: can't reach {settings.place}: {reason}: {hint}") from error
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):      # Linux: without it a dead peer is noticed after 15 minutes
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
+        return sock, None
+
+    def _authenticate(self, transport: paramiko.Transport, settings: HostSettings) -> None:
+        import paramiko
+        tried, unusable, kinds, why = [], [], set(), ""      # type: list[str], list[str], set[str], str
+        for name, key in self._candidates(settings, unusable):
+            tried.append(name)
+            kinds.add(key.get_name())
+            try:
+                more = transport.auth_publickey(settings.user, key)
+                if not more:
+                    return
+                why = f" (it wants {' and '.join(more)} as well)"
+            except (paramiko.SSHException, EOFError) as error:
+                why = f" ({error})" if isinstance(error, paramiko.BadAuthenticationType) else ""
+                if not transport.is_active():        # sshd has had enough of them
+                    break
+        refused = f"{settings.name}: refused {', '.join(tried)} for {settings.user}{why}: "
+        if "ssh-rsa" in kinds and "server-sig-algs" not in getattr(transport, "server_extensions", {}):
+            raise OldServer(f"{refused}it may know RSA with SHA-1 only: use another key, or pip install 'paramiko<5'")
+        if tried:
+            raise HostConnectionError("; ".join([f"{refused}add the public key to {settings.user}'s "
+                                                 "~/.ssh/authorized_keys there", *unusable]))
+        unusable = unusable or ["there is no key to log in with: give one with -k, or load one with ssh-add"]
+        raise HostConnectionError(f"{settings.name}: {'; '.join(unusable)}")
+
+    def _candidates(self, settings: HostSettings, unusable: list[str]) -> Iterator[tuple[str, paramiko.PKey]]:
+        """Keys in ssh's order: those of the agent that are named, the agent's others, then files."""
+        import paramiko
+        named = {public_key(path): path for path in settings.identities}
+        agent = {key.asbytes(): key for key in paramiko.Agent().get_keys()} if settings.agent else {}
+        for blob in sorted(agent, key=lambda blob: blob not in named):
+            if blob in named or not (settings.only_named or self._key_path):
+                yield f"the key {named[blob]}" if blob in named else "a key of ssh-agent", agent[blob]
+        for path in filter(os.path.exists, settings.identities):
+            try:
+                if public_key(path) not in agent:
+                    yield f"the key {path}", self.load(path)
+            except HostConnectionError as error:
+                unusable.append(str(error))
+
+
+def resolve(name: str) -> str:
+    """The IP address of a host given as an address or a name; UsageError if it is neither."""
+    import socket
+    from ipaddress import ip_address
+    try:
+        if re.fullmatch(r"[\d.]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", name, re.ASCII):
+            return str(ip_address(name))
+        return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name!r} is neither an IP address nor a name that can be resolved") from error
 
 
 # ---- Toolstacks: a VM's name in, its interfaces out ----------------------------------------------------------
 # For each toolstack there is a function of `run`, the VM's name and the number of its interface, which returns the
-# interface's name on the hypervisor; for xe also one that returns the physical interfaces behind it, and whether a
-# tunnel is in between.  `run(command, hint)` is NetWeaver.run_command: it returns the output of a shell command on
-# the hypervisor, and raises RemoteCommandError, with the hint, if that fails.
+# interface's name on the hypervisor.  `run(command, hint)` is NetWeaver.run_command: it returns the output of a shell
+# command on the hypervisor, and raises RemoteCommandError, with the hint, if that fails.
 
 XE_HINT = "is xapi up there? systemctl status xapi tells"
-VM_INTERFACE = re.compile(r"(vif|tap|emu)\d+\.\d+|(tap|veth|fwln|fwpr|fwbr)\d+[ip]\d+|vnet\d+|veth[0-9a-f]{6,}"
+UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+VM_INTERFACE = re.compile(r"(vif|tap|emu)\d+\.\d+(-emu)?|(tap|veth|fwln|fwpr|fwbr)\d+[ip]\d+|vnet\d+|veth[0-9a-f]{6,}"
                           r"|(tap|qvb|qvo|qbr)[0-9a-f-]{9,}")
+EMULATED = {"xe": lambda vif: re.sub("^vif", "tap", vif), "xl": lambda vif: f"{vif}-emu"}       # an HVM guest's
 TUNNELS = ("vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "stt")
 
 
-def xe_dom_id_command(name_label: str) -> str:
-    """Prints the dom-ids of the VMs with a name, then those of them that live on this host, a line each."""
-    from shlex import quote
-    query = f"xe vm-list name-label={quote(name_label)} is-control-domain=false params=dom-id --minimal"
+def xe_dom_id_command(vm: str) -> str:
+    """Prints the dom-ids of the VMs for which a filter (name-label=..., quoted) holds, then of those on this host."""
+    query = f"xe vm-list {vm} is-control-domain=false params=dom-id --minimal"
     return (f"{query} || exit; INSTALLATION_UUID=; [ ! -r /etc/xensource-inventory ] || . /etc/xensource-inventory; "
             f'[ -z "$INSTALLATION_UUID" ] || {query} resident-on="$INSTALLATION_UUID"')
 
 
-def parse_xe_dom_id(answer: str, name_label: str) -> int:
-    """The domain id in the answer to `xe_dom_id_command`; RemoteCommandError if the VM isn't one that runs here.
+def parse_xe_dom_id(answer: str, name: str) -> int:
+    """The domain id in the answer to `xe_dom_id_command`; RemoteCommandError if no VM, or several, run here.
 
     `xe --minimal` exits 0 for all of these: a list for several VMs, -1 for a halted one, nothing for none, and
     the domain id on another host of the pool, where a VM of this host may have the same.
     """
-    lines = [line.strip() for line in answer.split("\n")]
-    everywhere = dom_ids = lines[0].split(",") if lines[0] else []
-    if answer.count("\n") > 1:                       # who runs elsewhere doesn't count; who is halted may be meant
-        dom_ids = [*filter(None, lines[1].split(",")), *(dom_id for dom_id in everywhere if dom_id == "-1")]
+    lines = [[word for word in line.strip().split(",") if word] for line in (*answer.split("\n"), "", "")]
+    everywhere, here = lines[:2]
+    if not all(word == "-1" or is_number(word) for word in everywhere + here):
+        raise RemoteCommandError(f"xe answered {answer[:80]!r} for {name!r}, which are no dom-ids")
+    running = [word for word in everywhere if word != "-1"]
+    if answer.count("\n") == 1:                      # which host this is isn't known
+        here = running
     if not everywhere:
-        raise RemoteCommandError(f"there is no VM with the name-label {name_label!r} (names are case-sensitive; "
+        raise RemoteCommandError(f"there is no VM with the name-label {name!r} (names are case-sensitive; "
                                  "xe vm-list shows them)")
-    if not all(re.fullmatch(r"-1|\d{1,9}", dom_id, re.ASCII) for dom_id in (*everywhere, *dom_ids)):
-        raise RemoteCommandError(f"xe answered {answer[:80]!r} for {name_label!r}, which are no dom-ids")
-    if not dom_ids:
-        raise RemoteCommandError(f"the VM {name_label!r} runs on another host of the pool: give that one as --hv")
-    if len(dom_ids) > 1:
-        raise RemoteCommandError(f"{len(dom_ids)} VMs have the name-label {name_label!r} (dom-ids {','.join(dom_ids)}):"
-                                 " make the name unique, or name the interface with --vif")
-    if dom_ids[0] == "-1":
-        raise RemoteCommandError(f"the VM {name_label!r} is not running (halted or suspended): start it first")
-    return int(dom_ids[0])
+    if not running:
+        raise RemoteCommandError(f"the VM {name!r} is not running (halted or suspended): start it first")
+    if not here:
+        raise RemoteCommandError(f"the VM {name!r} runs on another host of the pool: give that one as --hv")
+    if len(here) > 1:
+        raise RemoteCommandError(f"{len(here)} VMs have the name-label {name!r} (dom-ids {','.join(here)}): make the "
+                                 "name unique, or give the VM's UUID")
+    return int(here[0])
 
 
 def xe_vif(run: Run, name: str, number: int) -> str:
-    """On XenServer and XCP-ng."""
-    return f"vif{parse_xe_dom_id(run(xe_dom_id_command(name), XE_HINT), name)}.{number}"
+    """On XenServer and XCP-ng; takes a name-label, or a UUID that is no VM's name."""
+    answer = run(xe_dom_id_command(f"name-label={quote(name)}"), XE_HINT)
+    if not answer.strip() and UUID.fullmatch(name):
+        answer = run(xe_dom_id_command(f"uuid={name}"), XE_HINT)
+    return f"vif{parse_xe_dom_id(answer, name)}.{number}"
 
 
 def parse_minimal(answer: str) -> list[str]:
@@ -1905,7 +1971,6 @@ def xe_uplinks(run: Run, name: str, number: int) -> tuple[list[str], bool]:
 
     A VLAN is captured on its parent, a bond on its slaves: with Open vSwitch a bond is no device.
     """
-    from shlex import quote
 
     def ask(kind: str, params: str, **filters: str) -> list[str]:
         query = " ".join(f"{name.replace('_', '-')}={quote(value)}" for name, value in filters.items())
@@ -1913,12 +1978,14 @@ def xe_uplinks(run: Run, name: str, number: int) -> tuple[list[str], bool]:
 
     host = run(". /etc/xensource-inventory && echo $INSTALLATION_UUID", "is this XenServer or XCP-ng?").strip()
     vms = ask("vm", "uuid", name_label=name, is_control_domain="false", resident_on=host)
+    if not vms and UUID.fullmatch(name):
+        vms = ask("vm", "uuid", uuid=name, resident_on=host)
     if len(vms) != 1:
         raise RemoteCommandError(f"{len(vms) or 'no'} VMs with the name-label {name!r} run on this host")
     networks = ask("vif", "network-uuid", vm_uuid=vms[0], device=str(number))
     if not networks:
-        raise RemoteCommandError(f"the VM {name!r} has no interface number {number} (--num; xe vif-list "
-                                 f"vm-uuid={vms[0]} shows them)")
+        numbers = ", ".join(sorted(ask("vif", "device", vm_uuid=vms[0]))) or "none"
+        raise RemoteCommandError(f"the VM {name!r} has no interface number {number} (--num; it has: {numbers})")
     pifs = ask("pif", "uuid", network_uuid=networks[0], host_uuid=host)
     if not pifs:
         raise RemoteCommandError(f"interface {number} of the VM {name!r} is in an internal network, without a physical "
@@ -1934,20 +2001,25 @@ def xe_uplinks(run: Run, name: str, number: int) -> tuple[list[str], bool]:
 
 
 def xl_vif(run: Run, name: str, number: int) -> str:
-    """On plain Xen."""
-    from shlex import quote
-    guard = "-- " if name.startswith("-") else ""
-    answer = run(f"xl domid {guard}{quote(name)}", "it isn't running, or has another name: xl list shows them").strip()
-    if not re.fullmatch(r"\d{1,9}", answer, re.ASCII):
+    """On plain Xen; takes a name, or a UUID that `xl vm-list` has."""
+    hint, domain = "it isn't running, or has another name: xl list shows them", name
+    if UUID.fullmatch(name):
+        rows = [line.split() for line in run("xl vm-list", hint).splitlines()]
+        domain = next((row[1] for row in rows if len(row) > 1 and row[0].lower() == name.lower()), name)
+    if not is_number(domain) or domain == name:
+        domain = f"`xl domid {'-- ' if name.startswith('-') else ''}{quote(name)}`"
+    answer = run(f"id={domain} || exit; echo $id; xenstore-read /local/domain/0/backend/vif/$id/{number}/vifname "
+                 "2>/dev/null || :", hint)
+    lines = [line.strip() for line in answer.split("\n")]
+    if not is_number(lines[0]):
         raise RemoteCommandError(f"xl answered {answer[:80]!r} for {name!r}, which is no domain id")
-    if answer == "0":
+    if lines[0] == "0":
         raise RemoteCommandError(f"{name!r} is the control domain, which has no vif")
-    return f"vif{answer}.{number}"
+    return lines[1] if len(lines) > 1 and lines[1] else f"vif{lines[0]}.{number}"
 
 
 def virsh_vif(run: Run, name: str, number: int) -> str:
     """On libvirt, with KVM for example."""
-    from shlex import quote
     hint = "virsh list --all shows the names; systemctl status libvirtd whether libvirt runs"
     domain = f"{'--domain ' if name.startswith('-') else ''}{quote(name)}"
     off = RemoteCommandError(f"the domain {name!r} is shut off: start it first (virsh start)")
@@ -1969,8 +2041,9 @@ def parse_virsh_domiflist(answer: str, name: str, number: int) -> str:
     rows = [line.split() for line in answer.splitlines() if line.strip()]
     rows = [row for row in rows if row[:2] != ["Interface", "Type"] and not re.fullmatch("-{2,}", row[0])]
     if number >= len(rows):
+        names = ", ".join(row[0] for row in rows) or "none"
         raise RemoteCommandError(f"the domain {name!r} has {len(rows)} interfaces, and none of number {number} (--num "
-                                 f"counts from 0; virsh domiflist {name} shows them)")
+                                 f"counts from 0; there are: {names})")
     if rows[number][0] == "-":
         raise RemoteCommandError(f"interface {number} of the domain {name!r} has no device on the host (hostdev, "
                                  "vhost-user, or the domain is shut off): tcpdump can't see it")
@@ -1984,66 +2057,72 @@ def qm_vif(run: Run, name: str, number: int) -> str:
 
 def parse_qm_list(answer: str, name: str) -> int:
     """The VMID of a running VM by its name or, if none has that name, its VMID; RemoteCommandError if it isn't one."""
-    vms = re.findall(r"^\s*(\d+)\s+(\S.*?)\s+(\S+)\s+\d+\s+[\d.]+\s+\d+\s*$", answer, re.MULTILINE | re.ASCII)
-    found = [vm for vm in vms if vm[1] == name] or [vm for vm in vms if vm[0] == name]
-    if not found:
+    rows = [line.split() for line in answer.splitlines()]        # VMID, name, status, memory, disk, PID
+    vms = [(row[0], " ".join(row[1:-4]), row[-4]) for row in rows if len(row) >= 6 and is_number(row[0])]
+    named = [vm for vm in vms if vm[1] == " ".join(name.split())] or [vm for vm in vms if vm[0] == name]
+    running = [vm for vm in named if vm[2] == "running"]
+    if not named:
         raise RemoteCommandError(f"there is no VM {name!r} on this host (qm list shows them; a container's interface "
                                  "is given with --vif veth<id>i<n>)")
-    if len(found) > 1:
-        ids = ", ".join(vmid for vmid, _, _ in found)
-        raise RemoteCommandError(f"{len(found)} VMs have the name {name!r} (VMIDs {ids}): give the VMID as -n")
-    vmid, _, status = found[0]
-    if status != "running":
+    if not running:
+        vmid, _, status = named[0]
         raise RemoteCommandError(f"the VM {name!r} (VMID {vmid}) is {status}: start it first (qm start {vmid})")
-    return int(vmid)
+    if len(running) > 1:
+        ids = ", ".join(vmid for vmid, _, _ in running)
+        raise RemoteCommandError(f"{len(running)} VMs have the name {name!r} (VMIDs {ids}): give the VMID as -n")
+    return int(running[0][0])
 
 
 TOOLSTACKS = {"xe": xe_vif, "xl": xl_vif, "virsh": virsh_vif, "qm": qm_vif}
 
 LINKS_COMMAND = """\
-ip -o -d link || exit; command -v ovs-vsctl >/dev/null || exit 0
-for bridge in `ovs-vsctl list-br`; do
-  echo "ovs `ovs-vsctl br-to-parent $bridge` "`ovs-vsctl list-ifaces $bridge`
-done; echo "ovs-interfaces `ovs-vsctl -f json --columns=name,type,options list Interface | tr -d '\\n'`\""""
+ip -o -d link || exit; command -v ovs-vsctl >/dev/null || exit 0; ask() { ovs-vsctl --timeout=5 "$@" 2>/dev/null; }
+for bridge in `ask list-br`; do
+  echo "ovs `ask br-to-parent $bridge` "`ask list-ifaces $bridge`
+done; echo "ovs-interfaces `ask -f json --columns=name,type,options list Interface | tr -d '\\n'`\""""
 
 
 class Links:
-    """The network interfaces of a host and how they hang together, from what LINKS_COMMAND printed."""
+    """The network interfaces of a host and how they hang together, from what LINKS_COMMAND printed.
+
+    `kinds` are "" for hardware, `bridges` (or bonds) by port, `peers` the other end, or what an interface is stacked
+    on, and `remotes` those of tunnels.
+    """
 
     def __init__(self, answer: str) -> None:
-        self.kinds: dict[str, str] = {}              # "" for hardware
-        self.bridges: dict[str, str] = {}            # port: bridge (or bond)
-        self.peers: dict[str, str] = {}              # the other end, or what an interface is stacked on
-        self.remotes: dict[str, str] = {}            # of tunnels
+        self.kinds: dict[str, str] = {}
+        self.bridges, self.peers, self.remotes = self.kinds.copy(), self.kinds.copy(), self.kinds.copy()
         for line in answer.splitlines():
-            if line.startswith("ovs "):
-                bridge, *ports = line.split()[1:]
-                self.bridges.update(dict.fromkeys(ports, f"ovs {bridge}"))
-            elif line.startswith("ovs-interfaces "):
-                self._open_vswitch(line.split(None, 1)[1])
+            word, *words = line.split() or [""]
+            if word == "ovs" and words:
+                self.bridges.update(dict.fromkeys(words[1:], f"ovs {words[0]}"))
+            elif word == "ovs-interfaces":
+                self._open_vswitch(line.partition(" ")[2])
             elif found := re.match(r"\d+: ([^\s:@]+)(?:@([^\s:]+))?: ", line):
-                name, peer = found.groups()
-                kind = re.search(r"\\\s+link/[^\\]*\\\s+(\w+)\b", line)
-                self.kinds[name] = kind[1] if kind and not kind[1].endswith("_slave") else ""
-                for pattern, into in ((r" master (\S+)", self.bridges), (r" dev (\S+)", self.peers),
-                                      (r" remote (\S+)", self.remotes)):
-                    if value := re.search(pattern, line):
-                        into.setdefault(name, value[1])
-                if peer and not re.fullmatch(r"if\d+|NONE", peer):
-                    self.peers[name] = peer
+                self._link(line, *found.groups())
+
+    def _link(self, line: str, name: str, peer: str | None) -> None:
+        details = line.split("\\")                   # the lines that -o has joined; the kind stands alone in the third
+        kind = (details[2].split() or [""])[0] if len(details) > 2 else ""
+        self.kinds[name] = "" if kind.endswith("_slave") or not kind.isalnum() else kind
+        words = line.split()
+        for key, into in (("master", self.bridges), ("dev", self.peers), ("remote", self.remotes)):
+            if key in words[:-1]:
+                into.setdefault(name, words[words.index(key) + 1])
+        if peer and not re.fullmatch(r"if\d+|NONE", peer):
+            self.peers[name] = peer
 
     def _open_vswitch(self, text: str) -> None:
         import json
         try:
-            rows = json.loads(text)["data"]
-        except (ValueError, KeyError):
-            return
-        for name, kind, (_, options) in rows:
-            settings = dict(options)
-            if kind == "patch" and "peer" in settings:
-                self.kinds[name], self.peers[name] = "patch", settings["peer"]
-            if kind in TUNNELS and "remote_ip" in settings:
-                self.kinds[name], self.remotes[name] = kind, settings["remote_ip"]
+            for name, kind, (_, pairs) in json.loads(text)["data"]:
+                options = dict(pairs)
+                if kind == "patch" and "peer" in options:
+                    self.kinds[name], self.peers[name] = "patch", str(options["peer"])
+                if kind in TUNNELS and "remote_ip" in options:
+                    self.kinds[name], self.remotes[name] = kind, str(options["remote_ip"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return                                   # Open vSwitch is stopped
 
     def uplinks(self, interface: str) -> tuple[set[str], list[str]]:
         """What leads out of the host from the bridge of an interface: physical interfaces, and tunnels' names."""
@@ -2080,19 +2159,18 @@ class Links:
         return {device}
 
     def _ports(self, bridge: str) -> list[str]:
-        return [port for port, of in self.bridges.items() if of == bridge]
+        return [port for port, of in self.bridges.items() if of == bridge] if bridge else []
 
 
 def bridge_uplinks(run: Run, vif: str) -> tuple[list[str], bool]:
     """The physical interfaces behind the bridge (or Open vSwitch) of a vif, and whether it leads into a tunnel."""
-    from shlex import quote
     links = Links(run(LINKS_COMMAND, "name the physical interface with -i"))
     devices, tunnels = links.uplinks(vif)
     for tunnel in tunnels:
         carrier, remote = links.peers.get(tunnel), links.remotes.get(tunnel, "")
         if not carrier and re.fullmatch(r"[0-9A-Fa-f.:]+", remote):
-            route = re.search(r" dev (\S+)", run(f"ip -o route get {quote(remote)}"))
-            carrier = route[1] if route else None
+            route = run(f"ip -o route get {quote(remote)}").split()
+            carrier = route[route.index("dev") + 1] if "dev" in route[:-1] else None
         devices |= links.bottom(carrier) if carrier else set()
     if not devices:
         bridge = links.bridges.get(vif)
@@ -2103,144 +2181,682 @@ def bridge_uplinks(run: Run, vif: str) -> tuple[list[str], bool]:
     return sorted(devices), bool(tunnels)
 
 
-# ---- NetWeaver: the orchestration ----------------------------------------------------------------------------
+# ---- Measurement: planning -----------------------------------------------------------------------------------
 
-DRAIN_SECONDS = 1.1                                  # the kernel hands its blocks of packets over up to 1 s late
-SNAPLEN = 128                                        # Ethernet, two tags, IPv6, TCP with options
-OVERLAY_SNAPLEN = 448                                # and the same around it, with UDP and Geneve's options
+SNAPLEN, OVERLAY_SNAPLEN = 128, 448                  # Ethernet, two tags, IPv6, TCP with options; the same in a tunnel
 BUFFER_KIB = 16384
-TRANSMITTED = re.compile(r"^(\d+) packets transmitted", re.MULTILINE)    # hping3's statistics, on stderr
-
-
-def capture_filter(sources: Iterable[str], destination: str, direction: str = "in") -> str:
-    """The pcap-filter(7) expression for IP packets between the sources (all, if none is given) and the destination.
-
-    Takes addresses, not names, of one IP version.
-    """
-    def term(end: int, address: str) -> str:
-        return f"{('src', 'dst')[end]} host {address}"
-
-    return f"{'ip6' if ':' in destination else 'ip'} and {_flows(term, list(sources), destination, direction)}"
-
-
-def tunnel_filter(sources: Iterable[str], destination: str, direction: str = "in") -> str:
-    """The expression for VXLAN, Geneve and GRE packets that may carry a packet for which `capture_filter` is.
-
-    It looks into the tunnel where that packet is at a fixed place (in VXLAN, and Geneve without options, over IPv4 and
-    without an inner tag), and takes all other packets of tunnels.
-    """
-    from ipaddress import ip_address
-    ethertype, addresses = ("0x86dd", (38, 54)) if ":" in destination else ("0x0800", (42, 46))     # from UDP's header
-
-    def term(end: int, address: str) -> str:
-        at, packed = addresses[end], ip_address(address).packed
-        return f"({' and '.join(f'udp[{at + i}:4] = 0x{packed[i:i + 4].hex()}' for i in range(0, len(packed), 4))})"
-
-    plain = f"udp[28:2] != {ethertype} or ({_flows(term, list(sources), destination, direction)})"
-    ports = " or ".join(f"udp dst port {port}" for port in sorted(TUNNEL_PORTS))
-    return (f"(ip and ({ports}) and ((udp dst port {GENEVE_PORT} and udp[8] & 0x3f != 0) or {plain})) or "
-            f"(ip6 and ({ports})) or ip proto {GRE} or ip6 proto {GRE}")
-
-
-def _flows(term: Callable[[int, str], str], sources: Sequence[str], destination: str, direction: str) -> str:
-    """An expression for packets of the directions; `term` is that for an address at an end (0: source, 1: destination).
-
-    In an expression `and` binds no stronger than `or`.
-    """
-    def way(theirs: int, ours: int) -> str:
-        ends = [term(theirs, source) for source in sources]
-        either = [f"({' or '.join(ends)})"] if len(ends) > 1 else ends
-        return " and ".join([*either, term(ours, destination)])
-
-    if direction == "both":
-        return f"(({way(0, 1)}) or ({way(1, 0)}))"
-    return way(1, 0) if direction == "out" else way(0, 1)
-
-
-def tagged_filter(expression: str) -> str:
-    """An expression for an Ethernet interface which finds packets under up to two VLAN tags, too.
-
-    `vlan` shifts all that follows it, and knows tags in the frame as well as those that the card has taken out of it.
-    """
-    return f"({expression}) or (vlan and (({expression}) or (vlan and ({expression}))))"
-
-
-def capture_command(interface: str, expression: str, tcpdump_help: str, snaplen: int = SNAPLEN) -> str:
-    """The shell command that writes a pcap of what passes an interface to its standard output.
-
-    A large buffer and nanosecond stamps where the help of this tcpdump knows them (since 4.0 and 4.6); -p leaves
-    the interface's mode alone.
-    """
-    from shlex import quote
-    options = f" -B {BUFFER_KIB}" if "[ -B size ]" in tcpdump_help else ""
-    options += " --time-stamp-precision=nano" if "--time-stamp-precision" in tcpdump_help else ""
-    return f"exec tcpdump -i {quote(interface)} -p -nn -s {snaplen}{options} -w - -- {quote(expression)}"
-
-
+SMALLEST_FILE = 1 << 16                              # for which there must be room
 OFFLOADS = ("generic-receive-offload", "generic-segmentation-offload", "large-receive-offload", "rx-vlan-offload",
             "tcp-segmentation-offload", "tx-vlan-offload")
 
 
-def facts_command(pifs: Iterable[str], vif: str) -> str:
-    """A shell command that prints what the hypervisor tells of itself and its interfaces, a fact a line."""
-    from shlex import quote
-    lines = ['echo "kernel `uname -r`"; echo "load `cat /proc/loadavg`"',
-             'echo "cpus `grep -c ^processor /proc/cpuinfo`"',
-             f"v={quote(vif)}; printf 'vif %s\\n' \"`ip -o link show dev \"$v\"`\"",
-             'echo "ovs `ovs-vsctl --version | head -n 1`"',
-             'echo "backend `cat /etc/xensource/network.conf`"']
-    for pif in pifs:
-        lines.append(f"p={quote(pif)}; printf 'pif %s link %s\\n' \"$p\" \"`ip -o link show dev \"$p\"`\"; "
-                     'echo "pif $p driver `readlink "/sys/class/net/$p/device/driver"`"; '
-                     f"ethtool -k \"$p\" | sed -n 's/^\\([a-z-]*\\): on.*/\\1/p' | while read f; do "
-                     'echo "pif $p offload $f"; done')
-    return "{ " + "\n".join(lines) + "\n} 2>/dev/null"
+class Flows:
+    """The traffic to be captured, as pcap-filter(7) expressions, in which `and` binds no stronger than `or`.
+
+    That is all IP packets between the sources (all hosts, if none is given) and the destination, addresses of one IP
+    version, in the directions.
+    """
+
+    def __init__(self, sources: Sequence[str], destination: str, directions: Sequence[Direction]) -> None:
+        self._sources, self._destination, self._directions = sources, destination, directions
+        self._six, self._kind = ":" in destination, "0x86dd" if ":" in destination else "0x0800"
+
+    def _between(self, term: Callable[[bool, str], str]) -> str:
+        """The expression made of terms for an address at the beginning (False) or the end (True) of the way."""
+        ways = []
+        for direction in self._directions:
+            ends = [term(direction is OUT, source) for source in self._sources]
+            either = [f"({' or '.join(ends)})"] if len(ends) > 1 else ends
+            ways.append(" and ".join([*either, term(direction is IN, self._destination)]))
+        return f"(({ways[0]}) or ({ways[1]}))" if len(ways) > 1 else ways[0]
+
+    def plain(self) -> str:
+        """The traffic itself."""
+        between = self._between(lambda end, address: f"{('src', 'dst')[end]} host {address}")
+        return f"{'ip6' if self._six else 'ip'} and {between}"
+
+    def _bytes(self, of: str, at: int) -> str:
+        """The same by bytes of a frame ("ether"), or of what UDP carries, where the IP header begins there."""
+        def term(end: bool, address: str) -> str:
+            packed, place = _packed(address), at + (8 + 16 * end if self._six else 12 + 4 * end)
+            words = (f"{of}[{place + i}:4] = 0x{packed[i:i + 4].hex()}" for i in range(0, len(packed), 4))
+            return f"({' and '.join(words)})"
+
+        return f"{of}[{at - 2}:2] = {self._kind} and {self._between(term)}"
+
+    def tunnelled(self) -> str:
+        """VXLAN, Geneve and GRE packets that may carry the traffic.
+
+        It looks inside where that is at a fixed place (in VXLAN, and Geneve without options, over IPv4 and without an
+        inner tag), and takes all other packets of tunnels.
+        """
+        ports = " or ".join(f"udp dst port {port}" for port in TUNNEL_PORTS)
+        inner = f"udp[28:2] != {self._kind} or ({self._bytes('udp', 30)})"
+        return (f"(ip and ({ports}) and ((udp dst port {GENEVE_PORT} and udp[8] & 0x3f != 0) or {inner})) or "
+                f"(ip6 and ({ports})) or ip proto {GRE} or ip6 proto {GRE}")
+
+    def _tagged(self, at: int, overlay: bool) -> str:
+        """The traffic, also in tunnels (all that they carry), in a frame whose IP header begins there."""
+        tunnels = []
+        for kind, protocol, port in (("0x0800", at + 9, at + 22), ("0x86dd", at + 6, at + 42)) if overlay else ():
+            ports = " or ".join(f"ether[{port}:2] = {number}" for number in TUNNEL_PORTS)
+            tunnels.append(f"(ether[{at - 2}:2] = {kind} and (ether[{protocol}] = {GRE} or "
+                           f"(ether[{protocol}] = {UDP} and ({ports}))))")
+        return " or ".join([f"({self._bytes('ether', at)})", *tunnels])
+
+    def expression(self, ethernet: bool, overlay: bool) -> str:
+        """What to capture on a physical interface, also under up to two VLAN tags.
+
+        Of received frames the card has taken the tag away, and the plain expression finds them.  In frames that are
+        sent it may still be there: bytes tell, since the keyword `vlan` doesn't look at them before libpcap 1.9.
+        """
+        plain = f"({self.plain()}) or {self.tunnelled()}" if overlay else self.plain()
+        first, second = (f"(ether[{at}:2] = 0x8100 or ether[{at}:2] = 0x88a8)" for at in (12, 16))
+        return (f"({plain}) or ({first} and ({self._tagged(18, overlay)} or ({second} and "
+                f"({self._tagged(22, overlay)}))))" if ethernet else plain)
 
 
-def platform(facts: str, tcpdump_help: str) -> dict[str, Any]:
-    """The platform (RFC 8172), as far as the output of `facts_command` and tcpdump's usage message tell."""
-    found = dict(re.findall(r"^(kernel|cpus|load|vif|ovs|backend) (.*\S)", facts, re.MULTILINE))
-    version = re.search(r"tcpdump version (\S+)", tcpdump_help)
-    bridge = re.search(r" master (\S+)", found.get("vif", ""))
-    ovs = re.search(r"\d[\d.]*\d", found.get("ovs", ""))
-    known: dict[str, Any] = {"kernel": found.get("kernel"), "tcpdump": version[1] if version else None}
-    if (bridge and bridge[1] == "ovs-system") or (not bridge and found.get("backend") == "openvswitch"):
-        known["switch"] = f"Open vSwitch {ovs[0]}" if ovs else "Open vSwitch"
-    else:
-        known["switch"] = "bridge" if bridge or found.get("backend") == "bridge" else None
-    known["cpus"] = int(found["cpus"]) if found.get("cpus", "").isdigit() else None
-    known["load"] = [float(value) for value in re.findall(r"\d+\.\d+", found.get("load", ""))[:3]] or None
-    pifs: dict[str, dict[str, Any]] = {}
-    for name, what, value in re.findall(r"^pif (\S+) (driver|offload) ?(.*)$", facts, re.MULTILINE):
-        pif = pifs.setdefault(name, {"driver": None, "offloads": []})
-        if what == "driver":
-            pif["driver"] = os.path.basename(value) or None
-        elif value in OFFLOADS:
-            pif["offloads"].append(value)
-    known["pifs"] = pifs or None
-    return {name: value for name, value in known.items() if value is not None}
+def capture_command(interface: str, expression: str, tcpdump: str, snaplen: int, packets: int) -> str:
+    """The shell command that writes a pcap of so many packets which pass an interface to its standard output.
+
+    A large buffer and nanosecond stamps where this tcpdump, by its usage message, knows them (since 4.0 and 4.6); -p
+    leaves the interface's mode alone.
+    """
+    options = f" -B {BUFFER_KIB}" if "[ -B size ]" in tcpdump else ""
+    options += " --time-stamp-precision=nano" if "--time-stamp-precision" in tcpdump else ""
+    return f"exec tcpdump -i {quote(interface)} -p -nn -s {snaplen}{options} -c {packets} -w - -- {quote(expression)}"
 
 
-def tcpdump_counts(errors: str) -> dict[str, int]:
+# Prints what the hypervisor tells of itself and its interfaces, a fact a line.
+FACTS_COMMAND = r"""{
+t=`tcpdump --help 2>&1`; echo "status $?"; echo "$t" | sed 's/^/tcpdump /'
+echo "kernel `uname -r`"; echo "load `cat /proc/loadavg`"; echo "cpus `grep -c ^processor /proc/cpuinfo`"
+echo "free `df -Pk "${TMPDIR:-/tmp}" | sed -n '$p'`"; ip -o link | sed 's/^/link /'
+echo "ovs `ovs-vsctl --version | head -n 1`"; echo "backend `cat /etc/xensource/network.conf`"
+for d in /sys/class/net/*/device; do
+  [ ! -e "$d" ] || [ -e "$d/physfn" ] || {
+    p=${d%/device} p=${p##*/}; echo "driver $p `readlink "$d/driver"`"
+    ethtool -k "$p" | sed -n 's/^\([a-z-]*\): on.*/\1/p' | while read f; do echo "offload $p $f"; done
+  }
+done
+} 2>/dev/null"""
+
+
+class Facts:
+    """What a hypervisor says of itself, by the output of FACTS_COMMAND.
+
+    `tcpdump` is its usage message, `free` the bytes where captures go (None if it doesn't tell), and `links` are by
+    name the words of `ip -o link`, of which the first is an index that no other interface gets.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._rows: defaultdict[str, list[list[str]]] = defaultdict(list)
+        for line in text.splitlines():
+            word, *words = line.split() or [""]
+            self._rows[word].append(words)
+        self.tcpdump = "\n".join(line[8:] for line in text.splitlines() if line.startswith("tcpdump "))
+        self.has_tcpdump = self._first("status") not in ("126", "127")
+        free = self._first("free", 3)
+        self.free = int(free) * 1024 if re.fullmatch(r"\d{1,15}", free, re.ASCII) else None
+        self.links = {words[1].rstrip(":").partition("@")[0]: words for words in self._rows["link"] if len(words) > 1}
+
+    def _first(self, word: str, place: int = 0) -> str:
+        row = [*self._rows[word], []][0]
+        return row[place] if len(row) > place else ""
+
+    def platform(self, pifs: Iterable[str], vif: str) -> dict[str, Any]:
+        """The platform (RFC 8172), as far as it is known."""
+        link, backend = self.links.get(vif, []), self._first("backend")
+        bridge = link[link.index("master") + 1] if "master" in link[:-1] else ""
+        ovs = [word for row in self._rows["ovs"] for word in row if re.fullmatch(r"\d[\d.]{1,20}", word, re.ASCII)]
+        kinds: dict[str, Any] = {}
+        for pif in pifs:
+            driver = "".join(os.path.basename(row[1]) for row in self._rows["driver"] if len(row) > 1 and row[0] == pif)
+            offloads = [row[1] for row in self._rows["offload"] if row[0] == pif and row[1] in OFFLOADS]
+            if driver or offloads:
+                kinds[pif] = {"driver": driver or None, "offloads": offloads}
+        open_vswitch = bridge == "ovs-system" or (not bridge and backend in ("openvswitch", "vswitch"))
+        cpus, version = self._first("cpus"), re.search(r"^tcpdump version (\S+)", self.tcpdump, re.MULTILINE)
+        known = {
+            "kernel": self._first("kernel"), "tcpdump": version[1] if version else "",
+            "switch": " ".join(["Open vSwitch", *ovs[:1]]) if open_vswitch else "bridge" if bridge or backend else "",
+            "cpus": int(cpus) if is_number(cpus) else 0, "pifs": kinds,
+            "load": [float(word) for row in self._rows["load"] for word in row[:3]
+                     if re.fullmatch(r"\d{1,6}\.\d\d", word, re.ASCII)]}
+        return {name: value for name, value in known.items() if value}
+
+
+class Plan:
+    """What is to be done on the hypervisor: the interfaces, and the commands that capture on them.
+
+    `captures` are (side, interface, command); each ends after `limit` packets, if that isn't None, and its file has
+    `largest_file` bytes at the most.  `facts` are those of the hypervisor before the run.
+    """
+
+    def __init__(self, vif: str, pifs: Sequence[str], overlay: bool, facts: Facts,
+                 captures: Sequence[tuple[str, str, str]], limit: int | None, largest_file: int) -> None:
+        self.vif, self.pifs, self.overlay, self.facts = vif, pifs, overlay, facts
+        self.captures, self.limit, self.largest_file = captures, limit, largest_file
+
+
+def make_plan(facts: Facts, vif: str, pifs: Sequence[str], overlay: bool, flows: Flows, filters: Mapping[str, str],
+              own: Mapping[str, str | None], most: int) -> Plan:
+    """What to capture, and how, in files of `most` bytes at the most; CaptureError if it can't be done.
+
+    `filters` and `own` are, by side, expressions and whole commands instead of ours.
+    """
+    if vif in pifs:
+        raise UsageError(f"{vif} is the VM's own interface, and can't be the physical one (-i), too")
+    if not facts.has_tcpdump:
+        raise CaptureError(f"can't run tcpdump: {last_line(facts.tcpdump)} (install it there: apt-get install tcpdump)")
+    interfaces = [("pif", pif) for pif in pifs[:1 if own["pif"] else None]] + [("vif", vif)]
+    snaplen, room = OVERLAY_SNAPLEN if overlay else SNAPLEN, most
+    if facts.free is not None and facts.free // 2 // len(interfaces) < most:
+        room = facts.free // 2 // len(interfaces)
+        if room < SMALLEST_FILE:
+            raise CaptureError(f"no space left in /tmp (or $TMPDIR) there: {facts.free} bytes free")
+    limit, captures = room // (RECORD_HEADER + snaplen), []
+    for side, interface in interfaces:
+        ethernet = "link/ether" in facts.links.get(interface, ["link/ether"])
+        ours = flows.plain() if side == "vif" else flows.expression(ethernet, overlay)
+        captures.append((side, interface, own[side] or capture_command(
+            interface, filters.get(side) or ours, facts.tcpdump, snaplen, limit)))
+    if any(own.values()):
+        return Plan(vif, pifs, overlay, facts, captures, None, most)
+    return Plan(vif, pifs, overlay, facts, captures, limit, PCAP_HEADER + room)
+
+
+class Hosts:
+    """The connections of a run: to the hypervisor, and to those sources that can be used; `failed` are the others."""
+
+    def __init__(self, hypervisor: Host, sources: dict[str, Host], failed: dict[str, NetWeaverError]) -> None:
+        self.hypervisor, self.sources = hypervisor, sources
+        self.failed: dict[str, NetWeaverError] = {}
+        for name, error in failed.items():
+            self.fail(name, error)
+
+    def fail(self, name: str, error: NetWeaverError) -> None:
+        """Leaves out a source that is of no use; raises the first such error if none is left."""
+        self.sources.pop(name, None)
+        self.failed[name] = error
+        if not self.sources:
+            raise next(iter(self.failed.values()))
+
+    def close(self, wait: bool) -> None:
+        """Ends all that still runs on the hosts; without `wait` they do that by themselves when they notice."""
+        hosts = {self.hypervisor, *self.sources.values()}
+        try:
+            if wait:
+                in_parallel(*(host.leave for host in hosts))
+        finally:
+            for host in hosts:
+                host.close()
+
+
+def connect_hosts(settings: Sequence[HostSettings], connect: Callable[[HostSettings], Host]) -> Hosts:
+    """Connects to all hosts at once, of which the first is the hypervisor; the others may fail but for one."""
+    by_name = {each.name: each for each in settings}
+    failed: dict[str, NetWeaverError] = {}
+
+    def attempt(name: str) -> Host | None:
+        try:
+            return connect(by_name[name])
+        except NetWeaverError as error:
+            if name == settings[0].name:
+                raise
+            failed[name] = error
+            return None
+
+    found = in_parallel(*(lambda name=name: attempt(name) for name in by_name), seconds=5 * CONNECT_SECONDS)
+    hosts = {name: host for name, host in zip(by_name, found) if host}
+    return Hosts(hosts[settings[0].name], {each.name: hosts[each.name] for each in settings[1:] if each.name in hosts},
+                 failed)
+
+
+def addresses_in_traffic(sources: Iterable[Host], destination: str) -> list[str]:
+    """The addresses which the sources' packets to the destination may carry; RemoteCommandError if one has none.
+
+    That is the one under which it was reached, and the one its routing chooses: management and traffic often have
+    networks of their own.
+    """
+    def of(host: Host) -> list[str]:
+        words = host.run(f"ip -o route get {destination}").output.split()
+        routed = words[words.index("src") + 1] if "src" in words[:-1] else ""
+        known = [address for address in (host.address, routed) if re.fullmatch(r"[0-9A-Fa-f.:]{2,45}", address)
+                 and (":" in address) == (":" in destination)]
+        if not known:
+            raise RemoteCommandError(f"{host.name}: can't tell which address its packets to {destination} carry: say "
+                                     f"by --filter what to capture, as 'src host ADDRESS and dst host {destination}'")
+        return [resolve(address) for address in known]
+
+    found = in_parallel(*(lambda host=host: of(host) for host in sources))
+    return list(dict.fromkeys(address for addresses in found for address in addresses))
+
+
+# ---- Measurement: recording ----------------------------------------------------------------------------------
+
+HANDED_OVER_SECONDS, SHORTEST_WAIT = 1.0, 0.1        # the kernel keeps its blocks of packets for up to 1 s
+
+
+class Recording:
+    """What a run has captured: where it is on the hypervisor, the time that counts, and what is to be said of it.
+
+    `counts` are by side what tcpdump said at the end.
+    """
+
+    def __init__(self, plan: Plan, job: Job, sftp: paramiko.SFTPClient, window: Window, config: Mapping[str, Any],
+                 interrupted: bool) -> None:
+        self.plan, self.job, self.sftp, self.window = plan, job, sftp, window
+        self.config, self.interrupted = config, interrupted
+        self.counts: dict[str, dict[str, int]] = {"pif": {}, "vif": {}}
+        for number, (side, _, _) in enumerate(plan.captures, 1):
+            for name, packets in tcpdump_counts(job.said(number)).items():
+                self.counts[side][name] = self.counts[side].get(name, 0) + packets
+
+
+def tcpdump_counts(lines: Iterable[str]) -> dict[str, int]:
     """What tcpdump said at its end: packets `captured`, `received` by the filter, `dropped` by kernel and interface.
 
     Counts that it didn't print are missing.
     """
     names = {"captured": "captured", "received by filter": "received", "dropped by kernel": "dropped",
              "dropped by interface": "dropped_by_interface"}
-    return {names[what]: int(count) for count, what in
-            re.findall(r"^(\d+) packets? (captured|received by filter|dropped by kernel|dropped by interface)",
-                       errors, re.MULTILINE)}
+    counts = {}
+    for line in lines:
+        number, _, what = line.strip().replace("packets ", "packet ").partition(" packet ")
+        if what in names and is_number(number):
+            counts[names[what]] = int(number)
+    return counts
 
 
-class Recording:
-    """One capture of a run: of which side (pif or vif) and interface, the job that makes it, and its file here."""
+def transmitted(errors: str) -> int | None:
+    """How many packets a source command says it has sent, as hping3 does; None if it doesn't say."""
+    found = re.search(r"^(\d{1,9}) packets transmitted", errors, re.MULTILINE | re.ASCII)
+    return int(found[1]) if found else None
 
-    def __init__(self, side: str, interface: str, job: Job) -> None:
-        self.side, self.interface, self.job = side, interface, job
-        self.path = ""
-        self.sftp: paramiko.Channel | None = None
 
+class Recorder:
+    """Records: runs the captures of a plan, and the traffic meanwhile.
+
+    `timeout` bounds the traffic and `wait` is for how long to wait for its last packets (seconds).  `interrupted` says
+    whether to end the traffic now, `tick` is called once a second with the seconds so far.
+    """
+
+    def __init__(self, hosts: Hosts, plan: Plan, changed: threading.Condition, timeout: float, wait: float,
+                 interrupted: Callable[[], bool], tick: Callable[[float], None] | None) -> None:
+        self._hosts, self._plan, self._changed, self._timeout, self._wait = hosts, plan, changed, timeout, wait
+        self._interrupted, self._tick = interrupted, tick
+        self._numbers = range(1, len(plan.captures) + 1)
+        script = "\n".join(f"capture {number} {quote(command)}"
+                           for number, (_, _, command) in zip(self._numbers, plan.captures))
+        self._job = hosts.hypervisor.start(f"{CAPTURES}\n{script}\nuntil wait; do :; done\n",
+                                           timeout + wait + 6 * ANSWER_SECONDS, private=True,
+                                           shown=[command for _, _, command in plan.captures])
+        self._until(lambda: self._job.ended or all(self._listens(number) or self._over(number)
+                                                   for number in self._numbers), ANSWER_SECONDS)
+        self._check_captures()
+        self._incidents = [f"the {side}'s command didn't say that it is listening: packets at the start may be missing"
+                           for number, (side, _, _) in zip(self._numbers, plan.captures) if not self._listens(number)]
+        version = re.search(r"libpcap version (\d)\.(\d)\b", plan.facts.tcpdump)
+        if version and version.groups() < ("1", "9") and any(re.search(r"\bvlan\b", row[2]) for row in plan.captures):
+            self._incidents.append(f"by the keyword vlan libpcap {version[1]}.{version[2]} finds no tagged frames that "
+                                   "are sent: test bytes instead, such as ether[12:2] = 0x8100")
+
+    def record(self, source_command: str, whole: bool, config: Mapping[str, Any],
+               after: Callable[[], paramiko.SFTPClient]) -> Recording:
+        """Runs the traffic, and stops the captures when the kernel has handed over what they saw.
+
+        `whole` says that the traffic should end by itself; what the report says of the run is added to the config.
+        Meanwhile calls `after`, which returns the session in which the files can be fetched.
+        """
+        found: dict[str, Any] = {"started": iso_time(time.time_ns())}
+        marks = [self._mark()]
+        found |= self._generate(source_command, whole)
+        marks.append(self._mark())
+        end = time.monotonic() + HANDED_OVER_SECONDS + max(self._wait, SHORTEST_WAIT)
+        sftp = after()
+        self._until(lambda: self._job.ended, end - time.monotonic())
+        self._check_captures()
+        marks.append(self._mark())
+        self._job.stop()
+        if not self._until(lambda: self._job.ended or self._job.status is not None, ANSWER_SECONDS):
+            raise CaptureError(f"{self._job.name}: a capture doesn't end")
+        self._hosts.hypervisor.check(self._job)
+        window = self._window(marks)
+        if window is not ALWAYS:
+            found["window"] = {name: iso_time(getattr(window, name)) for name in ("start", "end", "watched_until")}
+        failures = [f"a source failed, so its traffic is missing or not whole: {error}"
+                    for error in self._hosts.failed.values()]
+        return Recording(self._plan, self._job, sftp, window,
+                         {**config, **found, "incidents": self._incidents + failures}, self._interrupted())
+
+    def _until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Waits for a condition on the jobs; False if the time is over."""
+        with self._changed:
+            return self._changed.wait_for(condition, seconds)
+
+    def _listens(self, number: int) -> bool:
+        return any("listening on" in line for line in self._job.said(number))
+
+    def _over(self, number: int) -> bool:
+        return any(line.startswith("exit ") for line in self._job.said(number)[-1:])
+
+    def _check_captures(self) -> None:
+        """Raises CaptureError, in tcpdump's words, if a capture has ended by itself, but for its limit."""
+        plan, name = self._plan, self._job.name
+        self._hosts.hypervisor.check(self._job)
+        for number, (side, interface, _) in zip(self._numbers, plan.captures):
+            said = self._job.said(number)
+            if not self._over(number):
+                if self._job.ended:
+                    raise CaptureError(f"{name}: the captures can't run: {last_line(self._job.errors)}")
+            elif said[-1] != "exit 0" or not plan.limit or tcpdump_counts(said).get("captured", 0) < plan.limit:
+                words = "; ".join(line.strip() for line in said[:-1] if "listening on" not in line)
+                raise CaptureError(f"{name}: the capture on {interface} ended with status {said[-1][5:]}: "
+                                   f"{words[-500:] or 'no message'}{self._hint(side, interface, words)}")
+
+    def _hint(self, side: str, interface: str, words: str) -> str:
+        if "permi" in words:
+            return " (log in as root, or use --sudo)"
+        if "No such device" not in words and "doesn't exist" not in words:
+            return ""
+        names = sorted(self._plan.facts.links, key=lambda name: (bool(VM_INTERFACE.fullmatch(name)), name))
+        own = [name for name in names if re.sub(r"\d+(-emu)?$", "", name) == re.sub(r"\d+(-emu)?$", "", interface)]
+        if side == "vif" and own:
+            return f" (the VM has: {', '.join(own)})"
+        shown = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
+        return f" (there are: {shown}): " + ("-i auto finds the physical interface" if side == "pif" else
+                                             "a VM's interface that is an SR-IOV function has no device here")
+
+    def _mark(self) -> tuple[int, bool, int] | None:
+        """Now, in nanoseconds: the hypervisor's clock, whether that is exact, and ours, which only goes forward."""
+        told = re.match(rb"(\d{10})(\d{9})?", self._job.time())
+        return (int(told[1]) * NANOSECONDS + int(told[2] or 0), bool(told[2]), time.monotonic_ns()) if told else None
+
+    def _window(self, marks: Sequence[tuple[int, bool, int] | None]) -> Window:
+        """The window by the times when the traffic began and ended, and when the captures were stopped."""
+        known = [mark for mark in marks if mark]
+        exact = len(known) == len(marks) and all(mark[1] for mark in known)
+        if not exact:
+            self._incidents.append("the hypervisor's date doesn't tell nanoseconds (busybox?): other traffic at the "
+                                   "beginning and the end may be counted as lost")
+        if len(known) < len(marks):
+            return ALWAYS
+        step = (known[2][0] - known[0][0]) - (known[2][2] - known[0][2])
+        if abs(step) > NANOSECONDS * (1 if exact else 2):
+            self._incidents.append(f"the hypervisor's clock was set by about {step / NANOSECONDS:.0f} s during the "
+                                   "run: delays across that moment are wrong; measure again")
+            return ALWAYS
+        start, end, stop = (mark[0] for mark in known)
+        return Window(start, end + (0 if exact else NANOSECONDS), stop - int(HANDED_OVER_SECONDS * NANOSECONDS),
+                      int(self._wait * NANOSECONDS))
+
+    def _generate(self, command: str, whole: bool) -> dict[str, Any]:
+        """Runs the traffic to its end, to the time-out or to an interruption; returns what the report says of it."""
+        hosts, begun = self._hosts, time.monotonic()
+        jobs: dict[str, Job] = {}
+
+        def start(name: str) -> None:
+            try:
+                jobs[name] = hosts.sources[name].start(f"exec >/dev/null\n{command}", self._timeout + ANSWER_SECONDS,
+                                                       shown=[command])
+            except HostConnectionError as error:
+                hosts.fail(name, error)
+
+        in_parallel(*(lambda name=name: start(name) for name in list(hosts.sources)))
+        over = self._watch(begun, lambda: (
+            (bool(jobs) and all(job.ended for job in jobs.values())) or self._interrupted() or self._job.ended
+            or any(map(self._over, self._numbers))))
+        self._check_captures()
+        for name in [name for name in hosts.sources if name in jobs]:
+            try:
+                hosts.sources[name].check(jobs[name])
+                check_generator(jobs[name], command)
+            except NetWeaverError as error:
+                hosts.fail(name, error)
+        running = [job for job in jobs.values() if not job.ended]
+        for job in running:
+            job.stop()
+        if running and not over and whole:
+            self._incidents.append(f"the source command was stopped after {self._timeout:g} s (--timeout)")
+        if not self._until(lambda: all(job.ended for job in running), ANSWER_SECONDS):
+            raise RemoteCommandError(f"{', '.join(job.name for job in running if not job.ended)}: the source command "
+                                     "doesn't end")
+        found: dict[str, Any] = {"duration": round(time.monotonic() - begun, 6)}
+        sent = [number for job in jobs.values() if (number := transmitted(job.errors)) is not None]
+        if sent and len(sent) == len(jobs) and not running and not hosts.failed:
+            found["transmitted"] = sum(sent)
+        return found
+
+    def _watch(self, begun: float, done: Callable[[], bool]) -> bool:
+        """Waits for the end of the traffic, telling once a second how far it is; False if the time is over."""
+        while (left := begun + self._timeout - time.monotonic()) > 0:
+            if self._until(done, min(left, 1) if self._tick else left):
+                return True
+            if self._tick:
+                self._tick(time.monotonic() - begun)
+        return self._until(done, 0)
+
+
+def check_generator(job: Job, command: str) -> None:
+    """Raises what is wrong with a source command that has ended; exit status 1 for "no reply" is no failure."""
+    program = os.path.basename((command.split() or [""])[0])
+    unanswered = transmitted(job.errors) is not None or program in ("ping", "ping6")
+    if job.ended and not job.stopped and job.status is None:
+        raise RemoteCommandError(f"{job.name}: the source command could not be run: {last_line(job.errors)}"
+                                 f"{SUDO_HINT if 'sudo' in job.errors else ''}")
+    if job.ended and not job.stopped and job.status and not (job.status == 1 and unanswered):
+        hint = " (install it there, or choose another --source-command)" if job.status == 127 else ""
+        raise RemoteCommandError(f"{job.name}: {command}: exit status {job.status}: {last_line(job.errors)}{hint}")
+
+
+def fetch_captures(host: Host, recording: Recording, directory: str, paths: dict[str, list[str]]) -> None:
+    """Copies the captures into a local directory and removes them there; adds their paths by side."""
+    for number, (side, interface, _) in enumerate(recording.plan.captures, 1):
+        local = os.path.join(directory, f"{side}{len(paths[side]) or ''}.pcap")
+        host.fetch(recording.sftp, f"{recording.job.directory}/{number}.pcap", local, recording.plan.largest_file)
+        captured = tcpdump_counts(recording.job.said(number)).get("captured", 0)
+        if captured and os.path.getsize(local) < PCAP_HEADER:
+            raise not_written(recording.job, interface, captured, 0)
+        paths[side].append(local)
+    recording.job.leave()
+
+
+def not_written(job: Job, interface: str, captured: int, records: int) -> CaptureError:
+    return CaptureError(f"{job.name}: tcpdump captured {captured} packets on {interface} and {records} are in the "
+                        f"file: is the disk under {job.directory} full?")
+
+
+def check_interface(host: Host, plan: Plan, find_vif: Callable[[], list[str]]) -> None:
+    """RemoteCommandError if the VM has another interface now than when the captures began."""
+    advice = "the VM was moved, restarted or unplugged during the run: measure again"
+    try:
+        [now] = find_vif()
+    except RemoteCommandError as error:
+        raise RemoteCommandError(f"{error}: {advice}") from None
+    index = host.run(f"ip -o link show dev {quote(plan.vif)}").output.split()[:1]
+    before = plan.facts.links.get(plan.vif)
+    if now != plan.vif or (before and index != before[:1]):
+        became = f"is {now} now" if now != plan.vif else "is another one now" if index else "is gone"
+        raise RemoteCommandError(f"{host.name}: {plan.vif} {became}: {advice}")
+
+
+def format_source_command(template: str, count: int, destination: str) -> str:
+    """The source command with {count} and {destination} filled in; UsageError for any other placeholder."""
+    from string import Formatter
+    try:
+        for _, name, spec, conversion in Formatter().parse(template):
+            if name is not None and (name not in ("count", "destination") or spec or conversion):
+                raise ValueError(f"unknown placeholder {{{name}}}; there are {{count}} and {{destination}}")
+    except ValueError as error:
+        raise UsageError(f"--source-command: {error}; write {{{{ or }}}} for a brace") from None
+    return template.format(count=count, destination=destination)
+
+
+# ---- Measurement: analysing what was captured ----------------------------------------------------------------
+
+class Analysis:
+    """What came of two captures: the packets of each direction, and what was in the files of each side.
+
+    `results` are in the order of the selection's directions, `guest` is what `guest_times` found if both were measured.
+    """
+
+    def __init__(self, results: Sequence[Result], counts: Mapping[str, Mapping[str, Any]], warnings: Sequence[str],
+                 guest: tuple[list[int], dict[str, int]] | None = None) -> None:
+        self.results, self.counts, self.warnings, self.guest = results, counts, warnings, guest
+
+
+def analyze_captures(paths: Mapping[str, Sequence[str]], selection: Selection, window: Window = ALWAYS,
+                     limit: int | None = None) -> Analysis:
+    """Analyses pcap or pcapng files, several of one side (pif or vif) as one; "-" is standard input.
+
+    `limit` is the number of packets at which a capture was ended.  CaptureError for a file that can't be read,
+    UsageError if both sides have the same one.
+    """
+    from contextlib import ExitStack
+    warnings: list[str] = []
+    with ExitStack() as stack:
+        files = {side: {path: open_capture(path, stack) for path in names} for side, names in paths.items()}
+        pif, vif = ({(status.st_dev, status.st_ino): path for path, file in files[side].items()
+                     for status in [os.fstat(file.fileno())]} for side in ("pif", "vif"))
+        for same in pif.keys() & vif.keys():
+            raise UsageError(f"{vif[same]} is given for the pif and for the vif: two captures are compared")
+        captures = {side: [Capture(files[side][path], path) for path in names.values()]
+                    for side, names in (("pif", pif), ("vif", vif))}
+        traffic = read(captures, selection)
+    ends = [capture.last for found in captures.values() for capture in found if limit and capture.records >= limit]
+    if ends:
+        window = Window(window.start, min(window.end, *ends), min(window.watched_until, *ends), window.wait)
+        warnings.append(f"a capture has reached its limit of {limit} packets (--max-capture-size, or half of the "
+                        "hypervisor's free space): what came later is in no count")
+    counts = {side: file_counts(side, found, warnings) for side, found in captures.items()}
+    pif_unit, vif_unit = (counts[side]["precision"] for side in ("pif", "vif"))
+    if pif_unit != vif_unit:
+        warnings.append(f"the time stamps of the pif are in {pif_unit}, and those of the vif in {vif_unit}: all were "
+                        "brought to the coarser unit")
+    matchings = [match(each, window.start) for each in traffic]
+    del traffic                                      # its table of identities is large
+    results = [classify(matching, window) for matching in matchings]
+    return Analysis(results, counts, warnings, guest_times(results[0], matchings[1]) if len(results) > 1 else None)
+
+
+def open_capture(path: str, stack: ExitStack) -> BinaryIO:
+    try:
+        if path == "-":
+            return os.fdopen(0, "rb", closefd=False)
+        file = stack.enter_context(open(path, "rb"))
+        file.peek(0)                                 # a directory can be opened
+        return file
+    except OSError as error:
+        raise CaptureError(f"{path}: can't read it: {error.strerror}") from error
+
+
+def file_counts(side: str, captures: Sequence[Capture], warnings: list[str]) -> dict[str, Any]:
+    """What was in the files of a side, for the report; what was odd is added to the warnings."""
+    for capture in captures:
+        if capture.partial:
+            warnings.append(f"{side}: the last record of {os.path.basename(capture.name)} is not whole "
+                            f"({capture.partial} bytes); the {capture.records} before it are used")
+        if capture.cut:
+            warnings.append(f"{side}: {capture.cut} packets were cut by the snap length before what identifies them, "
+                            "and are left out of all counts: capture more of each packet (tcpdump -s)")
+    resolution = min(capture.resolution for capture in captures)
+    units = ((NANOSECONDS, "nanoseconds"), (1_000_000, "microseconds"), (1_000, "milliseconds"))
+    return {**{name: sum(getattr(capture, name) for capture in captures)
+               for name in ("records", "other", "filtered", "cut")},
+            "precision": next((unit for least, unit in units if resolution >= least), "seconds")}
+
+
+def analyze_text(pif_path: str, vif_path: str, direction: Direction, *columns: Any) -> Analysis:
+    """Analyses two text captures by the columns which TextCapture describes."""
+    captures = {}
+    for side, path in (("pif", pif_path), ("vif", vif_path)):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            captures[side] = TextCapture(file, *columns)
+    sent, seen = captures["pif"].times, captures["vif"].times
+    if sent and seen and not any(capture.dated for capture in captures.values()):
+        days = round((seen[0] - sent[0]) / DAY)      # midnight was between the first packet's sightings
+        for i in range(len(seen) if days else 0):
+            seen[i] -= days * DAY
+    traffic = Traffic(direction)
+    for side, capture in captures.items():
+        traffic.add(side, capture.identities, capture.times)
+    result = classify(match(traffic))
+    warnings = [f"{side}: {capture.skipped} lines without a sequence number or time were left out"
+                for side, capture in captures.items() if capture.skipped]
+    if len(set(result.matching.numbers)) < len(result.matching.numbers):
+        warnings.append("are the sequence numbers really in column seq_no_col?")
+    return Analysis([result], {side: {"records": len(capture.times), "skipped": capture.skipped}
+                               for side, capture in captures.items()}, warnings)
+
+
+class SavedRun:
+    """A run that `NetWeaver.save` has kept: its captures, and what its report says of how to read them."""
+
+    def __init__(self, directory: str) -> None:
+        import json
+        try:
+            with open(os.path.join(directory, "report.json"), encoding="utf-8") as file:
+                self.report: dict[str, Any] = json.load(file)
+            config = self.config = self.report["config"]
+            times, self.limit = config.get("window"), config["capture_limit"]
+            self.selection = Selection(DIRECTIONS[config["direction"]], **config["selection"],
+                                       translated=config["match_nat"])
+            self.window = ALWAYS
+            if times:
+                start, end, watched_until = (parse_time(times[name]) for name in ("start", "end", "watched_until"))
+                self.window = Window(start, end, watched_until, int(config["wait"] * NANOSECONDS))
+            self.paths = {side: [os.path.join(directory, name) for name in sorted(os.listdir(directory))
+                                 if re.fullmatch(rf"{side}\d*\.pcap", name)] for side in ("pif", "vif")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = getattr(error, "strerror", None) or f"it says too little: {error}"
+            raise UsageError(f"{directory}: not a directory that --save made: report.json: {why}") from None
+        if not all(self.paths.values()):
+            raise UsageError(f"{directory}: its captures are missing")
+
+
+def keep_run(directory: str, name: str, files: Iterable[str], report: Mapping[str, Any]) -> str:
+    """Makes a directory of that name, or one like it, with copies of the files and the report; returns its path."""
+    import json
+    import shutil
+    import tempfile
+    temporary, number = "", 1
+    try:
+        os.makedirs(directory, exist_ok=True)
+        temporary = tempfile.mkdtemp(prefix=".netweaver-", dir=directory)
+        for file in files:
+            shutil.copyfile(file, os.path.join(temporary, os.path.basename(file)))
+        os.chmod(temporary, unmasked(0o777))
+        while True:
+            path = os.path.join(directory, f"{name}{f'-{number}' if number > 1 else ''}")
+            with open(os.path.join(temporary, "report.json"), "w", encoding="utf-8") as text:
+                text.write(json.dumps({**report, "saved": path}) + "\n")
+            try:
+                os.rename(temporary, path)           # fails if another run of this second has that name
+                return path
+            except OSError:
+                if not os.path.exists(path) or number > 999:
+                    raise
+                number += 1
+    except OSError as error:
+        raise UsageError(f"can't save in {directory}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def iso_time(nanoseconds: int) -> str:
+    """A time as ISO 8601 in UTC, with nanoseconds."""
+    seconds, fraction = divmod(nanoseconds, NANOSECONDS)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{fraction:09}Z"
+
+
+def parse_time(text: str) -> int:
+    """The time (ns) that `iso_time` wrote; ValueError if it didn't."""
+    from calendar import timegm
+    return timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")) * NANOSECONDS + int(text[20:29])
+
+
+# ---- Measurement: the whole run ------------------------------------------------------------------------------
 
 class NetWeaver:
     """Measures the time that packets take between a hypervisor's physical interface and a VM's virtual one.
@@ -2251,13 +2867,12 @@ class NetWeaver:
     "auto".  `direction` is in (pif to vif), out (vif to pif) or both; `overlay` that the traffic is inside a tunnel
     there; `filters` are pcap-filter(7) expressions by side, instead of our own.
 
-    Without `ssh_key_path` the SSH agent and the default keys are used; `host_key_checking`, `known_hosts` and `ask` are
-    those of Access; with `sudo` commands run as root by sudo.  `timeout` bounds the traffic (seconds), `duration` is
-    how long to measure (needed without sources), `max_capture_size` bounds each capture (bytes).  With `match_nat`
-    addresses take no part in the matching, and `slowest` is how many of the slowest packets to list.  `labels` go into
-    the report.  `progress` and `log` are called with lines for people: the steps, and each command run; `tick` once a
-    second while traffic runs, with the seconds so far and the packets of any kind that the vif has passed on since, if
-    that is known.  `analyze` sets `matchings`: the packets themselves, of each direction that was measured.
+    `host_key_checking`, `known_hosts` and `ask` are those of Access, which looks for keys as ssh does where there is no
+    `ssh_key_path`; with `sudo` commands run as root by sudo.  `timeout` bounds the traffic (seconds), `duration` is
+    how long to measure (needed without sources), `wait` for how long to wait for the last packets, and
+    `max_capture_size` bounds each capture (bytes).  With `match_nat` addresses take no part in the matching, and
+    `slowest` is how many of the slowest packets to list.  `labels` go into the report.  `progress` and `log` are called
+    with lines for people: the steps, and each command run; `tick` once a second while traffic runs, with the seconds.
 
     Use it as a context manager, or call `close`.  The methods are meant to be called in the order in which they
     stand here; each raises a NetWeaverError that says what happened and where.  For a hypervisor with another
@@ -2269,48 +2884,36 @@ class NetWeaver:
                  host_interface: str | Sequence[str] = "eth0", vif_number: int = 0, vif: str | None = None,
                  toolstack: str = "xe", direction: str = "in", overlay: bool = False,
                  filters: Mapping[str, str] | None = None, count: int = 1000, duration: float | None = None,
-                 timeout: float | None = None, match_nat: bool = False, slowest: int = 0,
+                 timeout: float | None = None, wait: float = SHORTEST_WAIT, match_nat: bool = False, slowest: int = 0,
                  max_capture_size: int = 256_000_000, labels: Mapping[str, str] | None = None, sudo: bool = False,
-                 host_key_checking: str = "accept-new", known_hosts: str | None = None,
-                 ask: Callable[[str], str] | None = None,
-                 progress: Callable[[str], None] = lambda line: None,
-                 log: Callable[[str], None] = lambda line: None,
-                 tick: Callable[[float, int | None], None] | None = None) -> None:
-        import threading
-        if toolstack not in TOOLSTACKS or direction not in ("in", "out", "both"):
+                 host_key_checking: str | None = None, known_hosts: str | None = None,
+                 ask: Callable[[str], str] | None = None, progress: Callable[[str], None] = lambda line: None,
+                 log: Callable[[str], None] = lambda line: None, tick: Callable[[float], None] | None = None) -> None:
+        if toolstack not in TOOLSTACKS or direction not in DIRECTIONS:
             raise UsageError(f"toolstack must be one of {', '.join(TOOLSTACKS)} and direction in, out or both")
         if direction == "both" and match_nat:
             raise UsageError("with address translation the two directions can't be told apart: measure in and out "
                              "one after the other")
-        self.destination_name_label, self.destination_ip = destination_name_label, resolve(destination_ip)
-        self.host_interfaces = [host_interface] if isinstance(host_interface, str) else list(host_interface)
-        self.toolstack, self.vif_number, self.vif = toolstack, vif_number, vif
-        self.direction, self.overlay, self.filters = direction, overlay, dict(filters or {})
-        self.count, self.duration, self.match_nat, self.slowest = count, duration, match_nat, slowest
-        self.timeout = duration or timeout or max(600, count // 5)
-        self.max_capture_size, self.labels = max_capture_size, dict(labels or {})
-        self.matchings: list[Matching] = []
-        self.interrupted = False
-        self._hypervisor = Target(destination_host_ip)
-        self._sources = [Target(source) for source in ([source_ip] if isinstance(source_ip, str) else source_ip)]
-        if not self._sources and not duration:
+        sources, pifs = ([given] if isinstance(given, str) else list(given) for given in (source_ip, host_interface))
+        if not sources and not duration:
             raise UsageError("without a source (-s) nothing ends the measurement: give its --duration")
-        self._access = Access(ssh_key_path, host_key_checking, known_hosts, ask)
-        self._sudo, self._progress, self._log, self._tick = sudo, progress, log, tick
-        self._changed = threading.Condition()
-        self._remotes: dict[str, Remote] = {}
-        self._failed: dict[str, NetWeaverError] = {}         # sources, if there are others
-        self._addresses: list[str] = []                      # the sources' own, in the traffic
-        self._jobs: list[Job] = []
-        self._recordings: list[Recording] = []
-        self._directory: str | None = None
-        self._warnings: list[str] = []
-        self._whole: list[Matching] = []                     # before they are cut to the window
-        self._read: dict[str, list[Capture]] = {}
-        self._config: dict[str, Any] = {}
-        self._reportable = False
-        self._counter: paramiko.SFTPClient | None = None
-        self._window: tuple[int, int] | None = None          # both captures certainly ran, in the hypervisor's time
+        self.destination_name_label, self.destination_ip = destination_name_label, resolve(destination_ip)
+        self.host_interfaces, self.vif, self.vif_number = list(dict.fromkeys(pifs)), vif, vif_number
+        self.toolstack, self.direction, self.overlay = toolstack, direction, overlay
+        self.filters, self.count, self.duration, self.wait = dict(filters or {}), count, duration, wait
+        self.timeout = duration or timeout or max(600, count // 5)
+        self.match_nat, self.slowest, self.max_capture_size = match_nat, slowest, max_capture_size
+        self.labels, self.interrupted = dict(labels or {}), False
+        targets = [Target(text) for text in (destination_host_ip, *sources)]
+        access = Access(ssh_key_path, host_key_checking, known_hosts, ask)
+        self._progress, self._tick, self._changed = progress, tick, threading.Condition()
+        self._settings, _ = in_parallel(lambda: [access.settings(target) for target in targets], import_paramiko)
+        self._connect = lambda settings: Host(access.connect(settings), self._changed, log, sudo)
+        self._reportable, self._directory = False, ""
+        self._paths: dict[str, list[str]] = {"pif": [], "vif": []}
+        self._hosts: Hosts | None = None
+        self._recording: Recording | None = None
+        self.results: Sequence[Result] = ()
 
     def __enter__(self) -> NetWeaver:
         return self
@@ -2325,20 +2928,7 @@ class NetWeaver:
 
         Of several sources one that can't be used is left out, and named in the report.
         """
-        self._access.prepare()
-        targets = {str(target): target for target in [self._hypervisor, *self._sources]}
-
-        def connect(name: str) -> None:
-            try:
-                self._remotes[name] = Remote(targets[name], self._access, self._changed, self._log, self._sudo)
-            except NetWeaverError as error:
-                if name == str(self._hypervisor):
-                    raise
-                self._fail(name, error)
-
-        in_parallel(*(lambda name=name: connect(name) for name in targets
-                      if name not in self._remotes and name not in self._failed), seconds=5 * CONNECT_SECONDS)
-        self._live_sources()
+        self._connected()
         return True
 
     def determine_vif_number(self) -> str:
@@ -2346,10 +2936,7 @@ class NetWeaver:
 
         Asks the toolstack; override it for another one (`run_command` is at hand).
         """
-        try:
-            return TOOLSTACKS[self.toolstack](self.run_command, self.destination_name_label, self.vif_number)
-        except RemoteCommandError as error:
-            raise self._located(error) from None
+        return TOOLSTACKS[self.toolstack](self.run_command, self.destination_name_label, self.vif_number)
 
     def generate_and_record(self, source_command: str | None = None, dest_pif_cmd: str | None = None,
                             dest_vif_cmd: str | None = None) -> None:
@@ -2359,40 +2946,45 @@ class NetWeaver:
         output, as pcap (`tcpdump -w -`) or as text, and ends upon SIGTERM; the captures are known to listen
         before any traffic starts, and are stopped once it has ended.
         """
-        self._recordings = []
-        self.verify_connections()
-        addresses, tcpdump_help, vif = in_parallel(
-            lambda: " ".join(self._source_addresses()), self._tcpdump_help,
-            lambda: self.vif or self.determine_vif_number())
-        self._addresses = addresses.split()
-        pifs = self._physical_interfaces(vif)
-        facts, before = self._facts(pifs, vif)
-        own = {"pif": dest_pif_cmd, "vif": dest_vif_cmd}
-        commands = [(side, interface, own[side] or self._capture_command(side, interface, facts, tcpdump_help))
-                    for side, interfaces in (("pif", pifs), ("vif", [vif]))
-                    for interface in (interfaces[:1] if own[side] else interfaces)]
         source_command = source_command or format_source_command(DEFAULT_SOURCE_COMMAND, self.count,
                                                                  self.destination_ip)
-        self._config = {
-            "version": __version__, "hypervisor": str(self._hypervisor),
-            "sources": [str(source) for source in self._sources], "destination": self.destination_ip,
+        hosts = self._connected()
+
+        def find_vif() -> list[str]:
+            return [self.vif or self._located(self.determine_vif_number)]
+
+        ours = hosts.sources.values() if len(self.filters) < 2 else ()
+        addresses, [vif], facts = in_parallel(
+            lambda: addresses_in_traffic(ours, self.destination_ip), find_vif,
+            lambda: [*hosts.hypervisor.check_sftp(), hosts.hypervisor.run(FACTS_COMMAND).output])
+        pifs, tunnel = self._physical_interfaces(vif)
+        flows = Flows(addresses, self.destination_ip, DIRECTIONS[self.direction])
+        plan = self._located(lambda: make_plan(
+            Facts("".join(facts)), vif, pifs, self.overlay or tunnel, flows, self.filters,
+            {"pif": dest_pif_cmd, "vif": dest_vif_cmd}, self.max_capture_size))
+        select = self.direction == "both" or (plan.overlay and not self.match_nat)   # else the filter has done it
+        config = {
+            "version": __version__, "hypervisor": hosts.hypervisor.name,
+            "sources": [settings.name for settings in self._settings[1:]], "destination": self.destination_ip,
             "name_label": self.destination_name_label, "toolstack": None if self.vif else self.toolstack,
-            "direction": self.direction, "match_nat": self.match_nat, "overlay": self.overlay,
-            "pif": ",".join(pifs), "vif": vif,
-            "source_command": source_command if self._sources else None,
-            **{f"{side}_command": "\n".join(command for of, _, command in commands if of == side) for side in own},
-            "platform": platform(facts, tcpdump_help), "labels": self.labels}
+            "direction": self.direction, "match_nat": self.match_nat, "overlay": plan.overlay, "filters": self.filters,
+            "selection": {"sources": addresses if select and not self.filters else [],
+                          "destinations": [self.destination_ip] if select else []},
+            "pif": ",".join(plan.pifs), "vif": vif, "source_command": source_command if self._settings[1:] else None,
+            **{f"{side}_command": "\n".join(command for of, _, command in plan.captures if of == side)
+               for side in self._paths},
+            "capture_limit": plan.limit, "wait": self.wait, "labels": self.labels,
+            "platform": plan.facts.platform(plan.pifs, vif)}
         self._progress("Spawning packet captures...")
-        remote = self._host
-        counter = remote.request_sftp() if self._tick else None
-        self._start_captures(commands)
-        self._counter = remote.open_sftp(counter) if self._tick else None
+        recorder = Recorder(hosts, plan, self._changed, self.timeout, self.wait, lambda: self.interrupted, self._tick)
         self._reportable = True
-        started = self._hypervisor_time()
-        self._generate(source_command)
-        self._window = self._between(started, self._hypervisor_time())
+
+        def after() -> paramiko.SFTPClient:
+            check_interface(hosts.hypervisor, plan, find_vif)
+            return hosts.hypervisor.open_sftp()
+
+        self._recording = recorder.record(source_command, self.duration is None, config, after)
         self._progress("Captures finished, waiting for files to flush.")
-        in_parallel(self._stop_captures, lambda: self._check_interface(vif, before))
 
     def pull_generated_files(self) -> tuple[str, str]:
         """Fetches the captures into a private local directory and removes them from the hypervisor.
@@ -2401,106 +2993,60 @@ class NetWeaver:
         until `close`.
         """
         import tempfile
+        recording, host = self._recorded(), self._connected().hypervisor
         self._progress("Transferring files...")
-        self._directory = self._directory or tempfile.mkdtemp(prefix="netweaver-")
-        in_parallel(*(lambda number=number: self._pull(number) for number in range(len(self._recordings))))
-        return ",".join(self._paths("pif")), ",".join(self._paths("vif"))
+        try:
+            self._directory = tempfile.mkdtemp(prefix="netweaver-")
+        except OSError as error:
+            raise CaptureError(f"can't make a directory on this machine: {error}") from error
+        fetch_captures(host, recording, self._directory, self._paths)
+        return ",".join(self._paths["pif"]), ",".join(self._paths["vif"])
 
     def analyze(self, seq_no_col: int | None = None, timestamp_col: int | None = None,
                 seq_no_split_by: str | None = None, seq_no_split_index: int = 0) -> dict[str, Any]:
-        """The report on the captures, as the README describes it; NoMatchError if they have no packet in common.
+        """The report on the captures, as the README describes it; NoMatchError if there is no delay in them.
 
         Without parameters the captures are pcap files.  With them they are text, one packet a line: columns are
         separated by white space and counted from 0, `timestamp_col` is the time's column and `seq_no_col` the
         sequence number's, of which part `seq_no_split_index` counts after a split by `seq_no_split_by`.
         """
-        warnings = list(self._warnings)
-        outward = self.direction == "out"
-        guest = None
-        matchings: list[Matching]
+        recording, directions = self._recorded(), DIRECTIONS[self.direction]
+        config, plan = recording.config, recording.plan
         if seq_no_col is None or timestamp_col is None:
-            self._whole, self._read = self._match()
-            files = {side: file_counts(side, found, warnings) for side, found in self._read.items()}
-            ends = self._ends(self._read, warnings)
-            matchings = [self._cut_to_window(matching, outward or place > 0, ends)
-                         for place, matching in enumerate(self._whole)]
-            if self.direction == "both":
-                guest = guest_times(matchings[0], self._whole[1])    # an answer may come after the window
+            selection = Selection(directions, **config["selection"], translated=self.match_nat)
+            analysis = analyze_captures(self._paths, selection, recording.window, plan.limit)
+            for side, counts in recording.counts.items():
+                records = analysis.counts[side]["records"]
+                if counts.get("captured", 0) > records:
+                    raise not_written(recording.job, config[side], counts["captured"], records)
         else:
-            matching, files = match_text_files(self._paths("pif")[0], self._paths("vif")[0], warnings, seq_no_col,
-                                               timestamp_col, seq_no_split_by, seq_no_split_index, outward=outward)
-            matchings = [matching]
-        capture = {side: {"interface": self._config[side], **self._counts(side), **files[side]} for side in files}
-        self.matchings, matching = matchings, matchings[0]
-        transmitted = self._config.get("transmitted", matching.first)
-        if matching.first > transmitted and not outward:
-            warnings.append(f"{matching.first} packets were captured on the pif, and this run sent {transmitted}: "
-                            "other traffic between the same hosts (another run?) is in the numbers")
-        report = build_report(matching, capture, warnings, self._config, self.slowest, outward=outward,
-                              outbound=matchings[1] if guest else None, guest=guest)
-        if self._failed:
-            report["failed_sources"] = {name: str(error) for name, error in self._failed.items()}
-        if self.interrupted:
-            report["interrupted"] = True
-        return report
+            analysis = analyze_text(self._paths["pif"][0], self._paths["vif"][0], directions[0], seq_no_col,
+                                    timestamp_col, seq_no_split_by, seq_no_split_index)
+        capture = {side: {"interface": config[side], **counts} for side, counts in recording.counts.items()}
+        report, self.results = build_report(analysis, config, capture, self.slowest), analysis.results
+        if failed := self._connected().failed:
+            report["failed_sources"] = {name: str(error) for name, error in failed.items()}
+        return {**report, "interrupted": True} if recording.interrupted else report
 
     def save(self, directory: str, report: Mapping[str, Any]) -> str:
-        """Keeps the report, and of the captures what is counted in it, in a new directory there; returns its path.
-
-        It is there whole or not at all.  Several captures of one side are called pif.pcap, pif1.pcap and so on.
-        """
-        import json
-        import shutil
-        import tempfile
-        started = re.sub(r"[-:]|\..*", "", self._config["started"])
-        name = f"{started}Z-{re.sub(r'[^A-Za-z0-9_.-]', '_', self.destination_name_label or self._config['vif'])}"
-        temporary = ""
-        try:
-            os.makedirs(directory, exist_ok=True)
-            temporary = tempfile.mkdtemp(prefix=".netweaver-", dir=directory)
-            counted = {side: self._keep(side) for side in ("pif", "vif")}
-            for recording in self._recordings:
-                target = os.path.join(temporary, os.path.basename(recording.path))
-                keep = counted[recording.side]
-                if keep:
-                    with open(target, "wb") as file:
-                        excerpt(recording.path, keep, file, self.match_nat)
-                else:
-                    shutil.copyfile(recording.path, target)
-            for number in range(1, 1000):
-                path = os.path.join(directory, name if number == 1 else f"{name}-{number}")
-                if os.path.exists(path):
-                    continue
-                with open(os.path.join(temporary, "report.json"), "w") as text:
-                    text.write(json.dumps({**report, "saved": path}) + "\n")
-                os.chmod(temporary, unmasked(0o777))
-                try:
-                    os.rename(temporary, path)
-                except OSError:
-                    if os.path.exists(path):         # another run was faster
-                        continue
-                    raise
-                temporary = ""
-                return path
-            raise UsageError(f"can't save in {directory}: too many runs of the same second")
-        except OSError as error:
-            raise UsageError(f"can't save in {directory}: {error.strerror}") from error
-        finally:
-            if temporary:
-                shutil.rmtree(temporary, ignore_errors=True)
+        """Keeps the captures and the report in a new directory there, whole or not at all; returns its path."""
+        config = self._recorded().config
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", self.destination_name_label or config["vif"])
+        started = re.sub(r"[-:]|\..*", "", config["started"])
+        return keep_run(directory, f"{started}Z-{name}", [*self._paths["pif"], *self._paths["vif"]], report)
 
     # -- for subclasses, and for the end --
 
     def run_command(self, command: str, hint: str = "", seconds: float = ANSWER_SECONDS) -> str:
         """The standard output of a shell command on the hypervisor; RemoteCommandError, with the hint, if it fails."""
-        self.verify_connections()
-        job = self._host.run(command, seconds)
+        host = self._connected().hypervisor
+        job = host.run(command, seconds)
         if job.status == 127:
             hint = "--toolstack says which one this host has; --vif names the interface itself"
         if job.status:
-            raise RemoteCommandError(f"{job.host}: {command.split('||')[0].strip()}: exit status {job.status}: "
+            raise RemoteCommandError(f"{host.name}: {command.split('||')[0].strip()}: exit status {job.status}: "
                                      f"{last_line(job.errors)}{f' ({hint})' if hint else ''}")
-        return job.output.decode(errors="replace")
+        return job.output
 
     def interrupt(self) -> bool:
         """Ends the traffic now and lets the run go on to its report; False if there is nothing yet to report on."""
@@ -2515,561 +3061,218 @@ class NetWeaver:
         Without `wait` it only drops the connections: the hosts then clean up by themselves.
         """
         import shutil
-        jobs, self._jobs = self._jobs, []
+        hosts, self._hosts = self._hosts, None
         try:
-            if jobs and wait:
-                in_parallel(*(job.leave for job in jobs))
+            if hosts:
+                hosts.close(wait)
         finally:
-            directory, self._directory = self._directory, None
-            if directory:
-                shutil.rmtree(directory, ignore_errors=True)
-            remotes, self._remotes = self._remotes, {}
-            for remote in remotes.values():
-                remote.close()
+            if self._directory:
+                shutil.rmtree(self._directory, ignore_errors=True)
 
-    # -- before the captures --
+    # -- the steps --
 
-    def _located(self, error: RemoteCommandError) -> RemoteCommandError:
-        """An error of the hypervisor's, with its name in front."""
-        place = f"{self._hypervisor}: "
-        return error if str(error).startswith(place) else RemoteCommandError(f"{place}{error}")
-
-    @property
-    def _host(self) -> Remote:
-        """The connection to the hypervisor."""
-        return self._remotes[str(self._hypervisor)]
-
-    def _live_sources(self) -> list[str]:
-        """The sources that have not failed; raises the first failure if there are none."""
-        names = list(dict.fromkeys(str(source) for source in self._sources))
-        live = [name for name in names if name not in self._failed]
-        if names and not live:
-            raise self._failed[names[0]]
-        return live
-
-    def _source_addresses(self) -> list[str]:
-        """The addresses which the sources' packets to the destination may carry.
-
-        That is the one under which a source was reached, and the one its routing chooses: management and traffic
-        often have networks of their own.
-        """
-        def of(name: str) -> list[str]:
-            remote = self._remotes[name]
-            route = remote.run(f"ip -o route get {self.destination_ip}")
-            found = re.search(r"\ssrc ([0-9A-Fa-f.:]+)", route.output.decode(errors="replace"))
-            return [remote.address, *(found.groups() if found else ())]
-
-        found = in_parallel(*(lambda name=name: of(name) for name in self._live_sources()))
-        return [address for address in dict.fromkeys(address for some in found for address in some)
-                if address and (":" in address) == (":" in self.destination_ip)]
-
-    def _tcpdump_help(self) -> str:
-        """The usage message of the hypervisor's tcpdump; CaptureError if there is none."""
-        job = self._host.run("tcpdump --help 2>&1")
-        text = job.output.decode(errors="replace")
-        if job.status in (126, 127):
-            raise CaptureError(f"{job.host}: can't run tcpdump: {last_line(text)} (install it there)")
-        return text
-
-    def _physical_interfaces(self, vif: str) -> list[str]:
-        """The interfaces to capture on the pif's side; asks the toolstack or the vif's bridge if one is "auto"."""
-        if "auto" not in self.host_interfaces:
-            return self.host_interfaces
-        try:
-            if self.toolstack == "xe" and not self.vif:
-                pifs, overlay = xe_uplinks(self.run_command, self.destination_name_label, self.vif_number)
-            else:
-                pifs, overlay = bridge_uplinks(self.run_command, vif)
-        except RemoteCommandError as error:
-            raise self._located(error) from None
-        self.overlay = self.overlay or overlay
-        return pifs
-
-    def _facts(self, pifs: Sequence[str], vif: str) -> tuple[str, str]:
-        """What the hypervisor says of itself, as far as it does, and the vif's index, which a new vif doesn't get."""
-        try:
-            job = self._host.run(facts_command(pifs, vif))
-        except RemoteCommandError:
-            return "", ""
-        text = job.output.decode(errors="replace")
-        index = re.search(r"^vif (\d+): ", text, re.MULTILINE)
-        return text, index[1] if index else ""
-
-    def _capture_command(self, side: str, interface: str, facts: str, tcpdump_help: str) -> str:
-        expression = self.filters.get(side)
-        if not expression:
-            flow = self._addresses, self.destination_ip, self.direction
-            expression = capture_filter(*flow)
-            if side == "pif":
-                if self.overlay:
-                    expression = f"({expression}) or {tunnel_filter(*flow)}"
-                kind = re.search(rf"^pif {re.escape(interface)} link .*\slink/(\w+)", facts, re.MULTILINE)
-                if kind is None or kind[1] == "ether":
-                    expression = tagged_filter(expression)
-        return capture_command(interface, expression, tcpdump_help, OVERLAY_SNAPLEN if self.overlay else SNAPLEN)
-
-    # -- while they run --
-
-    def _start_captures(self, commands: Iterable[tuple[str, str, str]]) -> None:
-        """Starts all captures at once; returns when they are listening."""
-        remote, seconds = self._host, self.timeout + 6 * ANSWER_SECONDS
-        commands = list(commands)
-        for side, interface, command in commands:
-            job = remote.start(command, seconds, f"{side}.pcap", size=self.max_capture_size, share=len(commands))
-            self._recordings.append(Recording(side, interface, job))
-            self._jobs.append(job)
-        self._wait(lambda: all("listening on" in recording.job.errors or recording.job.ended
-                               for recording in self._recordings), ANSWER_SECONDS)
-        self._check_captures()
-        for recording in self._recordings:
-            if "listening on" not in recording.job.errors:
-                self._warnings.append(f"the {recording.side}'s command didn't say that it is listening: packets at the "
-                                      "start may be missing")
-
-    def _check_captures(self) -> None:
-        """Raises CaptureError, in tcpdump's words, if a capture has ended by itself."""
-        remote = self._host
-        for recording in self._recordings:
-            job = recording.job
-            remote.check(job)
-            if not job.ended or job.stopped:
-                continue
-            if job.status is None:
-                raise CaptureError(f"{job.host}: the capture on {recording.interface} can't run: "
-                                   f"{last_line(job.errors)}")
-            words = "; ".join(line.strip() for line in job.errors.splitlines() if "listening on" not in line)
-            hint = ""
-            if "No such device" in words or "doesn't exist" in words:
-                links = remote.run("ip -o link || ls /sys/class/net").output.decode(errors="replace")
-                names = re.findall(r"^(?:\d+: )?([^\s:@]+)", links, re.MULTILINE)
-                names.sort(key=lambda name: (bool(VM_INTERFACE.fullmatch(name)) != (recording.side == "vif"), name))
-                hint = f" (there are: {', '.join(names[:40])}{', …' if len(names) > 40 else ''})"
-            elif "permi" in words:
-                hint = " (log in as root, or use --sudo)"
-            raise CaptureError(f"{job.host}: the capture on {recording.interface} ended with status {job.status}: "
-                               f"{words[-500:] or 'no message'}{hint}")
-
-    def _hypervisor_time(self) -> tuple[int, int] | None:
-        """Now: (the hypervisor's clock, ours, which only goes forward) in nanoseconds; None if it can't tell."""
-        import time
-        job = self._recordings[0].job
-        job.mark = None
-        job.say("mark")
-        self._wait(lambda: job.mark is not None or job.ended, ANSWER_SECONDS)
-        return (job.mark, time.monotonic_ns()) if job.mark else None
-
-    def _between(self, start: tuple[int, int] | None, end: tuple[int, int] | None) -> tuple[int, int] | None:
-        """The window between two times of the hypervisor; None, and a warning, if its clock was set meanwhile."""
-        if start is None or end is None:
-            return None
-        step = (end[0] - start[0]) - (end[1] - start[1])
-        if abs(step) > NANOSECONDS:
-            self._warnings.append(f"the hypervisor's clock was set by about {step / NANOSECONDS:.0f} s during the run: "
-                                  "delays across that moment are wrong; measure again")
-            return None
-        self._config["window"] = [iso_time(start[0]), iso_time(end[0])]
-        return start[0], end[0]
-
-    def _generate(self, command: str) -> None:
-        """Runs the traffic to its end, to the time-out or to an interruption, while the captures run."""
-        import time
-        self._config["started"] = iso_time(time.time_ns())
-        begun = time.monotonic()
-        jobs: list[Job] = []
-
-        def start(name: str) -> None:
-            try:
-                jobs.append(self._remotes[name].start(command, self.timeout + ANSWER_SECONDS, "/dev/null"))
-            except HostConnectionError as error:
-                self._fail(name, error)
-
-        in_parallel(*(lambda name=name: start(name) for name in self._live_sources()))
-        self._live_sources()
-        self._jobs += jobs
-        over = self._watch(lambda: (bool(jobs) and all(job.ended for job in jobs)) or self.interrupted
-                           or any(recording.job.ended for recording in self._recordings))
-        self._check_captures()
-        for job in jobs:
-            try:
-                self._remotes[job.host].check(job)
-                if error := generator_error(job):
-                    raise error
-            except NetWeaverError as failure:
-                self._fail(job.host, failure)
-        self._live_sources()
-        if not all(job.ended for job in jobs):
-            for job in jobs:
-                job.stop()
-            if not over and not self.duration:
-                self._warnings.append(f"the source command was stopped after {self.timeout:g} s (--timeout)")
-            if not self._wait(lambda: all(job.ended for job in jobs), ANSWER_SECONDS):
-                raise RemoteCommandError(f"{', '.join(job.host for job in jobs if not job.ended)}: the source command "
-                                         "doesn't end")
-        self._config["duration"] = round(time.monotonic() - begun, 6)
-        said = [TRANSMITTED.search(job.errors) for job in jobs]
-        if said and all(said) and not any(job.stopped for job in jobs) and not self._failed:
-            self._config["transmitted"] = sum(int(found[1]) for found in said if found)
-
-    def _watch(self, done: Callable[[], bool]) -> bool:
-        """Waits for the end of the traffic, telling once a second how far it is; False if the time is over."""
-        import time
-        begun = time.monotonic()
-        first = self._passed()
-        while True:
-            left = begun + self.timeout - time.monotonic()
-            if self._wait(done, max(0, min(left, 1)) if self._tick else max(0, left)):
-                return True
-            if left <= 1 or not self._tick:
-                return self._wait(done, max(0, begun + self.timeout - time.monotonic()))
-            passed = self._passed()
-            self._tick(time.monotonic() - begun, None if first is None or passed is None else passed - first)
-
-    def _passed(self) -> int | None:
-        """How many packets the vif has passed on to the VM (or from it) so far, by the kernel; None if not known.
-
-        A file read in sshd itself: no process is started on the hypervisor while it measures.
-        """
-        if self._counter is None:
-            return None
-        from paramiko import SFTPError, SSHException
-        which = "rx" if self.direction == "out" else "tx"
-        try:
-            with self._counter.open(f"/sys/class/net/{self._config['vif']}/statistics/{which}_packets") as file:
-                return int(file.read(32))
-        except (SFTPError, SSHException, EOFError, OSError, ValueError):
-            self._counter = None
-            return None
-
-    def _fail(self, source: str, error: NetWeaverError) -> None:
-        """Notes that one of the sources is of no use."""
-        self._failed[source] = error
-        self._warnings.append(f"a source failed, so its traffic is missing or not whole: {error}")
-
-    def _stop_captures(self) -> None:
-        """Stops the captures when the kernel has handed over what it saw."""
-        remote = self._host
-        for recording in self._recordings:
-            recording.sftp = remote.request_sftp()
-        self._wait(lambda: any(recording.job.ended for recording in self._recordings), DRAIN_SECONDS)
-        self._check_captures()
-        for recording in self._recordings:
-            recording.job.stop()
-        if not self._wait(lambda: all(recording.job.ended for recording in self._recordings), ANSWER_SECONDS):
-            raise CaptureError(f"{self._hypervisor}: a capture doesn't end")
-
-    def _check_interface(self, vif: str, before: str) -> None:
-        """RemoteCommandError if the VM has another interface now than when the captures began."""
-        from shlex import quote
-        advice = "the VM was moved, restarted or unplugged during the run: measure again"
-        try:
-            now = self.vif or self.determine_vif_number()
-        except RemoteCommandError as error:
-            raise RemoteCommandError(f"{error}: {advice}") from None
-        answer = self._host.run(f"ip -o link show dev {quote(vif)}").output
-        index = answer.partition(b":")[0].decode(errors="replace")
-        if now != vif or (before and index != before):
-            became = f"is {now} now" if now != vif else "is another one now" if index else "is gone"
-            raise RemoteCommandError(f"{self._hypervisor}: {vif} {became}: {advice}")
-
-    # -- after them --
-
-    def _paths(self, side: str) -> list[str]:
-        return [recording.path for recording in self._recordings if recording.side == side]
-
-    def _counts(self, side: str) -> dict[str, int]:
-        """What tcpdump said of a side's captures, in sum."""
-        total: dict[str, int] = {}
-        for recording in self._recordings:
-            for name, number in (tcpdump_counts(recording.job.errors) if recording.side == side else {}).items():
-                total[name] = total.get(name, 0) + number
-        return total
-
-    def _pull(self, number: int) -> None:
-        recording, remote = self._recordings[number], self._host
-        job, side = recording.job, recording.side
-        before = sum(other.side == side for other in self._recordings[:number])
-        local = os.path.join(self._directory or "", f"{side}{before or ''}.pcap")
-        sftp = remote.open_sftp(recording.sftp)
-        try:
-            remote.fetch(f"{job.directory}/{side}.pcap", local, sftp, self.max_capture_size)
-        finally:
-            if sftp:
-                close(sftp)
-        job.leave()
-        recording.path = local
-        counts = tcpdump_counts(job.errors)
-        if counts and os.path.getsize(local) < PCAP_HEADER:
-            raise self._unwritten(recording, 0)
-
-    def _unwritten(self, recording: Recording, records: int) -> CaptureError:
-        job = recording.job
-        return CaptureError(f"{job.host}: tcpdump captured {tcpdump_counts(job.errors).get('captured', 0)} packets on "
-                            f"{recording.interface} and {records} are in the file: is the disk under {job.directory} "
-                            "full?")
-
-    def _match(self) -> tuple[list[Matching], dict[str, list[Capture]]]:
-        """Pairs the packets of each direction that is measured."""
-        sources: list[str] = []
-        destinations: list[str] = []
-        if self.direction == "both" or (self.overlay and not self.match_nat):        # else the filter has done it
-            sources, destinations = [] if self.filters else self._addresses, [self.destination_ip]
-        return match_directions(self._paths("pif"), self._paths("vif"), self.direction, match_nat=self.match_nat,
-                                sources=sources, destinations=destinations,
-                                start=self._window[0] if self._window else 0)
-
-    def _ends(self, captures: Mapping[str, Sequence[Capture]], warnings: list[str]) -> dict[str, int]:
-        """The last time of each side whose capture reached its size limit; CaptureError if the disk cut it short."""
-        ends: dict[str, int] = {}
-        for side, found in captures.items():
-            recordings = [recording for recording in self._recordings if recording.side == side]
-            for recording, capture in zip(recordings, found):
-                job, records = recording.job, capture.records
-                if tcpdump_counts(job.errors).get("captured", 0) <= records:
-                    continue
-                if os.path.getsize(recording.path) < job.size_limit - 4096:
-                    raise self._unwritten(recording, records)
-                ends[side] = min(ends.get(side, capture.last), capture.last)
-                limit = ("--max-capture-size" if job.size_limit >= self.max_capture_size // 1024 * 1024 else
-                         "half of the hypervisor's free space, for all captures")
-                warnings.append(f"{side}: the capture reached its size limit of {job.size_limit} bytes ({limit}); what "
-                                "came later is in no count")
-        return ends
-
-    def _cut_to_window(self, matching: Matching, outward: bool, ends: Mapping[str, int]) -> Matching:
-        """The packets that passed while all captures certainly ran and had room."""
-        if self._window is None:
-            return matching
-        start, end = self._window
-        first, second = ("vif", "pif") if outward else ("pif", "vif")
-        # The captures ran on for DRAIN_SECONDS, of which the kernel may keep the last one to itself.
-        drained = end + int((DRAIN_SECONDS - 1) * NANOSECONDS)
-        return within(matching, start, min(end, ends.get(first, end)), min(drained, ends.get(second, drained)))
-
-    def _keep(self, side: str) -> Callable[[bytes, int], bool] | None:
-        """Which packets of a side's captures are counted in the report; None if all are."""
-        start = self._window[0] if self._window else 0
-        if not self._read:                           # text
-            return None
-        there = sum(capture.records - capture.other - capture.cut for capture in self._read[side])
-        firsts: set[tuple[bytes, int]] = set()
-        seconds: set[bytes] = set()
-        known: set[bytes] = set()
-        strangers: set[int] = set()
-        counted = 0
-        for place, (kept, whole) in enumerate(zip(self.matchings, self._whole)):
-            outward = self.direction == "out" or place > 0
-            if outward == (side == "vif"):
-                counted += kept.first
-                firsts.update(zip(kept.identities, kept.sent))
-            else:
-                counted += kept.second
-                seconds.update(kept.identities)
-                known.update(whole.identities)
-                strangers.update(kept.stranger_times)
-        if counted == there:
-            return None
-        return lambda identity, time: ((identity, time) in firsts or (time >= start and (
-            identity in seconds or (identity not in known and time in strangers))))
-
-    def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Waits for a condition on the jobs; False if the time is over."""
+    def _connected(self) -> Hosts:
         with self._changed:
-            return self._changed.wait_for(condition, seconds)
+            if self._hosts is None:
+                self._hosts = connect_hosts(self._settings, self._connect)
+            return self._hosts
+
+    def _recorded(self) -> Recording:
+        if self._recording is None:
+            raise CaptureError("nothing is recorded yet: generate_and_record does that")
+        return self._recording
+
+    def _located(self, look_up: Callable[[], Answer]) -> Answer:
+        """What a look-up returns; its error has the hypervisor's name in front."""
+        place = f"{self._settings[0].name}: "
+        try:
+            return look_up()
+        except (RemoteCommandError, CaptureError) as error:
+            raise error if str(error).startswith(place) else type(error)(f"{place}{error}") from None
+
+    def _physical_interfaces(self, vif: str) -> tuple[Sequence[str], bool]:
+        """Those of the pif's side, and whether the traffic is found in a tunnel there."""
+        if "auto" not in self.host_interfaces:
+            return self.host_interfaces, False
+        if self.vif or self.toolstack != "xe":
+            return self._located(lambda: bridge_uplinks(self.run_command, vif))
+        return self._located(lambda: xe_uplinks(self.run_command, self.destination_name_label, self.vif_number))
 
 
-def generator_error(job: Job) -> NetWeaverError | None:
-    """What is wrong with a source command that has ended; exit status 1 for "no reply" is no failure."""
-    if not job.ended or job.stopped:
-        return None
-    if job.status is None:
-        return RemoteCommandError(f"{job.host}: the source command could not be run: {last_line(job.errors)}")
-    program = os.path.basename(job.command.split(None, 1)[0]) if job.command.split() else ""
-    unanswered = TRANSMITTED.search(job.errors) or program in ("ping", "ping6")
-    if job.status == 0 or (job.status == 1 and unanswered):
-        return None
-    hint = " (install it there, or choose another --source-command)" if job.status == 127 else ""
-    return RemoteCommandError(f"{job.host}: {job.command}: exit status {job.status}: {last_line(job.errors)}{hint}")
+# ---- Report: the figures -------------------------------------------------------------------------------------
+# Name, where it is in the report (of a direction, or of the guest), unit, and what it is: limits, Prometheus, the
+# summary and the README's table come from here.
+
+FIGURES: list[tuple[str, tuple[str, ...], str, str]] = [
+    ("average", ("average",), "µs", "mean delay (RFC 7679)"),
+    ("minimum", ("minimum",), "µs", "shortest delay"),
+    ("maximum", ("maximum",), "µs", "longest delay"),
+    ("stdev", ("stdev",), "µs", "standard deviation of the delays, the population's"),
+    ("median", ("median",), "µs", "delay that half of the packets don't exceed"),
+    *((f"p{percent}", ("percentiles", percent), "µs", f"delay that {percent} % of the packets don't exceed")
+      for percent in ("90", "95", "99", "99.9")),
+    ("pdv", ("pdv",), "µs", "delay variation: p99 minus the minimum (RFC 5481)"),
+    ("ipdv", ("ipdv",), "µs", "mean absolute difference of successive delays (RFC 3393)"),
+    ("matched", ("packets", "matched"), "packets", "seen at both points"),
+    ("ambiguous", ("packets", "ambiguous"), "packets", "matched, but alike, so that they have no delay"),
+    ("lost", ("packets", "lost"), "packets", "seen at the first point alone"),
+    ("undecided", ("packets", "undecided"), "packets", "the same, but watched too short to call them lost"),
+    ("duplicated", ("packets", "duplicated"), "packets", "copies that only the second point saw (RFC 5560)"),
+    ("reordered", ("packets", "reordered"), "packets", "overtaken by a later one of the same stream (RFC 4737)"),
+    ("negative", ("negative",), "delays", "delays below zero"),
+    ("zero", ("zero",), "delays", "delays of exactly zero"),
+    ("loss", ("loss_ratio",), "ratio", "lost / (first point - undecided) (RFC 7680)"),
+    ("reordering", ("reordering", "ratio"), "ratio", "reordered / packets with a delay (RFC 4737)"),
+]
+PATHS = {name: path for name, path, _, _ in FIGURES}
 
 
-def format_source_command(template: str, count: int, destination: str) -> str:
-    """The source command with {count} and {destination} filled in; UsageError for any other placeholder."""
-    from string import Formatter
-    values = {"count": str(count), "destination": destination}
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise UsageError(f"--source-command: {error}; write {{{{ or }}}} for a brace") from None
-    for _, name, spec, conversion in parts:
-        if name is not None and (name not in values or spec or conversion):
-            raise UsageError(f"--source-command: unknown placeholder {{{name}}}; there are {{count}} and "
-                             "{destination}; write {{ or }} for a brace")
-    return template.format_map(values)
+def figure_of(part: Mapping[str, Any] | None, path: Iterable[str]) -> Any:
+    """A figure in the report of a direction; None if it isn't known."""
+    value: Any = part
+    for key in path:
+        value = value.get(key) if value else None
+    return value
 
 
-# ---- Report: what was measured, as a document ------------------------------------------------------------------
-
-def match_captures(pif_paths: Sequence[str], vif_paths: Sequence[str], *, outward: bool = False,
-                   match_nat: bool = False, sources: Iterable[str] = (), destinations: Iterable[str] = (),
-                   start: int = 0) -> tuple[Matching, dict[str, list[Capture]]]:
-    """Pairs the packets of pcap or pcapng files; those of one side are merged by time.
-
-    Returns the matching, from pif to vif or `outward` from vif to pif, and the captures by side, with their counts.
-    With `match_nat` the addresses take no part; `sources` and `destinations` are addresses to which the packets are
-    limited, and `start` the time (ns) before which none counts.  Raises CaptureError for a file that can't be read.
-    """
-    from contextlib import ExitStack
-    sources, destinations = list(sources), list(destinations)
-    sides: dict[str, list[Capture]] = {"pif": [], "vif": []}
-    with ExitStack() as files:
-        for side, paths in (("pif", pif_paths), ("vif", vif_paths)):
-            for path in paths:
-                try:
-                    file = files.enter_context(open(path, "rb"))
-                    file.peek()                      # a directory can be opened
-                except OSError as error:
-                    raise CaptureError(f"{path}: can't read it: {error.strerror}") from error
-                sides[side].append(Capture(file, path, translated=match_nat, sources=sources,
-                                           destinations=destinations))
-        early: set[bytes] = set()
-        first, second = (merged(captures) for captures in (reversed(sides.values()) if outward else sides.values()))
-        return match(since(first, start, early), since(second, start), early), sides
+def parts_of(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
+    """The parts of a report that have figures: in or out, or both of them and the guest."""
+    if report["config"].get("direction") != "both":
+        return {report["config"].get("direction", "in"): report}
+    return {"in": report, "out": report.get("outbound"), "guest": report.get("guest")}
 
 
-def excerpt(path: str, keep: Callable[[bytes, int], bool], file: IO[bytes], translated: bool = False) -> None:
-    """Copies those records of a pcap file whose packets (identity, time) are to be kept."""
-    with open(path, "rb") as source, open(path, "rb") as records:
-        capture = Capture(source, path, translated=translated)
-        capture.offsets = array("Q")
-        file.write(records.read(PCAP_HEADER))
-        for keys, times in capture:
-            for key, time, offset in zip(keys, times, capture.offsets):
-                if keep(key, time):
-                    records.seek(offset)
-                    head = records.read(16)
-                    size, = unpack_from(capture.order + "I", head, 8)
-                    file.write(head + records.read(size))
+def figures_of(result: Result, warnings: list[str], reordered: Mapping[int, int]) -> dict[str, Any]:
+    """The figures of one direction, of which at least one packet has a delay; what is wrong goes to the warnings."""
+    figures = statistics(result.samples())
+    ipdv, delays = variation(result.delays), result.matched - result.ambiguous
+    pdv, negative, zero = (figures.pop(name) for name in ("pdv", "negative", "zero"))
+    warnings += quality_warnings(result, {**figures, "negative": negative, "zero": zero})
+    direction = result.matching.direction
+    return {
+        **figures,
+        "unit": "microseconds",
+        "packets": {
+            direction.first: result.first, direction.second: result.second, "matched": result.matched,
+            "ambiguous": result.ambiguous, "lost": result.lost, "undecided": result.undecided,
+            "duplicated": result.duplicated, "reordered": len(reordered),
+            f"{direction.second}_only": result.second_only},
+        "loss_ratio": result.lost / (result.first - result.undecided),
+        "reordering": {"ratio": len(reordered) / delays, "maximum_extent": max(reordered.values(), default=0)},
+        "pdv": pdv,
+        "ipdv": None if ipdv is None else ipdv / 1000,
+        "negative": negative,
+        "zero": zero,
+    }
 
 
-def match_directions(pif_paths: Sequence[str], vif_paths: Sequence[str], direction: str, *,
-                     sources: Iterable[str] = (), destinations: Iterable[str] = (),
-                     **options: Any) -> tuple[list[Matching], dict[str, list[Capture]]]:
-    """Pairs the packets of one direction (in: pif to vif, out), or of both: then returns first in, then out.
-
-    `sources` and `destinations` are those of the way in; takes the further options of `match_captures`.
-    """
-    ways = [match_captures(pif_paths, vif_paths, outward=outward, **options,
-                           sources=destinations if outward else sources,
-                           destinations=sources if outward else destinations)
-            for outward in {"in": (False,), "out": (True,), "both": (False, True)}[direction]]
-    captures = ways[0][1]
-    for _, others in ways[1:]:                       # filtered is what is in neither direction
-        for capture, other in zip((*captures["pif"], *captures["vif"]), (*others["pif"], *others["vif"])):
-            capture.filtered -= other.records - other.other - other.cut - other.filtered
-            capture.last = max(capture.last, other.last)
-    return [matching for matching, _ in ways], captures
+DISTINCT = ("to make packets distinct, send TCP SYNs or pings, or vary the payload, and with --match-nat use one "
+            "source at a time")
 
 
-def match_files(pif_paths: Sequence[str], vif_paths: Sequence[str], warnings: list[str],
-                **options: Any) -> tuple[Matching, dict[str, dict[str, Any]]]:
-    """Pairs the packets of pcap or pcapng files, with the options of `match_captures`.
-
-    Returns the matching and, for each side, what was in its files; what was odd in them is added to the warnings.
-    """
-    matching, captures = match_captures(pif_paths, vif_paths, **options)
-    return matching, {side: file_counts(side, found, warnings) for side, found in captures.items()}
-
-
-def file_counts(side: str, captures: Sequence[Capture], warnings: list[str]) -> dict[str, Any]:
-    """What was in the files of a side, for the report; what was odd is added to the warnings."""
-    for capture in captures:
-        if capture.partial:
-            warnings.append(f"{side}: the last record of {os.path.basename(capture.name)} is not whole "
-                            f"({capture.partial} bytes); the {capture.records} before it are used")
-        if capture.cut:
-            warnings.append(f"{side}: {capture.cut} packets were cut by the snap length before what identifies them, "
-                            "and are left out of all counts: capture more of each packet (tcpdump -s)")
-    names = ("records", "other", "filtered", "cut")
-    counts: dict[str, Any] = {name: sum(getattr(capture, name) for capture in captures) for name in names}
-    precisions = {capture.precision for capture in captures}
-    return {**counts, "precision": "microseconds" if "microseconds" in precisions else "nanoseconds"}
-
-
-def match_text_files(pif_path: str, vif_path: str, warnings: list[str],
-                     *columns: Any, outward: bool = False) -> tuple[Matching, dict[str, dict[str, Any]]]:
-    """Pairs the lines of two text captures by the columns which TextCapture describes; returns as match_files."""
-    with open(pif_path, errors="replace") as pif, open(vif_path, errors="replace") as vif:
-        captures = [TextCapture(pif, *columns), TextCapture(vif, *columns)]
-        [(_, sent)], [(_, seen)] = blocks = [list(capture) for capture in captures]
-    if sent and seen and not any(capture.dated for capture in captures):
-        days = round((seen[0] - sent[0]) / DAY)      # midnight was between the first packet's sightings
-        for i in range(len(seen) if days else 0):
-            seen[i] -= days * DAY
-    matching = match(*(reversed(blocks) if outward else blocks))
-    sides = {}
-    for side, capture in zip(("pif", "vif"), captures):
-        sides[side] = {"records": capture.records, "skipped": capture.skipped}
-        if capture.skipped:
-            warnings.append(f"{side}: {capture.skipped} lines without a sequence number or time were left out")
-    if matching.alike:
-        warnings.append("are the sequence numbers really in column seq_no_col?")
-    return matching, sides
-
-
-def capture_warnings(side: str, counts: Mapping[str, Any]) -> list[str]:
-    """What tcpdump's own counts say against a capture."""
-    warnings = []
-    if counts.get("dropped"):
-        warnings.append(f"{side}: the kernel dropped {counts['dropped']} packets before tcpdump read them, so \"lost\" "
-                        "can't be trusted: generate less traffic, or give the hypervisor more CPU")
-    return warnings
-
-
-def quality_warnings(matching: Matching, figures: Mapping[str, Any], outward: bool = False) -> list[str]:
-    """What speaks against the numbers of a matching, with what to do about it."""
-    warnings = []
-    first, second = ("vif", "pif") if outward else ("pif", "vif")
-    if matching.alike:
-        warnings.append(f"{len(matching.alike)} packets on the {first} share all that identifies them with another "
-                        "one; they were paired in order of appearance, which is a guess where some are lost")
-    merged_segments = mergers(matching)
-    if merged_segments:
-        warnings.append(f"{merged_segments} packets have another length on the {second} than on the {first}, so they "
+def quality_warnings(result: Result, figures: Mapping[str, Any]) -> list[str]:
+    """What speaks against the numbers of a direction, with what to do about it."""
+    warnings, matching = [], result.matching
+    first, second = matching.direction.first, matching.direction.second
+    if result.ambiguous:
+        warnings.append(f"{result.ambiguous} matched packets share all that identifies them with others of which some "
+                        f"are missing: they are counted, but have no delay; {DISTINCT}")
+    if result.undecided:
+        warnings.append(f"{result.undecided} packets were not seen on the {second}, but watched for less time than "
+                        "others took: they count neither as lost nor as matched; wait longer (--wait)")
+    merged = resized(result)
+    if merged:
+        warnings.append(f"{merged} packets have another length on the {second} than on the {first}, so they "
                         "are in neither's matches: segments were merged or split (GRO, TSO); measure with small "
                         "packets, or switch it off (ethtool -K)")
-    if 2 * matching.matched < min(matching.first, matching.second) and not merged_segments:
+    if 2 * result.matched < min(result.first, result.second) and not merged:
         warnings.append("most packets of each interface were not seen on the other: is there address translation "
                         "(--match-nat), a tunnel of an unknown kind, or other traffic?")
     if figures["negative"]:
         warnings.append(f"{figures['negative']} delays are negative (down to {figures['minimum']:g} µs): the stamps of "
-                        "two CPU cores disagree, the clock was set, or pif and vif are swapped")
-    if figures["maximum"] * 1000 > LONGEST_DELAY:
-        absurd = sum(delay > LONGEST_DELAY for delay in matching.delays)
-        warnings.append(f"{absurd} delays are longer than {LONGEST_DELAY / NANOSECONDS:g} s (up to "
+                        "two CPU cores disagree, or the clock was set")
+    if figures["zero"]:
+        warnings.append(f"{figures['zero']} delays are exactly 0: the time stamps are too coarse for them, or the "
+                        "clock stood still between two CPUs (Xen's does, where dom0 has several)")
+    if figures["maximum"] * 1000 > LONGEST_WAIT:
+        absurd = sum(delay > LONGEST_WAIT for delay in result.delays)
+        warnings.append(f"{absurd} delays are longer than {LONGEST_WAIT / NANOSECONDS:g} s (up to "
                         f"{figures['maximum']:g} µs): was the clock set meanwhile?")
-    few = [percent for percent, enough in (("90", 5), ("95", 10), ("99", 50), ("99.9", 500))
-           if matching.matched < enough]
+    delays = result.matched - result.ambiguous
+    few = [percent for percent, enough in (("90", 5), ("95", 10), ("99", 50), ("99.9", 500)) if delays < enough]
     if few:
-        warnings.append(f"too few packets matched ({matching.matched}) for the percentiles {', '.join(few)}, which are "
+        warnings.append(f"too few packets matched ({delays}) for the percentiles {', '.join(few)}, which are "
                         "hardly more than the maximum: send more (-c)")
     return warnings
 
 
-def mergers(matching: Matching) -> int:
-    """How many of the packets that only the vif saw are the same as one lost from the pif, but for their length.
+def traffic_warnings(result: Result, config: Mapping[str, Any]) -> list[str]:
+    """What the source commands say they have sent against what passed the pif."""
+    sent = config.get("transmitted")
+    if sent is None or result.matching.direction is not IN or config.get("filters"):
+        return []
+    probes = result.first - (closing_resets(result) if result.first > sent else 0)
+    if probes > sent:
+        return [f"{probes} packets were captured on the pif, and this run sent {sent}: other traffic between the same "
+                "hosts (another run?) is in the numbers"]
+    if probes < sent:
+        return [f"{sent} packets were sent, and {probes} of them were seen on the pif: the others were lost before the "
+                "hypervisor, or come in by another interface (-i auto, or -i several times)"]
+    return []
 
-    It looks at no more than the first SAMPLE of them.
+
+# ---- Report: the document ------------------------------------------------------------------------------------
+
+def build_report(analysis: Analysis, config: Mapping[str, Any], capture: Mapping[str, Mapping[str, Any]],
+                 slowest: int = 0) -> dict[str, Any]:
+    """The JSON document on an analysis, as the README describes it; NoMatchError if no packet has a delay.
+
+    `config` is what ran (`pif` and `vif` name the interfaces or files, `incidents` are what went wrong) and `capture`,
+    by side, what is known of its captures beside what was in the files.
     """
-    if not matching.strangers or not matching.lost:
-        return 0
-    rest = {identity[:1] + identity[3:] for identity, delay in zip(matching.identities, matching.delays)
-            if delay == LOST and identity[0] != TEXT}
-    return sum(identity[:1] + identity[3:] in rest for identity in matching.strangers)
+    result, *back = analysis.results
+    captured = {side: {**capture[side], **analysis.counts[side]} for side in analysis.counts}
+    if why := no_delay(result, config, sum(counts.get("cut", 0) for counts in captured.values())):
+        raise NoMatchError(why)
+    warnings = [*config.get("incidents", ()), *analysis.warnings, *traffic_warnings(result, config)]
+    warnings += [f"{side}: the kernel dropped {counts['dropped']} packets before tcpdump read them, so \"lost\" can't "
+                 "be trusted: generate less traffic, or give the hypervisor more CPU"
+                 for side, counts in captured.items() if counts.get("dropped")]
+    report = figures_of(result, warnings, reordering(result))
+    for outbound in back:
+        why = no_delay(outbound, config, 0)
+        theirs: list[str] = [why] if why else []
+        report["outbound"] = None if why else figures_of(outbound, theirs, reordering(outbound))
+        warnings += [f"outbound: {warning}" for warning in theirs]
+    if analysis.guest is not None:
+        report["guest"] = guest_figures(*analysis.guest, warnings)
+    report |= {"capture": captured, "warnings": warnings, "config": dict(config), "schema_version": SCHEMA_VERSION}
+    return {**report, "slowest": slowest_packets(result, slowest)} if slowest else report
 
 
-def no_match_message(matching: Matching, pif: str, vif: str, cut: int, outward: bool = False) -> str:
-    """Why two captures may have nothing in common."""
-    first, second = ("vif", "pif") if outward else ("pif", "vif")
-    seen = {first: matching.first, second: matching.second}
+def guest_figures(times: Sequence[int], counts: Mapping[str, int], warnings: list[str]) -> dict[str, Any]:
+    """The numbers of `guest_times`; what is wrong goes to the warnings."""
+    if counts["ambiguous"]:
+        warnings.append(f"guest: {counts['ambiguous']} probes were sent more than once (retransmissions?) and are left "
+                        "out: which of them was answered is not known")
+    figures = statistics(times) if times else {}
+    kept = {name: value for name, value in figures.items() if name not in ("pdv", "negative", "zero")}
+    return {**kept, **({"unit": "microseconds"} if kept else {}), "packets": dict(counts)}
+
+
+def no_delay(result: Result, config: Mapping[str, Any], cut: int) -> str:
+    """Why two captures have no delay in common, or none that can be true; empty if they have."""
+    first, second = result.matching.direction.first, result.matching.direction.second
+    pif, vif, outward = str(config["pif"]), str(config["vif"]), result.matching.direction is OUT
+    seen = {first: result.first, second: result.second}
+    if result.ambiguous and result.ambiguous == result.matched:
+        return (f"{result.matched} packets were seen on both interfaces, and no delay is certain: they share all that "
+                f"identifies them with others of which some are missing; {DISTINCT}")
+    if result.matched:
+        shortest, longest = min(result.samples()), max(result.samples())
+        return "" if longest >= 0 else (
+            f"all {result.matched} delays are negative ({shortest / 1000:g} to {longest / 1000:g} µs): are pif and vif "
+            f"swapped? The packets pass {second} before {first}")
     if cut:
         cause = f"{cut} packets were cut by the snap length before what identifies them: capture more (tcpdump -s)"
     elif not any(seen.values()) and outward:
@@ -3081,117 +3284,56 @@ def no_match_message(matching: Matching, pif: str, vif: str, cut: int, outward: 
         cause = (f"the traffic doesn't {'go out' if outward else 'come in'} by {pif}: try another -i, or -i auto; "
                  "inside a tunnel it is found with --overlay")
     elif not seen["vif"]:
+        emulated = EMULATED.get(config.get("toolstack") or "", EMULATED["xe"])(vif)
         cause = (f"none is on {vif}: does a firewall drop them, is the VM's address on another interface (--num), "
-                 f"does an HVM guest use its emulated one (--vif {re.sub('^vif', 'tap', vif)})?")
-    elif mergers(matching):
+                 f"does an HVM guest use its emulated one (--vif {emulated})?")
+    elif resized(result):
         cause = "they differ in length: segments were merged or split (GRO, TSO); measure with small packets"
     else:
         cause = "the packets differ: are they translated (--match-nat), or was it other traffic?"
     return f"no packet was seen on both interfaces ({seen['pif']} on {pif}, {seen['vif']} on {vif}): {cause}"
 
 
-def figures_of(matching: Matching, warnings: list[str], outward: bool = False) -> dict[str, Any]:
-    """The numbers of one direction, of which at least one packet matched; what is wrong goes to the warnings."""
-    figures = statistics(matching.samples())
-    ipdv, extents = variation(matching.delays), reordering(matching.arrivals)
-    warnings += quality_warnings(matching, figures, outward)
-    pdv, negative = figures.pop("pdv"), figures.pop("negative")
-    first, second = ("vif", "pif") if outward else ("pif", "vif")
-    return {
-        **figures,
-        "unit": "microseconds",
-        "packets": {
-            first: matching.first, second: matching.second, "matched": matching.matched, "lost": matching.lost,
-            "duplicated": matching.duplicated, "reordered": len(extents), f"{second}_only": matching.second_only},
-        "loss_ratio": matching.lost / matching.first,
-        "reordering": {"ratio": len(extents) / matching.matched, "maximum_extent": max(extents.values(), default=0)},
-        "pdv": pdv,
-        "ipdv": None if ipdv is None else ipdv / 1000,
-        "negative": negative,
-    }
-
-
-def guest_figures(times: Sequence[int], counts: Mapping[str, int], warnings: list[str]) -> dict[str, Any]:
-    """The numbers of `guest_times`; what is wrong goes to the warnings."""
-    if counts["ambiguous"]:
-        warnings.append(f"guest: {counts['ambiguous']} probes were sent more than once (retransmissions?) and are left "
-                        "out: which of them was answered is not known")
-    if not times:
-        return {"packets": dict(counts)}
-    figures = statistics(times)
-    del figures["pdv"], figures["negative"]
-    return {**figures, "unit": "microseconds", "packets": dict(counts)}
-
-
-def build_report(matching: Matching, capture: Mapping[str, Mapping[str, Any]], warnings: Sequence[str],
-                 config: Mapping[str, Any], slowest: int = 0, *, outward: bool = False,
-                 outbound: Matching | None = None,
-                 guest: tuple[Sequence[int], Mapping[str, int]] | None = None) -> dict[str, Any]:
-    """The JSON document on a matching, as the README describes it; NoMatchError if no packet matched.
-
-    `capture` holds, for each side, what is known of its capture (`records` at least), `warnings` what is wrong so
-    far, `config` what ran (`pif` and `vif` name the interfaces or files).  With `outward` the matching is from vif to
-    pif; `outbound` is that of the other direction and `guest` what `guest_times` found, if both were measured.
-    """
-    if not matching.matched:
-        cut = sum(counts.get("cut", 0) for counts in capture.values())
-        raise NoMatchError(no_match_message(matching, str(config["pif"]), str(config["vif"]), cut, outward))
-    warnings = [*warnings, *(warning for side in capture for warning in capture_warnings(side, capture[side]))]
-    report = figures_of(matching, warnings, outward)
-    if outbound is not None:
-        back: list[str] = []
-        if outbound.matched:
-            report["outbound"] = figures_of(outbound, back, outward=True)
-        else:
-            report["outbound"] = None
-            back.append(no_match_message(outbound, str(config["pif"]), str(config["vif"]), 0, outward=True))
-        warnings += [f"outbound: {warning}" for warning in back]
-    if guest is not None:
-        report["guest"] = guest_figures(*guest, warnings)
-    report |= {"capture": {side: dict(counts) for side, counts in capture.items()}, "warnings": warnings,
-               "config": dict(config), "schema_version": SCHEMA_VERSION}
-    if slowest:
-        report["slowest"] = slowest_packets(matching, slowest, outward)
-    return report
-
-
-def iso_time(nanoseconds: int) -> str:
-    """A time as ISO 8601 in UTC, with nanoseconds."""
-    import time
-    seconds, fraction = divmod(nanoseconds, NANOSECONDS)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{fraction:09}Z"
-
-
-def slowest_packets(matching: Matching, count: int, outward: bool = False) -> list[dict[str, Any]]:
-    """The matched packets with the largest delays, the slowest first: times, delay in microseconds, and identity."""
+def slowest_packets(result: Result, number: int) -> list[dict[str, Any]]:
+    """The packets with the largest delays, the slowest first: times, delay in microseconds, and identity."""
     from heapq import nlargest
-    ranks = nlargest(count, matching.arrivals, key=matching.delays.__getitem__)
-    first, second = ("t_vif", "t_pif") if outward else ("t_pif", "t_vif")
-    return [{first: iso_time(matching.sent[rank]), second: iso_time(matching.sent[rank] + matching.delays[rank]),
-             "delay": matching.delays[rank] / 1000, **describe(matching.identities[rank])} for rank in ranks]
+    matching, (first, second) = result.matching, (result.matching.direction.first, result.matching.direction.second)
+    ranks = nlargest(number, result.arrivals(), key=result.delays.__getitem__)
+    return [{f"t_{first}": iso_time(matching.sent[rank]),
+             f"t_{second}": iso_time(matching.sent[rank] + result.delays[rank]),
+             "delay": result.delays[rank] / 1000, **describe(matching.identity(rank))} for rank in ranks]
 
 
 CSV_FIELDS = ("source", "destination", "protocol", "source_port", "destination_port", "sequence", "acknowledgment",
               "icmp_type", "icmp_code", "identifier", "ip_id", "fragment_offset", "length")
+CLASS_NAMES = {AMBIGUOUS: "ambiguous", LOST: "lost", UNDECIDED: "undecided"}
 
 
-def csv_rows(matching: Matching) -> Iterator[Sequence[Any]]:
-    """A table of the packets of the first point: time, identity, delay in microseconds (empty if lost) and flags."""
+def csv_rows(result: Result) -> Iterator[Sequence[Any]]:
+    """A table of the packets that count: time, identity, delay in microseconds (empty if there is none) and flags."""
     yield "time", *CSV_FIELDS, "delay_us", "flags"
-    late = reordering(matching.arrivals)
-    for rank, (time, delay) in enumerate(zip(matching.sent, matching.delays)):
-        fields = describe(matching.identities[rank])
-        flags = [flag for flag, applies in (
-            ("lost", delay == LOST), ("reordered", rank in late), ("duplicated", rank in matching.extra_copies),
-            ("alike", rank in matching.alike)) if applies]
-        yield (iso_time(time), *(fields.get(name, "") for name in CSV_FIELDS),
-               "" if delay == LOST else f"{delay / 1000:.3f}", " ".join(flags))
+    matching, reordered = result.matching, reordering(result)
+    for rank in result.ranks():
+        delay, fields = result.delays[rank], describe(matching.identity(rank))
+        flags = [CLASS_NAMES.get(result.classes[rank], ""), "reordered" if rank in reordered else "",
+                 "duplicated" if rank in matching.extra_copies else ""]
+        yield (iso_time(matching.sent[rank]), *(fields.get(name, "") for name in CSV_FIELDS),
+               "" if delay == NO_DELAY else f"{delay / 1000:.3f}", " ".join(filter(None, flags)))
 
 
-def write_csv(matching: Matching, path: str) -> None:
+# ---- Report: files -------------------------------------------------------------------------------------------
+
+def write_csv(result: Result, path: str) -> None:
     """Writes the table of `csv_rows`."""
     import csv
-    write_whole(path, lambda file: csv.writer(file, lineterminator="\n").writerows(csv_rows(matching)))
+    import io
+
+    def write(file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="", write_through=True)
+        csv.writer(text, lineterminator="\n").writerows(csv_rows(result))
+        text.detach()
+
+    write_file(path, write)
 
 
 def unmasked(mode: int) -> int:
@@ -3200,30 +3342,68 @@ def unmasked(mode: int) -> int:
     return mode & ~mask
 
 
-def write_whole(path: str, write: Callable[[Any], object], mode: str = "w") -> None:
-    """Writes a file which is there whole or not at all, with the mode that the umask gives; UsageError if it can't."""
-    import tempfile
-    name = None
+def real_path(path: str) -> str | int:
+    """Where a path leads through links: a file, or the number of an open descriptor ("-" is standard output)."""
+    for _ in range(40):
+        descriptor = re.fullmatch(r"-|/dev/std(?:out|(err))|(?:/dev|/proc/self)/fd/(\d{1,6})", path)
+        if descriptor:
+            return int(descriptor[2] or (2 if descriptor[1] else 1))
+        if not os.path.islink(path):
+            break
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    return path
+
+
+def write_file(path: str, write: Callable[[Any], object]) -> None:
+    """Writes a file, through links; UsageError if it can't be written, ReaderGone if that is a pipe without a reader.
+
+    A plain file is there whole or not at all, with the mode that it had, or else that the umask gives; a device, a pipe
+    or an open descriptor is written to.
+    """
+    place, temporary, shown = real_path(path), "", "standard output" if path == "-" else path
+    if place == 1 and sys.stdout is None:            # the number may be another file's by now
+        raise UsageError(f"can't write {shown}: it is closed (--output names a file)")
     try:
-        if os.path.exists(path) and not os.path.isfile(path):        # a device or a pipe
-            with open(path, mode) as file:
+        if isinstance(place, int) or (os.path.exists(place) and not os.path.isfile(place)):
+            with open(os.dup(place) if isinstance(place, int) else place, "wb") as file:
                 write(file)
             return
-        with tempfile.NamedTemporaryFile(mode, dir=os.path.dirname(path) or ".", prefix=".netweaver-",
-                                         delete=False) as temporary:
-            name = temporary.name
-            write(temporary)
-        os.chmod(name, unmasked(0o666))
-        os.replace(name, path)
-        name = None
+        import tempfile
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(place) or ".", prefix=".netweaver-", delete=False) as new:
+            temporary = new.name
+            write(new)
+            if os.path.exists(place):
+                status = os.stat(place)
+                os.chmod(temporary, status.st_mode & 0o7777)
+                if os.geteuid() == 0:
+                    os.chown(temporary, status.st_uid, status.st_gid)
+            else:
+                os.chmod(temporary, unmasked(0o666))
+        os.replace(temporary, place)
+        temporary = ""
+    except BrokenPipeError:
+        raise ReaderGone from None
     except OSError as error:
-        raise UsageError(f"can't write {path}: {error.strerror}") from error
+        raise UsageError(f"can't write {shown}: {error.strerror}") from error
     finally:
-        if name:
-            os.unlink(name)
+        if temporary:
+            os.unlink(temporary)
 
 
-# ---- Presentation: a document, for people and for other programs ----------------------------------------------
+def check_writable(path: str) -> None:
+    """UsageError if a file can't be written, as far as that is known before a long measurement."""
+    place = real_path(path)
+    if isinstance(place, int):
+        return
+    directory = os.path.dirname(place) or "."
+    special = os.path.exists(place) and not os.path.isfile(place)
+    if os.path.isdir(place) or not os.access(place if special else directory, os.W_OK):
+        why = ("it is a directory" if os.path.isdir(place) else "no such directory" if not os.path.isdir(directory)
+               else "no permission to write there")
+        raise UsageError(f"can't write {path}: {why}")
+
+
+# ---- People and monitors -------------------------------------------------------------------------------------
 
 BINS, BAR = 12, 40                                   # of a histogram: lines, and the width of the longest bar
 
@@ -3248,8 +3428,8 @@ def histogram(delays: Sequence[int], fancy: bool = True) -> list[str]:
     width = max(1, -(-(high + 1 - low) // BINS))
     edges = [low + width * place for place in range(BINS + 1) if low + width * (place - 1) <= high]
     below = [bisect_left(ranked, edge) for edge in edges]
-    counts = list(map(sub, islice(below, 1, None), below))
-    rows = [(duration_text(edge / 1000), number) for edge, number in zip(edges, counts)]
+    rows = [(duration_text(edge / 1000), after - before)
+            for edge, before, after in zip(edges, below, islice(below, 1, None))]
     if len(ranked) > below[-1]:
         rows.append((f"> {duration_text(edges[-1] / 1000)}", len(ranked) - below[-1]))
     most, column = max(number for _, number in rows), max(len(label) for label, _ in rows)
@@ -3268,34 +3448,32 @@ def side_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 def summary(report: Mapping[str, Any], delays: Sequence[int], fancy: bool = True) -> list[str]:
     """Lines for people on what was measured; `delays` are the samples (ns)."""
-    config, names = report["config"], side_names(report["config"])
-    ways = [("out" if config.get("direction") == "out" else "in", report)]
-    if report.get("outbound"):
-        ways.append(("out", report["outbound"]))
-    lines = []
-    for way, part in ways:
-        first, second = ("vif", "pif") if way == "out" else ("pif", "vif")
-        packets, reordered = part["packets"], part["reordering"]
+    names, lines = side_names(report["config"]), []
+    for way, part in parts_of(report).items():
+        if not part:
+            continue
+        packets = part["packets"]
+        if way == "guest":
+            lines += [f"the VM itself: {packets['answered']} probes answered, {packets['unanswered']} not",
+                      *(_delay_lines(part) if "median" in part else ())]
+            continue
+        direction, = DIRECTIONS[way]
+        first, second = direction.first, direction.second
+        more = "".join(f"   {name} {packets[name]}" for name in ("ambiguous", "undecided") if packets[name])
         lines += [f"{names[first]} -> {names[second]}: {packets['matched']} packets matched of {packets[first]}",
                   *_delay_lines(part),
                   f"  lost {packets['lost']} ({percent(part['loss_ratio'])})   duplicated {packets['duplicated']}   "
-                  f"reordered {packets['reordered']} ({percent(reordered['ratio'])})   "
-                  f"on {names[second]} alone {packets[f'{second}_only']}"]
-    guest = report.get("guest")
-    if guest:
-        counts = guest["packets"]
-        lines += [f"the VM itself: {counts['answered']} probes answered, {counts['unanswered']} not",
-                  *(_delay_lines(guest) if "median" in guest else ())]
+                  f"reordered {packets['reordered']} ({percent(part['reordering']['ratio'])})   "
+                  f"on {names[second]} alone {packets[f'{second}_only']}{more}"]
     if report.get("comparison"):
         lines.append(comparison_text(report["comparison"]))
     return [*lines, *(f"  {line}" for line in histogram(delays, fancy))]
 
 
 def _delay_lines(part: Mapping[str, Any]) -> list[str]:
-    named = [(name, part[name]) for name in ("median", "average", "stdev", "minimum", "maximum")]
-    named += [(f"p{name}", value) for name, value in part["percentiles"].items()]
-    cells = [f"{name:<8}{duration_text(value):>9}" for name, value in named]
-    return ["  " + "   ".join(cells[:5]), "  " + "   ".join(cells[5:])]
+    named = ("median", "average", "stdev", "minimum", "maximum"), ("p90", "p95", "p99", "p99.9")
+    return ["  " + "   ".join(f"{name:<8}{duration_text(figure_of(part, PATHS[name])):>9}" for name in names)
+            for names in named]
 
 
 def comparison_text(comparison: Mapping[str, Any]) -> str:
@@ -3307,7 +3485,8 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
                         for value in (part["shift"], *(part["interval"] or ()))]
         sure = " to ".join(ends) or "too few packets to tell"
         parts.append(f"{label} {shift} ({sure}{', changed' if part['distinguishable'] else ''})")
-    verdict = "different from" if comparison["distinguishable"] else "no difference to be seen from"
+    verdict = {True: "different from", False: "no difference to be seen from",
+               None: "too few packets to compare with"}[comparison["distinguishable"]]
     return f"{verdict} {comparison['path']}: {', '.join(parts)}"
 
 
@@ -3322,40 +3501,28 @@ def prometheus(report: Mapping[str, Any]) -> str:
     common |= {re.sub(r"^(?=\d)|[^A-Za-z0-9_]", "_", key): value for key, value in config.get("labels", {}).items()}
     families: dict[str, tuple[str, list[tuple[dict[str, str], float]]]] = {
         "delay_seconds": ("Time from one interface to the other; guest: time that the VM took to answer.", []),
-        "packets": ("Packets by what became of them.", []),
-        "loss_ratio": ("Lost packets per packet sent (RFC 7680).", []),
-        "reordered_ratio": ("Reordered packets per packet received (RFC 4737).", []),
-        "negative_delays": ("Delays below zero.", []),
-        "warnings": ("How many warnings speak against these numbers.", [({}, len(report["warnings"]))]),
-        "measured_timestamp_seconds": ("When the traffic started.", []),
-    }
-    parts = [("out" if config.get("direction") == "out" else "in", report), ("out", report.get("outbound")),
-             ("guest", report.get("guest"))]
-    for way, part in parts:
-        if not part:
-            continue
-        values = {name: part.get(name) for name in ("average", "minimum", "maximum", "stdev", "median", "pdv", "ipdv")}
-        values |= {f"p{name}": value for name, value in part.get("percentiles", {}).items()}
-        families["delay_seconds"][1].extend(({"direction": way, "statistic": name}, value / 1e6)
-                                            for name, value in values.items() if value is not None)
+        "packets": ("Packets by what became of them.", [])}
+    for way, part in parts_of(report).items():
+        for name, path, unit, text in FIGURES:
+            value = figure_of(part, path)
+            if value is None or unit == "packets":
+                continue
+            family = "delay_seconds" if unit == "µs" else f"{name}_{unit}"
+            labels = {"direction": way, **({"statistic": name} if unit == "µs" else {})}
+            families.setdefault(family, (f"{text[0].upper()}{text[1:]}.", []))[1].append(
+                (labels, value / 1e6 if unit == "µs" else value))
         families["packets"][1].extend(({"direction": way, "kind": kind}, number)
-                                      for kind, number in part["packets"].items())
-        if "loss_ratio" in part:
-            families["loss_ratio"][1].append(({"direction": way}, part["loss_ratio"]))
-            families["reordered_ratio"][1].append(({"direction": way}, part["reordering"]["ratio"]))
-            families["negative_delays"][1].append(({"direction": way}, part["negative"]))
+                                      for kind, number in (part or {"packets": {}})["packets"].items())
+    families["warnings"] = ("How many warnings speak against these numbers.", [({}, len(report["warnings"]))])
     if "started" in config:
-        from calendar import timegm
-        from time import strptime
-        started = timegm(strptime(config["started"][:19], "%Y-%m-%dT%H:%M:%S"))
-        families["measured_timestamp_seconds"][1].append(({}, started))
+        families["measured_timestamp_seconds"] = ("When the traffic started.",
+                                                  [({}, parse_time(config["started"]) // NANOSECONDS)])
     lines = []
     for name, (text, samples) in families.items():
-        if samples:
-            lines += [f"# HELP netweaver_{name} {text}", f"# TYPE netweaver_{name} gauge"]
+        lines += [f"# HELP netweaver_{name} {text}", f"# TYPE netweaver_{name} gauge"]
         for own, value in samples:
-            labels = ",".join(f'{key}="{_label_value(text)}"' for key, text in {**common, **own}.items())
-            lines.append(f"netweaver_{name}{{{labels}}} {value!r}")
+            pairs = ",".join(f'{key}="{_label_value(text)}"' for key, text in {**common, **own}.items())
+            lines.append(f"netweaver_{name}{{{pairs}}} {value!r}")
     return "\n".join(lines) + "\n"
 
 
@@ -3363,82 +3530,88 @@ def _label_value(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-# Limits that a run can be held to: which numbers, and in which units they may be given.
-TIMES = {"ns": 1e-3, "us": 1, "µs": 1, "ms": 1e3, "s": 1e6, "": 1}
-LIMITED: dict[str, tuple[tuple[str, ...], dict[str, float]]] = {
-    **{name: ((name,), TIMES) for name in ("average", "minimum", "maximum", "stdev", "median", "pdv", "ipdv")},
-    **{f"p{name}": (("percentiles", name), TIMES) for name in ("90", "95", "99", "99.9")},
-    **{name: (("packets", name), {"": 1}) for name in ("matched", "lost", "duplicated", "reordered")},
-    "negative": (("negative",), {"": 1}),
-    "loss": (("loss_ratio",), {"": 1, "%": 0.01}),
-    "reordering": (("reordering", "ratio"), {"": 1, "%": 0.01}),
-}
+LIMIT_ALIASES = {"avg": "average", "mean": "average", "min": "minimum", "max": "maximum", "stddev": "stdev",
+                 "p50": "median", "loss_ratio": "loss"}
+LIMIT_UNITS = {"µs": {"": 1.0, "ns": 1e-3, "us": 1.0, "µs": 1.0, "ms": 1e3, "s": 1e6}, "ratio": {"": 1.0, "%": 0.01}}
 
 
 class Limit:
-    """A condition such as "p99>200" (µs), "loss>0.1%" or "outbound.median>=50us"; UsageError if it is none."""
+    """A condition such as "p99>200" (µs), "loss>0.1%" or "outbound.median>=50us"; UsageError if it can't be one."""
 
-    def __init__(self, text: str) -> None:
-        found = re.fullmatch(r"\s*(?:(outbound|guest)\.)?([a-z]+[\d.]*)\s*(>=|<=|>|<)\s*(\d+\.?\d*(?:e-?\d+)?)\s*"
-                             r"([a-zµ%]*)\s*", text.replace("\u03bc", "µ"))      # the Greek letter, too
-        part, name, sign, number, unit = found.groups() if found else (None, "", "", "0", "")
-        if not found or name not in LIMITED or unit not in LIMITED[name][1]:
-            raise UsageError(f"--fail-if {text!r}: give NAME>NUMBER (or >=, <, <=) with a unit if you like, such as "
-                             f"'p99>200us' or 'loss>0.1%'; names are {', '.join(LIMITED)}, also with outbound. or "
-                             "guest. in front")
-        self.text, self._part, self._path, self._sign = text.strip(), part, LIMITED[name][0], sign
-        self._limit = float(number) * LIMITED[name][1][unit]
-        self._time = LIMITED[name][1] is TIMES
+    def __init__(self, text: str, direction: str) -> None:
+        def error(why: str) -> UsageError:
+            return UsageError(f"--fail-if {text!r}: {why}")
+
+        parts = re.fullmatch(r"\s*(?:([a-z]+)\.)?([a-z_]+[\d.]*)\s*(>=|<=|>|<)\s*(\d+\.?\d*(?:e-?\d+)?)\s*(\S*)\s*",
+                             text.replace("\u03bc", "µ"))               # the Greek letter, too
+        if not parts:
+            raise error("give NAME>NUMBER (or >=, <, <=) with a unit if you like, such as 'p99>200us' or 'loss>0.1%'")
+        part, name, self._sign, number, self._unit = parts.groups()
+        name, figures = LIMIT_ALIASES.get(name, name), {name: (path, unit) for name, path, unit, _ in FIGURES}
+        if name not in figures:
+            raise error(f"there is no figure {name!r}; there are {', '.join(figures)}")
+        self._path, unit = figures[name]
+        self._units = LIMIT_UNITS.get(unit, {"": 1.0})
+        if self._unit not in self._units:
+            units = ", ".join(filter(None, self._units)) or "it has none"
+            raise error(f"{self._unit!r} is no unit of {name} ({units})")
+        if part not in (None, "outbound", "guest"):
+            raise error(f"there is no part {part!r}; there are outbound and guest")
+        if part and direction != "both":
+            raise error(f"{part} is known with --direction both alone")
+        if part == "guest" and (unit != "µs" or name in ("pdv", "ipdv")):
+            raise error(f"the guest has no {name}")
+        self._number = float(number) * self._units[self._unit]
+        if unit == "ratio" and self._number > 1:
+            raise error(f"{name} is at most 1, or 100 %" + ("" if self._unit else f": do you mean {number}%?"))
+        self.text, self._part = text.strip(), {"outbound": "out"}.get(part or "", part)
 
     def breach(self, report: Mapping[str, Any]) -> str | None:
         """How the report meets the condition; None if it doesn't.  What isn't known meets every condition."""
-        value: Any = report.get(self._part) if self._part else report
-        for key in self._path:
-            value = value.get(key) if value else None
+        value = figure_of(parts_of(report)[self._part] if self._part else report, self._path)
         if value is None:
             return f"{self.text}: not known"
-        met = {">": value > self._limit, ">=": value >= self._limit, "<": value < self._limit,
-               "<=": value <= self._limit}[self._sign]
-        return f"{self.text}: it is {duration_text(value) if self._time else f'{value:g}'}" if met else None
+        met = {">": value > self._number, ">=": value >= self._number, "<": value < self._number,
+               "<=": value <= self._number}[self._sign]
+        shown = (duration_text(value) if self._units is LIMIT_UNITS["µs"] and not self._unit else
+                 f"{value / self._units[self._unit]:.6g}{' ' * bool(self._unit)}{self._unit}")
+        return f"{self.text}: it is {shown}" if met else None
 
 
 def figure_class(path: str) -> type[Figure]:
     """Matplotlib's Figure, for a picture of that name; UsageError if it can't be made."""
-    if not path.lower().endswith((".png", ".svg", ".pdf")):
+    if isinstance(real_path(path), str) and not path.lower().endswith((".png", ".svg", ".pdf")):
         raise UsageError(f"--plot {path}: the name must end in .png, .svg or .pdf")
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UsageError(f"--plot needs matplotlib ({error}): pip install 'netweaver[plot]', or pip install matplotlib"
-                         ) from None
+        raise UsageError(f"--plot needs matplotlib ({error}): pip install matplotlib") from None
     return Figure
 
 
-def plot(path: str, report: Mapping[str, Any], matchings: Sequence[Matching]) -> None:
+def plot(path: str, report: Mapping[str, Any], results: Sequence[Result]) -> None:
     """Draws the delay of each packet over time, with the lost ones, beside its distribution; by the path's ending."""
     config, names = report["config"], side_names(report["config"])
     figure = figure_class(path)(figsize=(10, 4.8), layout="constrained")
     over_time, distribution = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-    ways = [config.get("direction") == "out"] if len(matchings) == 1 else [False, True]
-    start = min(min(matching.sent) for matching in matchings if matching.first)
+    start = min(min(result.matching.sent) for result in results if result.first)
     # Colours of Okabe and Ito, which everyone tells apart; markers and dashes do it in grey.
     styles = (("#0072B2", "o", "-"), ("#E69F00", "^", "--"))
-    for matching, outward, (color, marker, dashes) in zip(matchings, ways, styles):
-        if not matching.matched:
+    for result, (color, marker, dashes) in zip(results, styles):
+        samples, sent, direction = result.samples(), result.matching.sent, result.matching.direction
+        if not samples:
             continue
-        ends = (names["vif"], names["pif"]) if outward else (names["pif"], names["vif"])
-        moments = [(time - start) / NANOSECONDS for time in matching.sent]
-        seen = [(moment, delay / 1000) for moment, delay in zip(moments, matching.delays) if delay != LOST]
-        lost = [moment for moment, delay in zip(moments, matching.delays) if delay == LOST]
+        seen = [((sent[rank] - start) / NANOSECONDS, delay / 1000) for rank, delay in enumerate(result.delays)
+                if delay != NO_DELAY]
+        lost = [(sent[rank] - start) / NANOSECONDS for rank, kind in enumerate(result.classes) if kind == LOST]
         over_time.plot(*zip(*seen), marker, markersize=3, color=color, alpha=0.6, markeredgewidth=0,
-                       rasterized=len(seen) > 5000, label=" to ".join(ends))
+                       rasterized=len(seen) > 5000, label=f"{names[direction.first]} to {names[direction.second]}")
         if lost:
             over_time.plot(lost, [0.02] * len(lost), "x", markersize=6, color="#D55E00", label=f"lost ({len(lost)})",
                            transform=over_time.get_xaxis_transform())
-        ranked = sorted(delay for _, delay in seen)
-        distribution.plot([100 * rank / len(ranked) for rank in range(1, len(ranked) + 1)], ranked, color=color,
-                          linestyle=dashes)
-    everything = [delay for matching in matchings for delay in matching.samples()]
+        distribution.plot([100 * rank / len(samples) for rank in range(1, len(samples) + 1)],
+                          sorted(delay / 1000 for delay in samples), color=color, linestyle=dashes)
+    everything = [delay for result in results for delay in result.samples()]
     if min(everything) > 0 and max(everything) > 5000 * report["median"]:
         from matplotlib.ticker import LogFormatter
         over_time.set_yscale("log")
@@ -3450,13 +3623,23 @@ def plot(path: str, report: Mapping[str, Any], matchings: Sequence[Matching]) ->
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     what = config.get("name_label") or config.get("destination") or "delay"
-    figure.suptitle(f"{what}: median {duration_text(report['median'])}, 99 % within "
-                    f"{duration_text(report['percentiles']['99'])}, {matchings[0].lost} of {matchings[0].first} "
-                    "packets lost", fontsize="medium")
-    write_whole(path, lambda file: figure.savefig(file, format=path[-3:].lower(), dpi=150), "wb")
+    figure.suptitle(printable(f"{what}: median {duration_text(report['median'])}, 99 % within "
+                              f"{duration_text(report['percentiles']['99'])}, {results[0].lost} of {results[0].first} "
+                              "packets lost"), fontsize="medium")
+    from matplotlib.text import Text
+    for text in figure.findobj(Text):                # a name with $ is no formula
+        text.set_parse_math(False)
+        text.set_usetex(False)
+    kind = path[-3:].lower() if path.lower().endswith((".png", ".svg", ".pdf")) else "png"
+    write_file(path, lambda file: figure.savefig(file, format=kind, dpi=150))
 
 
-# ---- Command line ----------------------------------------------------------------------------------------------
+def printable(text: str) -> str:
+    """Text whose control characters can't do anything to a terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+# ---- Command line --------------------------------------------------------------------------------------------
 
 EPILOG = """\
 examples:
@@ -3472,14 +3655,19 @@ examples:
   keep a run, and compare another one with it later, as a cron job that fails when it gets slow:
     netweaver ... --save runs
     netweaver ... --baseline runs/<time>-<name> --fail-if 'p99>200us' --fail-if 'loss>0.1%'
-  captures that are there already, and a table of their packets:
+  a kept run, or captures that are there already, and a table of their packets:
+    netweaver --pcaps runs/<time>-<name>
     netweaver --pcaps pif.pcap vif.pcap -d 10.0.0.1 --csv packets.csv --slowest 5
 
 exit codes:
-  0 measured   2 usage   3 connection, authentication or host key
-  4 remote command or look-up   5 capture   6 no packet matched   7 a limit of --fail-if
-  129, 130, 143 interrupted by a signal   1 anything else
+  0 measured   2 usage, or a file that can't be written   3 connection, authentication or host key
+  4 remote command or look-up   5 capture   6 no packet with a delay   7 a limit of --fail-if
+  129, 130, 143 interrupted by a signal   141 the reader of standard output went away   1 anything else
 """
+# What makes no sense with --pcaps: another value than the default is an error.
+MEASURING = ("name_label", "hv", "toolstack", "interface", "num", "vif", "overlay", "filter", "pif_filter",
+             "vif_filter", "count", "source_command", "duration", "timeout", "wait", "max_capture_size", "key", "sudo",
+             "host_key_checking", "known_hosts", "save")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3489,121 +3677,135 @@ def build_parser() -> argparse.ArgumentParser:
         def error(self, message: str) -> NoReturn:
             raise UsageError(f"{message} (see {self.prog} --help)")
 
-    def positive(text: str) -> int:
-        if not re.fullmatch(r"0*[1-9]\d{0,9}", text, re.ASCII):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-        return int(text)
+        def _print_message(self, message: str, file: object = None) -> None:
+            write_file("-", lambda stdout: stdout.write(message.encode()))
 
-    def seconds(text: str) -> float:
-        if not re.fullmatch(r"\d{1,7}(\.\d*)?", text, re.ASCII) or not float(text):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-        return float(text)
+    def kind(pattern: str, convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
+        def check(text: str) -> Any:
+            if not re.fullmatch(pattern, text, re.ASCII):
+                raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+            return convert(text)
+        return check
 
-    def nic(text: str) -> int:
-        if not re.fullmatch(r"\d{1,4}", text, re.ASCII):
-            raise argparse.ArgumentTypeError(f"{text!r} is not the number of an interface")
-        return int(text)
-
-    def interface(text: str) -> str:
-        if not re.fullmatch(r"[^\s/-][^\s/]{0,14}", text):
-            raise argparse.ArgumentTypeError(f"{text!r} can't be the name of a network interface")
-        return text
-
-    def label(text: str) -> tuple[str, str]:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-        return key, value
-
-    columns = min(os.get_terminal_size().columns if sys.stdout.isatty() else 100, 120)
+    number = kind(r"0*[1-9]\d{0,8}", int, "a whole number from 1 to 999999999")
+    seconds = kind(r"(?=.*[1-9])\d{1,7}(\.\d{0,9})?", float, "a number of seconds above 0 and below 10000000")
+    interface = kind(r"[^\s/-][^\s/]{0,14}", str, "the name of a network interface")
+    columns = min(os.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else 100, 120)
     parser = Parser(
         prog="netweaver", allow_abbrev=False, add_help=False, epilog=EPILOG,
         description="Measure the time that packets take from a hypervisor's physical interface (pif) to a VM's "
                     "virtual interface (vif), in microseconds, as JSON.",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=columns))
-    what = parser.add_argument_group("what is measured")
-    what.add_argument("-n", "--name-label", metavar="NAME", help="the destination VM's name in the toolstack")
-    what.add_argument("--hv", metavar="HOST", help="its hypervisor, as [user@]host[:port]")
-    what.add_argument("-s", "--source", metavar="SOURCE", default=[], action="append",
-                      help="a VM that generates traffic, as [user@]host[:port]; may be repeated")
-    what.add_argument("-d", "--destination", metavar="DESTINATION", help="the destination VM's address")
-    what.add_argument("--toolstack", choices=tuple(TOOLSTACKS), default="xe",
-                      help="what the hypervisor is managed with: XenServer's xe, plain Xen's xl, libvirt's virsh or "
-                           "Proxmox's qm (default: %(default)s)")
-    what.add_argument("-i", "--interface", metavar="PIF", default=[], action="append", type=interface,
-                      help="the hypervisor's physical interface; auto finds it; may be repeated, for the slaves of a "
-                           "bond (default: eth0)")
-    what.add_argument("--num", metavar="N", default=0, type=nic,
-                      help="the number of the VM's interface, N in vif5.N (default: %(default)s)")
-    what.add_argument("--vif", metavar="NAME", type=interface,
-                      help="the virtual interface itself: the toolstack is not asked, and -n not needed")
-    what.add_argument("--direction", choices=("in", "out", "both"), default="in",
-                      help="from pif to vif, from vif to pif, or both, with the VM's own time in between (default: "
-                           "%(default)s)")
-    what.add_argument("--overlay", action="store_true",
-                      help="the traffic is inside VXLAN, Geneve or GRE on the physical interface")
-    what.add_argument("--filter", metavar="EXPR", help="capture what this pcap-filter(7) expression says, instead of "
-                                                       "the traffic between SOURCE and DESTINATION")
-    what.add_argument("--pif-filter", metavar="EXPR", help="the same for the physical interface alone")
-    what.add_argument("--vif-filter", metavar="EXPR", help="the same for the virtual interface alone")
-    traffic = parser.add_argument_group("traffic")
-    traffic.add_argument("-c", "--count", metavar="N", default=1000, type=positive,
-                         help="packets to send (default: %(default)s)")
-    traffic.add_argument("--source-command", metavar="TEMPLATE", default=DEFAULT_SOURCE_COMMAND,
-                         help="shell command that generates the traffic and ends; {count} and {destination} are "
-                              "filled in, {{ and }} are braces (default: %(default)s)")
-    traffic.add_argument("--duration", metavar="SECONDS", type=seconds,
-                         help="measure for so long; without -s nothing is generated, and whatever traffic reaches "
-                              "DESTINATION is measured")
-    traffic.add_argument("--timeout", metavar="SECONDS", type=seconds,
-                         help="stop the traffic after so long (default: 600, or COUNT / 5 if that is more)")
-    traffic.add_argument("--max-capture-size", metavar="MB", default=256, type=positive,
-                         help="the most that each capture may take on the hypervisor (default: %(default)s)")
-    analysis = parser.add_argument_group("analysis")
-    analysis.add_argument("--pcaps", nargs=2, metavar=("PIF", "VIF"),
-                          help="analyse existing captures (pcap or pcapng) instead of making them; several files of "
-                               "one side are separated by commas; -s and -d then select by address")
-    analysis.add_argument("--match-nat", action="store_true",
-                          help="leave addresses out of the matching, where the path translates them")
-    analysis.add_argument("--slowest", metavar="N", default=0, type=positive,
-                          help="list the N slowest packets in the JSON")
-    judging = parser.add_argument_group("judging")
-    judging.add_argument("--fail-if", metavar="EXPR", default=[], action="append",
-                         help="exit with 7 if this is so, such as 'p99>200us' or 'loss>0.1%%'; may be repeated")
-    judging.add_argument("--baseline", metavar="DIR", help="compare with a run that --save has kept, or with two "
-                                                           "captures given as PIF.pcap,VIF.pcap")
-    login = parser.add_argument_group("login")
-    login.add_argument("-k", "--key", metavar="KEYFILE",
-                       help="SSH private key (default: the SSH agent and the keys in ~/.ssh)")
-    login.add_argument("--sudo", action="store_true",
-                       help="who isn't root on a host runs the commands there by sudo -n")
-    login.add_argument("--host-key-checking", choices=("accept-new", "yes", "no"), default="accept-new",
-                       help="record the keys of new hosts, refuse new hosts, or check nothing (default: %(default)s)")
-    login.add_argument("--known-hosts", metavar="FILE",
-                       help="the file of known host keys (default: ~/.ssh/known_hosts)")
-    output = parser.add_argument_group("output")
-    output.add_argument("--csv", metavar="FILE", help="write a table of the packets that came in, a line each")
-    output.add_argument("--output", metavar="FILE", help="write the result there, whole or not at all, instead of to "
-                                                         "standard output")
-    output.add_argument("--format", choices=("json", "prometheus"), default="json",
-                        help="of the result: JSON, or a file for node_exporter's textfile collector (default: "
-                             "%(default)s)")
-    output.add_argument("--save", metavar="DIR", help="keep the captures and the JSON in a new directory under DIR")
-    output.add_argument("--plot", metavar="FILE", help="draw the delays, as .png, .svg or .pdf (needs matplotlib)")
-    output.add_argument("--label", metavar="KEY=VALUE", default=[], action="append", type=label,
-                        help="add this to the JSON's config.labels; may be repeated")
-    output.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
-    output.add_argument("-v", "--verbose", action="store_true", help="show the commands that are run")
-    output.add_argument("-h", "--help", action="help", help="show this help and exit")
-    output.add_argument("--version", action="version", version=f"netweaver {__version__}", help="show the version")
+    add_options(parser, number, seconds, interface, kind)
     return parser
+
+
+def add_options(parser: argparse.ArgumentParser, number: Callable[[str], Any], seconds: Callable[[str], Any],
+                interface: Callable[[str], Any], kind: Callable[..., Callable[[str], Any]]) -> None:
+    """The table of options."""
+    add = parser.add_argument_group("what is measured").add_argument
+    add("-n", "--name-label", metavar="NAME", help="the destination VM's name in the toolstack, or its UUID")
+    add("--hv", metavar="HOST", help="its hypervisor, as [user@]host[:port]")
+    add("-s", "--source", metavar="SOURCE", default=[], action="append",
+        help="a VM that generates traffic, as [user@]host[:port]; may be repeated")
+    add("-d", "--destination", metavar="DESTINATION", help="the destination VM's address")
+    add("--toolstack", choices=tuple(TOOLSTACKS), default="xe",
+        help="what the hypervisor is managed with: XenServer's xe, plain Xen's xl, libvirt's virsh or Proxmox's qm "
+             "(default: %(default)s)")
+    add("-i", "--interface", metavar="PIF", default=[], action="append", type=interface,
+        help="the hypervisor's physical interface; auto finds it; may be repeated, for the slaves of a bond (default: "
+             "eth0)")
+    add("--num", metavar="N", default=0, type=kind(r"\d{1,4}", int, "the number of an interface"),
+        help="the number of the VM's interface, N in vif5.N (default: %(default)s)")
+    add("--vif", metavar="NAME", type=interface,
+        help="the virtual interface itself: the toolstack is not asked, and -n not needed")
+    add("--direction", choices=tuple(DIRECTIONS),
+        help="from pif to vif, from vif to pif, or both, with the VM's own time in between (default: in)")
+    add("--overlay", action="store_true", help="the traffic is inside VXLAN, Geneve or GRE on the physical interface")
+    add("--filter", metavar="EXPR",
+        help="capture what this pcap-filter(7) expression says, instead of the traffic between SOURCE and DESTINATION")
+    add("--pif-filter", metavar="EXPR", help="the same for the physical interface alone")
+    add("--vif-filter", metavar="EXPR", help="the same for the virtual interface alone")
+    add = parser.add_argument_group("traffic").add_argument
+    add("-c", "--count", metavar="N", default=1000, type=number, help="packets to send (default: %(default)s)")
+    add("--source-command", metavar="TEMPLATE", default=DEFAULT_SOURCE_COMMAND,
+        help="shell command that generates the traffic and ends; {count} and {destination} are filled in, {{ and }} "
+             "are braces (default: %(default)s)")
+    add("--duration", metavar="SECONDS", type=seconds,
+        help="measure for this many seconds; without -s nothing is generated, and whatever traffic reaches "
+             "DESTINATION is measured")
+    add("--timeout", metavar="SECONDS", type=seconds,
+        help="stop the traffic after this many seconds (default: 600, or COUNT / 5 if that is more)")
+    add("--wait", metavar="SECONDS", type=seconds, default=SHORTEST_WAIT,
+        help="wait this many seconds for the last packets (default: %(default)s)")
+    add("--max-capture-size", metavar="MB", default=256, type=number,
+        help="the most that each capture may take on the hypervisor (default: %(default)s)")
+    add = parser.add_argument_group("analysis").add_argument
+    add("--pcaps", nargs="+", metavar="FILE",
+        help="analyse a run that --save has kept (a directory), or the captures of a PIF and a VIF (pcap or pcapng; - "
+             "is standard input), instead of measuring; several files of one side are separated by commas; -s and -d "
+             "then select by address")
+    add("--match-nat", action="store_true", help="leave addresses out of the matching, where the path translates them")
+    add("--slowest", metavar="N", default=0, type=number, help="list the N slowest packets in the JSON")
+    add = parser.add_argument_group("judging").add_argument
+    add("--fail-if", metavar="EXPR", default=[], action="append",
+        help="exit with status 7 when the condition holds, such as 'p99>200us' or 'loss>0.1%%'; may be repeated")
+    add("--baseline", metavar="DIR",
+        help="compare with a run that --save has kept, or with two captures given as PIF.pcap,VIF.pcap")
+    add = parser.add_argument_group("login").add_argument
+    add("-k", "--key", metavar="KEYFILE", help="SSH private key (default: those that ssh would try)")
+    add("--sudo", action="store_true", help="run remote commands with sudo -n unless logged in as root")
+    add("--host-key-checking", choices=("accept-new", "yes", "no"),
+        help="record the keys of new hosts, refuse new hosts, or check nothing (default: StrictHostKeyChecking in "
+             "ssh_config, or accept-new)")
+    add("--known-hosts", metavar="FILE", help="the file of known host keys (default: as ssh)")
+    add = parser.add_argument_group("output").add_argument
+    add("--csv", metavar="FILE", help="write a table of the packets that came in, a line each")
+    add("--output", metavar="FILE", help="write the result there, whole or not at all, instead of to standard output")
+    add("--format", choices=("json", "prometheus"), default="json",
+        help="of the result: JSON, or a file for node_exporter's textfile collector (default: %(default)s)")
+    add("--save", metavar="DIR", help="keep the captures and the JSON in a new directory under DIR")
+    add("--plot", metavar="FILE", help="draw the delays, as .png, .svg or .pdf (needs matplotlib)")
+    add("--label", metavar="KEY=VALUE", default=[], action="append", help="add this to config.labels; may be repeated",
+        type=kind(r"(?s)[^=]+=.*", lambda text: tuple(text.split("=", 1)), "KEY=VALUE"))
+    add("-q", "--quiet", action="store_true", help="no progress on stderr")
+    add("-v", "--verbose", action="store_true", help="show the commands that are run")
+    add("-h", "--help", action="help", help="show this help and exit")
+    add("--version", action="version", version=f"netweaver {__version__}", help="show the version")
+
+
+def check_arguments(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """UsageError for what makes no sense, or can't be written, as far as that is known before a long measurement."""
+    if arguments.pcaps:
+        for name in MEASURING:
+            if getattr(arguments, name) != parser.get_default(name):
+                raise UsageError(f"--{name.replace('_', '-')} is for measuring, and --pcaps analyses what was captured")
+        if len(arguments.pcaps) > 2:
+            raise UsageError("--pcaps takes a directory of --save, or two captures: several files of one side are "
+                             "separated by commas")
+    else:
+        needed = {"--hv": arguments.hv, "-s": arguments.source or arguments.duration, "-d": arguments.destination}
+        if lacking := [option for option, value in needed.items() if not value]:
+            raise UsageError(f"missing: {', '.join(lacking)} (see netweaver --help; instead of -s, --duration measures "
+                             "what traffic there is; --pcaps analyses existing captures)")
+        if not arguments.name_label and not arguments.vif:
+            raise UsageError("the destination VM is missing: give its name with -n, or its interface with --vif")
+    if arguments.plot:
+        figure_class(arguments.plot)
+    for path in filter(None, (arguments.csv, arguments.plot, arguments.output)):
+        check_writable(path)
+    existing = os.path.abspath(arguments.save or ".")
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if arguments.save and not (os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)):
+        raise UsageError(f"can't save in {arguments.save}: {existing} is no directory that can be written to")
 
 
 class Outcome:
     """What came of a measurement or an analysis: the document and the packets, and what went wrong after them."""
 
-    def __init__(self, report: dict[str, Any], matchings: Sequence[Matching]) -> None:
-        self.report, self.matchings = report, matchings
+    def __init__(self, report: dict[str, Any], results: Sequence[Result]) -> None:
+        self.report, self.results = report, results
         self.problems: list[NetWeaverError] = []
 
     def attempt(self, step: Callable[[], object]) -> None:
@@ -3612,141 +3814,109 @@ class Outcome:
             step()
         except NetWeaverError as error:
             self.problems.append(error)
+        except Exception as error:
+            self.problems.append(NetWeaverError(f"unexpected {type(error).__name__}: {error} (please report it)"))
 
 
 def measure(arguments: argparse.Namespace, signals: Signals, screen: Screen,
-            complete: Callable[[Outcome], None]) -> Outcome:
+            complete: Callable[[Outcome], None]) -> None:
     """Runs a whole measurement, and completes it before its files go."""
-    lacking = [option for option, value in (
-        ("--hv", arguments.hv), ("-s", arguments.source or arguments.duration), ("-d", arguments.destination))
-        if not value]
-    if lacking:
-        raise UsageError(f"missing: {', '.join(lacking)} (see netweaver --help; instead of -s, --duration measures "
-                         "what traffic there is; --pcaps analyses existing captures)")
-    if not arguments.name_label and not arguments.vif:
-        raise UsageError("the destination VM is missing: give its name with -n, or its interface with --vif")
+    from getpass import getpass
     destination = resolve(arguments.destination)
     source_command = format_source_command(arguments.source_command, arguments.count, destination)
     filters = {"pif": arguments.pif_filter or arguments.filter, "vif": arguments.vif_filter or arguments.filter}
-    expected = arguments.duration or expected_seconds(source_command)
-
-    def tick(elapsed: float, passed: int | None) -> None:
-        about = f" of {'' if arguments.duration else 'about '}{expected:.0f} s" if expected else " s"
-        screen.live(f"{elapsed:.0f}{about}" + (f", {passed} packets through the vif" if passed is not None else ""))
-
-    import threading
-    from getpass import getpass
+    of = f" of {arguments.duration:g}" if arguments.duration else ""
     if not arguments.verbose:                        # paramiko's threads end in tracebacks when a connection does
         threading.excepthook = lambda _: None
     with NetWeaver(arguments.source, arguments.name_label or "", destination, arguments.hv, arguments.key,
                    host_interface=arguments.interface or "eth0", vif_number=arguments.num, vif=arguments.vif,
-                   toolstack=arguments.toolstack, direction=arguments.direction, overlay=arguments.overlay,
+                   toolstack=arguments.toolstack, direction=arguments.direction or "in", overlay=arguments.overlay,
                    filters={side: expression for side, expression in filters.items() if expression},
-                   count=arguments.count, duration=arguments.duration, timeout=arguments.timeout,
-                   match_nat=arguments.match_nat, slowest=arguments.slowest,
-                   max_capture_size=arguments.max_capture_size * 1_000_000, labels=dict(arguments.label),
-                   sudo=arguments.sudo, host_key_checking=arguments.host_key_checking,
-                   known_hosts=arguments.known_hosts,
+                   count=arguments.count, duration=arguments.duration, timeout=arguments.timeout, wait=arguments.wait,
+                   match_nat=arguments.match_nat, slowest=arguments.slowest, labels=dict(arguments.label),
+                   max_capture_size=arguments.max_capture_size * 1_000_000, sudo=arguments.sudo,
+                   host_key_checking=arguments.host_key_checking, known_hosts=arguments.known_hosts,
                    ask=getpass if sys.stdin is not None and sys.stdin.isatty() else None,
-                   progress=screen.step, log=screen.log, tick=tick if screen.live_line else None) as weaver:
+                   progress=screen.step, log=screen.log,
+                   tick=(lambda elapsed: screen.live(f"{elapsed:.0f}{of} s")) if screen.live_line else None) as weaver:
         signals.interrupt = weaver.interrupt
         weaver.generate_and_record(source_command)
         weaver.pull_generated_files()
-        outcome = Outcome(weaver.analyze(), weaver.matchings)
-        complete(outcome)
+        outcome = Outcome(weaver.analyze(), weaver.results)
         if arguments.save:
             outcome.attempt(lambda: outcome.report.update(saved=weaver.save(arguments.save, outcome.report)))
-        return outcome
+        complete(outcome)
 
 
-def expected_seconds(command: str) -> float | None:
-    """About how long hping3 or ping will take to send its packets; None if their command doesn't tell."""
-    count = re.search(r"(?:^|\s)-c\s*(\d+)", command)
-    program = re.match(r"\s*(?:\S*/)?(hping3|ping6?)\s", command)
-    if not count or not program or "--flood" in command:
-        return None
-    interval, unit = 1.0, 1.0
-    if program[1] == "hping3" and (fast := re.search(r"\s--fast(er)?\b", command)):
-        interval = 1e-6 if fast[1] else 0.1
-    elif given := re.search(r"\s-i\s*(u?)(\d+\.?\d*|\.\d+)", command):
-        interval, unit = float(given[2]), 1e-6 if given[1] else 1.0
-    return int(count[1]) * interval * unit + 1
+def capture_paths(pif: str, vif: str) -> dict[str, list[str]]:
+    """The files of each side: one, or several with commas in between."""
+    return {side: [path] if os.path.exists(path) else path.split(",") for side, path in (("pif", pif), ("vif", vif))}
 
 
-def analyze_files(arguments: argparse.Namespace, complete: Callable[[Outcome], None]) -> Outcome:
-    """Analyses existing captures."""
-    if arguments.save:
-        raise UsageError("--save keeps the captures of a measurement; those of --pcaps are there already")
-    pif, vif = ([path] if os.path.exists(path) else path.split(",") for path in arguments.pcaps)
+def saved_run(paths: Sequence[str]) -> SavedRun | None:
+    """The kept run of which these are the directory, or the captures; None if they are other captures."""
+    if len(paths) == 1 and not os.path.isdir(paths[0]):
+        raise UsageError(f"{paths[0]}: give a directory of --save, or the captures of the pif and of the vif")
+    files = [path for names in capture_paths(*paths).values() for path in names] if len(paths) == 2 else []
+    directory = os.path.dirname(files[0]) or "." if files else paths[0]
+    try:
+        run = SavedRun(directory)
+    except UsageError:
+        if files:                                    # captures alone, or those of another version's run
+            return None
+        raise
+    kept = [path for names in run.paths.values() for path in names]
+    return run if not files or list(map(os.path.abspath, files)) == list(map(os.path.abspath, kept)) else None
+
+
+def analyze_files(arguments: argparse.Namespace, run: SavedRun | None) -> Outcome:
+    """Analyses a kept run, or existing captures."""
     sources = [resolve(Target(source).host) for source in arguments.source]
     destinations = [resolve(arguments.destination)] if arguments.destination else []
-    both = arguments.direction == "both"
-    if both and (arguments.match_nat or not destinations):
+    paths = run.paths if run else capture_paths(*arguments.pcaps)
+    config: dict[str, Any] = dict(run.config) if run else {
+        **{side: ",".join(names) for side, names in paths.items()}, "sources": sources,
+        "destination": "".join(destinations) or None, "direction": "in", "match_nat": False, "labels": {},
+        "selection": {"sources": [], "destinations": []}}
+    config |= {"version": __version__, "direction": arguments.direction or config["direction"],
+               "match_nat": arguments.match_nat or config["match_nat"],
+               "labels": {**config["labels"], **dict(arguments.label)},
+               "selection": {"sources": sources or config["selection"]["sources"],
+                             "destinations": destinations or config["selection"]["destinations"]}}
+    if config["direction"] == "both" and (config["match_nat"] or not config["selection"]["destinations"]):
         raise UsageError("--direction both tells the directions apart by the VM's address: give it with -d, and not "
                          "--match-nat")
-    warnings: list[str] = []
-    matchings, captures = match_directions(pif, vif, arguments.direction, match_nat=arguments.match_nat,
-                                           sources=sources, destinations=destinations)
-    matching, outbound = matchings[0], matchings[1] if both else None
-    capture = {side: file_counts(side, found, warnings) for side, found in captures.items()}
-    config = {"version": __version__, "pif": ",".join(pif), "vif": ",".join(vif), "sources": sources,
-              "destination": destinations[0] if destinations else None, "match_nat": arguments.match_nat,
-              "direction": arguments.direction, "labels": dict(arguments.label)}
-    report = build_report(matching, capture, warnings, config, arguments.slowest, outbound=outbound,
-                          outward=arguments.direction == "out",
-                          guest=guest_times(matching, outbound) if outbound else None)
-    outcome = Outcome(report, matchings)
-    complete(outcome)
-    return outcome
+    selection = Selection(DIRECTIONS[config["direction"]], **config["selection"], translated=config["match_nat"])
+    analysis = analyze_captures(paths, selection, run.window if run else ALWAYS, run.limit if run else None)
+    report = build_report(analysis, config, run.report["capture"] if run else {"pif": {}, "vif": {}}, arguments.slowest)
+    if run:
+        report |= {name: run.report[name] for name in ("failed_sources", "interrupted") if name in run.report}
+    return Outcome(report, analysis.results)
 
 
-class Baseline:
-    """An earlier measurement to compare with: a directory of --save, or two captures, "PIF,VIF"."""
-
-    def __init__(self, text: str, direction: str) -> None:
-        import json
-        self.text = text
-        outward, match_nat, destinations = direction == "out", False, []       # type: bool, bool, list[str]
-        if os.path.isdir(text):
-            names = sorted(os.listdir(text))
-            pif, vif = ([os.path.join(text, name) for name in names if re.fullmatch(rf"{side}\d*\.pcap", name)]
-                        for side in ("pif", "vif"))
-            try:
-                with open(os.path.join(text, "report.json"), encoding="utf-8") as file:
-                    config = json.load(file)["config"]
-                before, match_nat = config["direction"], config.get("match_nat", False)
-                if before == "both":
-                    destinations = [config["destination"]]
-            except (OSError, ValueError, KeyError, TypeError):
-                raise UsageError(f"--baseline {text}: not a directory that --save made: it has no usable report.json"
-                                 ) from None
-            if (before == "out") != outward:
-                raise UsageError(f"--baseline {text}: it was measured with --direction {before}")
-        else:
-            pif, vif = ([path] for path in text.split(",")) if text.count(",") == 1 else ([], [])
-        if not pif or not vif:
-            raise UsageError(f"--baseline {text}: give a directory of --save, or two captures as PIF.pcap,VIF.pcap")
-        self._matching, _ = match_captures(pif, vif, outward=outward, match_nat=match_nat,
-                                           sources=destinations if outward else [],
-                                           destinations=[] if outward else destinations)
-        if not self._matching.matched:
-            raise UsageError(f"--baseline {text}: no packet is in both of its captures")
-
-    def compare(self, outcome: Outcome) -> None:
-        """Adds the comparison to a report."""
-        outcome.report["comparison"] = {"path": self.text, **compare(self._matching, outcome.matchings[0])}
-
-
-def printable(text: str) -> str:
-    """Text whose control characters can't do anything to a terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+def baseline_result(text: str, direction: Direction, destination: str | None) -> Result:
+    """The packets of an earlier measurement: a directory of --save, or two captures, "PIF,VIF"."""
+    if os.path.isdir(text):
+        run = SavedRun(text)
+        if direction not in run.selection.directions:
+            raise UsageError(f"--baseline {text}: it was measured with --direction {run.config['direction']}")
+        analysis = analyze_captures(run.paths, run.selection, run.window, run.limit)
+    elif text.count(",") == 1:
+        analysis = analyze_captures(capture_paths(*text.split(",")), Selection(
+            [direction], destinations=[resolve(destination)] if destination else []))
+    else:
+        raise UsageError(f"--baseline {text}: give a directory of --save, or two captures as PIF.pcap,VIF.pcap")
+    result = next(result for result in analysis.results if result.matching.direction is direction)
+    if not result.samples():
+        raise UsageError(f"--baseline {text}: no packet is in both of its captures")
+    return result
 
 
 class Signals:
     """The first SIGINT, SIGTERM or SIGHUP ends the traffic, if there is some to report on; another ends all at once."""
 
     def __init__(self) -> None:
-        self.number: int | None = None
+        self.number = 0
         self.interrupt: Callable[[], bool] = lambda: False
 
     def __enter__(self) -> Signals:
@@ -3762,33 +3932,45 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: object) -> None:
-        again, self.number = self.number is not None, self.number or number
+        again, self.number = self.number != 0, self.number or number
         if again or not self.interrupt():
             raise KeyboardInterrupt
 
 
+COLOURS = {"bold": "\x1b[1m", "error": "\x1b[31m", "warning": "\x1b[33m"}
+
+
 class Screen:
-    """What a person sees on stderr: lines and, at a terminal, the progress, a live line, colours and a summary."""
+    """What a person sees on stderr: lines and, at a terminal, the progress, a live line, colours and a summary.
+
+    A terminal that has gone, or a stderr that can't be written, ends nothing.
+    """
 
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
-        terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._people = terminal and not quiet
-        dumb = os.environ.get("TERM") == "dumb"
+        terminal, dumb = sys.stderr is not None and sys.stderr.isatty(), os.environ.get("TERM") == "dumb"
+        self._people, self._verbose, self._live = terminal and not quiet, verbose, False
         self.live_line = self._people and not verbose and not dumb
-        self._verbose = verbose
         self._colours = terminal and not os.environ.get("NO_COLOR") and not dumb
-        self._live = False
         self.fancy = "utf" in (getattr(sys.stderr, "encoding", None) or "").lower()
+
+    def _print(self, text: str, end: str = "\n") -> None:
+        try:
+            if sys.stderr is not None:               # else print takes stdout
+                print("\r\x1b[K" * self._live + text, end=end, file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            pass
 
     def say(self, line: str, colour: str = "") -> None:
         """A line that everyone gets."""
         line = printable(line)
-        erase = "\r\x1b[K" if self._live else ""
-        self._live = False
         if not self.fancy:
             line = line.replace("µ", "u").encode("ascii", "replace").decode()
-        print(f"{erase}{COLOURS[colour]}{line}{COLOURS['end']}" if colour and self._colours else f"{erase}{line}",
-              file=sys.stderr, flush=True)
+        self._print(f"{COLOURS[colour]}{line}\x1b[0m" if colour and self._colours else line)
+        self._live = False
+
+    def error(self, error: object) -> None:
+        if str(error):                               # with a reader that is gone there is nobody to tell
+            self.say(f"netweaver: error: {error}", "error")
 
     def step(self, line: str) -> None:
         """A line on how far the run is."""
@@ -3802,90 +3984,82 @@ class Screen:
 
     def live(self, text: str) -> None:
         """A line that the next one replaces."""
-        if self.live_line:
-            self._live = True
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-            print(f"\r\x1b[K{printable(text)[:columns - 1]}", end="", file=sys.stderr, flush=True)
+        self._live = True
+        self._print(text, end="")
 
-    def summary(self, outcome: Outcome) -> None:
-        """The numbers for people."""
-        if self._people:
-            for line in summary(outcome.report, outcome.matchings[0].samples(), self.fancy):
-                self.say(line, "" if line.startswith(" ") else "bold")
-
-
-COLOURS = {"bold": "\x1b[1m", "error": "\x1b[31m", "warning": "\x1b[33m", "end": "\x1b[0m"}
-
-
-def check_outputs(arguments: argparse.Namespace) -> None:
-    """UsageError if what is to be written can't be, as far as that is known before a long measurement."""
-    if arguments.plot:
-        figure_class(arguments.plot)
-    for path in (arguments.csv, arguments.plot, arguments.output):
-        directory = os.path.dirname(path or "") or "."
-        device = bool(path) and os.path.exists(path) and not os.path.isfile(path)
-        if path and (os.path.isdir(path) or not os.access(path if device else directory, os.W_OK)):
-            why = ("it is a directory" if os.path.isdir(path) else "no such directory" if not os.path.isdir(directory)
-                   else "no permission to write there")
-            raise UsageError(f"can't write {path}: {why}")
+    def outcome(self, outcome: Outcome, breaches: Iterable[str]) -> None:
+        """The numbers for people, and what is wrong with them for all."""
+        for line in summary(outcome.report, outcome.results[0].samples(), self.fancy) if self._people else ():
+            self.say(line, "" if line.startswith(" ") else "bold")
+        for warning in outcome.report["warnings"]:
+            self.say(f"netweaver: warning: {warning}", "warning")
+        for breach in breaches:
+            self.say(f"netweaver: limit: {breach}", "error")
+        for problem in outcome.problems:
+            self.error(problem)
 
 
-def publish(outcome: Outcome, arguments: argparse.Namespace) -> None:
-    """Prints the document, or writes it where it is wanted."""
+def publish(report: Mapping[str, Any], arguments: argparse.Namespace) -> None:
+    """Writes the document where it is wanted: in UTF-8, whatever the locale is."""
     import json
-    text = prometheus(outcome.report) if arguments.format == "prometheus" else json.dumps(outcome.report) + "\n"
-    if arguments.output:
-        outcome.attempt(lambda: write_whole(arguments.output, lambda file: file.write(text)))
+    text = prometheus(report) if arguments.format == "prometheus" else json.dumps(report) + "\n"
+    write_file(arguments.output or "-", lambda file: file.write(text.encode("utf-8", "replace")))
+
+
+def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser, signals: Signals, screen: Screen) -> int:
+    """Does what the arguments say; returns the exit code."""
+    check_arguments(arguments, parser)
+    kept = saved_run(arguments.pcaps) if arguments.pcaps else None
+    direction = arguments.direction or (kept.config["direction"] if kept else "in")
+    limits = [Limit(text, direction) for text in arguments.fail_if]
+    if arguments.host_key_checking == "no":
+        screen.say("netweaver: warning: host keys are not checked: anyone in between can read and change what is sent",
+                   "warning")
+    baseline = arguments.baseline and baseline_result(arguments.baseline, DIRECTIONS[direction][0],
+                                                      arguments.destination if direction == "both" else None)
+    codes = []
+
+    def complete(outcome: Outcome) -> None:
+        report, first = outcome.report, outcome.results[0]
+        if baseline:
+            report["comparison"] = {"path": arguments.baseline, **compare(baseline, first)}
+        outcome.attempt(lambda: publish(report, arguments))
+        if arguments.csv:
+            outcome.attempt(lambda: write_csv(first, arguments.csv))
+        if arguments.plot:
+            outcome.attempt(lambda: plot(arguments.plot, report, outcome.results))
+        breaches = [breach for limit in limits if (breach := limit.breach(report))]
+        screen.outcome(outcome, breaches)
+        codes.extend([*(problem.exit_code for problem in outcome.problems), 7 if breaches else 0])
+
+    if arguments.pcaps:
+        complete(analyze_files(arguments, kept))
     else:
-        print(text, end="", flush=True)
+        measure(arguments, signals, screen, complete)
+    return codes[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     screen, verbose = Screen(), False
+    while os.open(os.devnull, os.O_RDWR) <= 2:       # no other file must get the number of a stream that is closed
+        pass
     with Signals() as signals:
         try:
-            arguments = build_parser().parse_args(argv)
-            verbose = arguments.verbose
-            screen = Screen(arguments.quiet, verbose)
-            if arguments.host_key_checking == "no" and not arguments.pcaps:
-                screen.say("netweaver: warning: host keys are not checked: anyone in between can read and change what "
-                           "is sent", "warning")
-            limits = [Limit(text) for text in arguments.fail_if]
-            check_outputs(arguments)
-            baseline = Baseline(arguments.baseline, arguments.direction) if arguments.baseline else None
-
-            def complete(outcome: Outcome) -> None:
-                if baseline:
-                    baseline.compare(outcome)
-                if arguments.csv:
-                    outcome.attempt(lambda: write_csv(outcome.matchings[0], arguments.csv))
-                if arguments.plot:
-                    outcome.attempt(lambda: plot(arguments.plot, outcome.report, outcome.matchings))
-
-            outcome = (analyze_files(arguments, complete) if arguments.pcaps else
-                       measure(arguments, signals, screen, complete))
-            screen.summary(outcome)
-            for warning in outcome.report["warnings"]:
-                screen.say(f"netweaver: warning: {warning}", "warning")
-            publish(outcome, arguments)
-            breaches = [breach for limit in limits if (breach := limit.breach(outcome.report))]
-            for breach in breaches:
-                screen.say(f"netweaver: limit: {breach}", "error")
-            for problem in outcome.problems:
-                screen.say(f"netweaver: error: {problem}", "error")
-            code = outcome.problems[0].exit_code if outcome.problems else 7 if breaches else 0
+            parser = build_parser()
+            arguments = parser.parse_args(argv)
+            screen, verbose = Screen(arguments.quiet, arguments.verbose), arguments.verbose
+            code = run(arguments, parser, signals, screen)
         except NetWeaverError as error:
-            screen.say(f"netweaver: error: {error}", "error")
+            screen.error(error)
             code = error.exit_code
         except KeyboardInterrupt:
-            screen.say("netweaver: error: interrupted", "error")
+            screen.error("interrupted")
             code = 130
         except Exception as error:
             if verbose:
                 raise
-            screen.say(f"netweaver: error: unexpected {type(error).__name__}: {error} (-v shows where; please report "
-                       "it)", "error")
+            screen.error(f"unexpected {type(error).__name__}: {error} (-v shows where; please report it)")
             code = 1
         return 128 + signals.number if signals.number else code
 

@@ -109,7 +109,7 @@ def main() -> None:
         "dpkt, sliced": [python, "-c", DPKT % "frame[18:20] + frame[26:42]"],
         "dpkt, dissected": [python, "-c", DPKT % "dpkt.ethernet.Ethernet(frame).data.data.seq"],
         "tcpdump, text + split": [python, "-c", TCPDUMP],
-        "tcpdump, text alone": ["sh", "-c", 'tcpdump -nnr "$0" && tcpdump -nnr "$1"'],
+        "tcpdump, text alone": ["sh", "-c", 'tcpdump -tt -nnr "$0" && tcpdump -tt -nnr "$1"'],
         "tshark, fields + join": [python, "-c", TSHARK],
     }
     with tempfile.TemporaryDirectory(prefix="netweaver-bench-") as place:

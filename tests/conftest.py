@@ -28,3 +28,10 @@ def lab(shared_lab: laboratory.Lab) -> Iterator[laboratory.Lab]:
     """The shared lab; the test must leave nothing on its hosts."""
     yield shared_lab
     shared_lab.wait_clean()
+
+
+@pytest.fixture
+def own_lab() -> Iterator[laboratory.Lab]:
+    """A lab of the test's own, which it may break."""
+    with laboratory.Lab() as built:
+        yield built

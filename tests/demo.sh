@@ -1,5 +1,5 @@
 #!/bin/sh
-# Shows netweaver at work: a lab of network namespaces on this machine, as root. The last line is the JSON.
+# Shows netweaver at work: a lab of network namespaces on this machine, as root. The line that begins with a brace is the JSON.
 set -eu
 cd "$(dirname "$0")/.."
 . tests/prepare.sh

@@ -35,7 +35,7 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parent
 NETWEAVER = TESTS.parent / "netweaver.py"
-PYTHON = os.environ.get("NETWEAVER_PYTHON", sys.executable)        # of netweaver: with another paramiko, say
+PYTHON = os.path.abspath(os.environ.get("NETWEAVER_PYTHON", sys.executable))     # of netweaver: another paramiko, say
 MANAGEMENT, MANAGEMENT6, DATA, DATA6, OUTER = "10.83.0", "fd83:0:", "10.83.1", "fd83:1:", "10.83.2"
 HV_UUID, OTHER_HV_UUID = "5fb5a5a8-8a3b-4d5c-9d60-3a1a6d5b1f01", "0d1f7c52-6d7e-4d0c-8f5f-0f0c4d3e2b02"
 NAME = "instance-7c0ee45a-7a3c-4a0f-a8f4-3b7c5f7d1e90"
@@ -60,6 +60,14 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20) -> 
             raise TimeoutError(f"waited {seconds} s in vain for: {what}")
         time.sleep(0.02)
     return value
+
+
+def passwd_with_home(home: Path) -> str:
+    """The machine's /etc/passwd, in which root has another home directory."""
+    lines = Path("/etc/passwd").read_text().splitlines()
+    mine = [line.split(":")[:5] for line in lines if line.startswith("root:")]
+    return "\n".join([*(":".join([*fields, str(home), "/bin/sh"]) for fields in mine),
+                      *(line for line in lines if not line.startswith("root:")), ""])
 
 
 def pool(*vms: Mapping[str, str], fault: str | None = None, **tables: Sequence[Mapping[str, str]]) -> dict[str, Any]:
@@ -240,7 +248,7 @@ class Lab:
         for host in self.hosts:
             self._start_sshd(host)
         self.set_pool(pool(
-            vm(vmid="105"), vm("halted", -1, vmid="106"), vm("twin", 5, vmid="107"), vm("twin", -1, vmid="108"),
+            vm(vmid="105"), vm("halted", -1, vmid="106"), vm("twins", 5, vmid="107"), vm("twins", 6, vmid="108"),
             vm("elsewhere", 5, OTHER_HV_UUID), vm("dom0", 0, **{"is-control-domain": "true"}),
             vifs=[{"vm-uuid": f"vm-{NAME}", "device": "0", "network-uuid": "net0"},
                   {"vm-uuid": f"vm-{NAME}", "device": "1", "network-uuid": "internal"}],
@@ -267,7 +275,7 @@ class Lab:
         binaries.mkdir()
         environment = f"PATH={binaries}:{os.environ['PATH']}"
         if host is self.hv:
-            for toolstack in ("xe", "xl", "qm"):
+            for toolstack in ("xe", "xl", "qm", "xenstore-read"):
                 shutil.copy(TESTS / "standins" / toolstack, binaries / toolstack)
             (self.directory / "libvirt.xml").write_text(
                 "<node>" + libvirt_domain(NAME, "vif5.0", "vif5.1") + libvirt_domain("halted", "", running=False)
@@ -345,7 +353,16 @@ class Lab:
                 "HOME": str(self.home), "TMPDIR": str(self.directory / "client-tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def on_client(self, *words: str) -> list[str]:
-        return ["ip", "netns", "exec", self.client, *words]
+        """The words that run a command on the client, where ssh's own files are in the lab's home, and nowhere else.
+
+        ssh takes the home directory from /etc/passwd, and not from HOME.
+        """
+        passwd = self.directory / "client-passwd"
+        if not passwd.exists():
+            passwd.write_text(passwd_with_home(self.home))
+            passwd.with_name("client-ssh_config").write_text("")
+        own = 'mount --bind "$0" /etc/passwd && mount --bind "${0%passwd}ssh_config" /etc/ssh/ssh_config && exec "$@"'
+        return ["ip", "netns", "exec", self.client, "sh", "-c", own, str(passwd), *words]
 
     def arguments(self, *more: str, name: str = NAME, source: str | None = None) -> list[str]:
         """The seed's command line for this lab."""

@@ -34,19 +34,22 @@ T = 1_700_000_000_123_456_789
 
 
 def sightings(data: bytes, **options: Any) -> tuple[list[bytes], list[int], netweaver.Capture]:
-    capture = netweaver.Capture(io.BytesIO(data), "test.pcap", **options)
-    keys: list[bytes] = []
-    times: list[int] = []
-    for block_keys, block_times in capture:
-        keys += block_keys
-        times += block_times
-    return keys, times, capture
+    """The identities and times of the packets of a file that count, and what was in it."""
+    capture, other = netweaver.Capture(io.BytesIO(data), "test.pcap"), netweaver.Capture(io.BytesIO(pcap([])), "")
+    found, = netweaver.read({"pif": [capture], "vif": [other]}, netweaver.Selection(**options))
+    numbers, times = found.seen["pif"]
+    keys = list(found.numbers)
+    return [keys[number] for number in numbers], list(times), capture
 
 
 def identity(frame: bytes, linktype: int = 1, **options: Any) -> bytes:
     keys, _, _ = sightings(pcap([(T, frame)], linktype=linktype), **options)
     assert len(keys) == 1
     return keys[0]
+
+
+def described(frame: bytes) -> dict[str, Any]:
+    return netweaver.describe(identity(frame))
 
 
 @pytest.mark.parametrize("order", "<>")
@@ -58,11 +61,11 @@ def test_times_and_order(order: str, nanoseconds: bool, count: int) -> None:
     unit = 1 if nanoseconds else 1000
     assert times == [time // unit * unit for time, _ in records]
     assert len(set(keys)) == count == capture.records
-    assert capture.precision == ("nanoseconds" if nanoseconds else "microseconds")
+    assert capture.resolution == (10**9 if nanoseconds else 10**6)
 
 
-def test_blocks_of_any_mixture_equal_single_frames() -> None:
-    """Runs are read by columns, the rest one by one: both must say the same."""
+def test_frames_of_any_mixture_equal_single_ones() -> None:
+    """Alike ones are read by columns, the rest one by one: both must say the same."""
     head = b"\x08" + bytes(7)
     kinds: list[Callable[[int], bytes]] = [
         lambda i: ethernet(ipv4(tcp(seq=i), ident=i & 0xFFFF)),
@@ -182,7 +185,7 @@ def test_link_types_of_ipv6(linktype: int, head: bytes) -> None:
 def test_options_and_extension_headers() -> None:
     options = ethernet(ipv4(tcp(seq=7), options=b"\x94\4\0\0"))
     assert identity(options) != identity(ethernet(ipv4(tcp(seq=7))))      # its length differs
-    assert netweaver.describe(identity(options))["sequence"] == 7
+    assert described(options)["sequence"] == 7
     hop_by_hop, route, auth = b"\x2b\0" + bytes(6), b"\x33\0" + bytes(6), b"\6\4" + bytes(22)
     extended = [ethernet(ipv6(tcp(seq=seq), extensions=hop_by_hop + route + auth, first=0)) for seq in (7, 8)]
     assert not same(extended)
@@ -196,7 +199,6 @@ def test_translated_addresses_take_no_part() -> None:
     assert not same([before, after])
     assert identity(before, translated=True) == identity(after, translated=True)
     assert identity(before, translated=True) != identity(ethernet(ipv4(tcp(seq=8))), translated=True)
-    assert "source" not in netweaver.describe(identity(before, translated=True))
     six = [ethernet(ipv6(tcp(seq=7), destination=destination)) for destination in ("fd00::1", "fd00::3")]
     assert identity(six[0], translated=True) == identity(six[1], translated=True)
 
@@ -206,7 +208,7 @@ def test_only_wanted_addresses_count(run: int) -> None:
     flows = [("10.0.0.2", "10.0.0.1"), ("10.0.0.2", "10.0.0.9"), ("10.0.0.3", "10.0.0.1"), ("10.0.0.1", "10.0.0.2")]
     frames = [ethernet(ipv4(tcp(seq=i), source=source, destination=destination))
               for source, destination in flows * 3 for i in range(run)]
-    outer = [ethernet(ipv4(udp(*vxlan(frame)[:2], vxlan(frame)[2]), 17, source="192.0.2.1")) for frame in frames]
+    outer = [ethernet(ipv4(udp(*vxlan(frame)), 17, source="192.0.2.1", destination="192.0.2.2")) for frame in frames]
     for data in (pcap([(T, frame) for frame in frames]), pcap([(T, frame) for frame in outer])):
         for sources, destinations, share in ((["10.0.0.2"], [], 2), ([], ["10.0.0.1"], 2),
                                              (["10.0.0.2", "10.0.0.3"], ["10.0.0.1"], 2), (["fd00::1"], [], 0)):
@@ -216,13 +218,13 @@ def test_only_wanted_addresses_count(run: int) -> None:
 
 
 def test_identities_are_readable() -> None:
-    assert netweaver.describe(identity(ethernet(ipv4(tcp(1, 2, 3, 4), ident=5)))) == {
+    assert described(ethernet(ipv4(tcp(1, 2, 3, 4), ident=5))) == {
         "length": 40, "ip_id": 5, "source": "10.0.0.2", "destination": "10.0.0.1", "protocol": "TCP", "source_port": 1,
         "destination_port": 2, "sequence": 3, "acknowledgment": 4}
-    assert netweaver.describe(identity(ethernet(ipv6(icmp(129, 0, 6, 7), 58)))) == {
+    assert described(ethernet(ipv6(icmp(129, 0, 6, 7), 58))) == {
         "length": 48, "source": "fd00::2", "destination": "fd00::1", "protocol": "ICMPv6", "icmp_type": 129,
         "icmp_code": 0, "identifier": 6, "sequence": 7}
-    assert netweaver.describe(identity(ethernet(ipv4(b"x" * 40, 17, fragment=0x2003)))) == {
+    assert described(ethernet(ipv4(b"x" * 40, 17, fragment=0x2003))) == {
         "length": 60, "ip_id": 1, "fragment_offset": 24, "source": "10.0.0.2", "destination": "10.0.0.1",
         "protocol": "UDP"}
 
@@ -305,8 +307,7 @@ def test_what_is_no_capture_is_an_error(data: bytes, words: str) -> None:
 
 def text(lines: Iterable[str], *columns: int | str) -> tuple[list[bytes], list[int], netweaver.TextCapture]:
     capture = netweaver.TextCapture(lines, *columns)  # type: ignore[arg-type]
-    [(keys, times)] = list(capture)
-    return keys, list(times), capture
+    return capture.identities, list(capture.times), capture
 
 
 def test_the_seeds_text_capture() -> None:
@@ -335,8 +336,9 @@ def test_text_times_go_on_after_midnight() -> None:
 def test_midnight_between_two_text_captures(tmp_path: Path) -> None:
     pif = write(tmp_path / "pif", b"7 23:59:59.999999\n8 00:00:00.5\n")
     vif = write(tmp_path / "vif", b"7 00:00:00.000001\n8 00:00:00.6\n")
-    assert list(netweaver.match_text_files(pif, vif, [], 0, 1)[0].delays) == [2000, 100_000_000]
-    assert list(netweaver.match_text_files(vif, pif, [], 0, 1)[0].delays) == [-2000, -100_000_000]
+    for paths, delays in (((pif, vif), [2000, 100_000_000]), ((vif, pif), [-2000, -100_000_000])):
+        result, = netweaver.analyze_text(*paths, netweaver.IN, 0, 1).results
+        assert list(result.delays) == delays
 
 
 def test_text_times_since_the_epoch() -> None:

@@ -10,20 +10,17 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
-from array import array
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 from frames import (
     ARP,
     ethernet,
     geneve,
     gre,
-    icmp,
     interface,
     ipv4,
     ipv6,
@@ -36,88 +33,12 @@ from frames import (
     vxlan,
     write,
 )
+from helpers import SeededPath, T, analyzed, captures, distinct, failure, offline, paired, through, traffic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lab import NETWEAVER
 
 import netweaver
-
-T = 1_700_000_000_123_456_789
-
-
-def offline(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(NETWEAVER), *arguments], capture_output=True, text=True, check=False,
-                          cwd=cwd, timeout=120)
-
-
-def analyzed(*arguments: str) -> dict[str, Any]:
-    done = offline(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
-def traffic(count: int, seed: int = 1) -> list[tuple[int, bytes]]:
-    """A mixture of IP packets of many sizes, and their times."""
-    chance = random.Random(seed)
-    kinds: list[Callable[[int], bytes]] = [
-        lambda i: ipv4(tcp(1024 + i % 60000, 0, chance.getrandbits(32)), ident=chance.getrandbits(16)),
-        lambda i: ipv4(tcp(80, 9000, i, 7, 24, payload=bytes(chance.randrange(1400))), ident=i & 0xFFFF),
-        lambda i: ipv4(udp(53, 9000, chance.randbytes(chance.randrange(1200))), 17, ident=i & 0xFFFF),
-        lambda i: ipv4(icmp(8, 0, 77, i & 0xFFFF, bytes(56)), 1, ident=chance.getrandbits(16)),
-        lambda i: ipv6(udp(53, 9000, chance.randbytes(16 + chance.randrange(1200))), 17),
-        lambda i: ipv6(tcp(80, 9000, i, 7, 16, b"\1\1\x08\x0a" + i.to_bytes(8, "big"), bytes(100))),
-    ]
-    return [(T + i * 9973, chance.choice(kinds)(i)) for i in range(count)]
-
-
-class SeededPath:
-    """A path from pif to vif with seeded faults, and its truth."""
-
-    def __init__(self, packets: list[tuple[int, bytes]], seed: int, loss: float = 0.03, duplicate: float = 0.02,
-                 jitter: int = 60_000) -> None:
-        chance = random.Random(seed)
-        arrived = []
-        self.delays: dict[int, int] = {}
-        self.duplicated = 0
-        for rank, (time, content) in enumerate(packets):
-            if chance.random() < loss:
-                continue
-            self.delays[rank] = delay = chance.randrange(1000, 1000 + jitter)
-            arrived.append((time + delay, rank, content))
-            if chance.random() < duplicate:
-                arrived.append((time + delay + 1 + chance.randrange(jitter), rank, content))
-                self.duplicated += 1
-        arrived.sort(key=lambda item: item[0])
-        self.vif = [(time, content) for time, _, content in arrived]
-        self.pif = packets
-        firsts = list(dict.fromkeys(rank for _, rank, _ in arrived))
-        self.extents = {}
-        highest = -1
-        for place, rank in enumerate(firsts):
-            if rank < highest:
-                self.extents[rank] = place - min(j for j in range(place) if firsts[j] > rank)
-            highest = max(highest, rank)
-
-    def check(self, found: dict[str, Any]) -> None:
-        delays = numpy.array(list(self.delays.values())) / 1000
-        assert found["packets"] == {
-            "pif": len(self.pif), "vif": len(self.vif), "matched": len(delays), "lost": len(self.pif) - len(delays),
-            "duplicated": self.duplicated, "reordered": len(self.extents), "vif_only": 0}
-        assert found["loss_ratio"] == (len(self.pif) - len(delays)) / len(self.pif)
-        assert found["reordering"] == {"ratio": len(self.extents) / len(delays),
-                                       "maximum_extent": max(self.extents.values(), default=0)}
-        steps = [abs(delay - self.delays[rank - 1]) / 1000 for rank, delay in self.delays.items()
-                 if rank - 1 in self.delays]
-        for name, value in (("average", delays.mean()), ("minimum", delays.min()), ("maximum", delays.max()),
-                            ("stdev", delays.std()), ("median", numpy.median(delays)),
-                            ("pdv", numpy.percentile(delays, 99) - delays.min())):
-            assert found[name] == pytest.approx(value, abs=1e-3), name
-        assert found["ipdv"] == (pytest.approx(numpy.mean(steps), abs=1e-3) if steps else None)
-        for percent, value in found["percentiles"].items():
-            assert value == pytest.approx(numpy.percentile(delays, float(percent)), abs=1e-3)
-
 
 WRAPPINGS: dict[str, Callable[[bytes], bytes]] = {
     "plain": ethernet,
@@ -182,36 +103,40 @@ def test_any_pair_gives_back_what_made_it(data: st.DataObject) -> None:
             return pcap(records, order)
         return pcapng(interface(1, 9, order=order), *(packet(0, *record, order) for record in records), order=order)
 
-    pif, vif = [netweaver.Capture(io.BytesIO(capture(packets, wrap)), "x")
-                for packets, wrap in zip((path.pif, path.vif), wraps)]
-    matching = netweaver.match(pif, vif)
-    assert not matching.alike
-    assert {rank: delay for rank, delay in enumerate(matching.delays) if delay != netweaver.LOST} == path.delays
-    assert (matching.duplicated, matching.second_only) == (path.duplicated, 0)
-    assert netweaver.reordering(matching.arrivals) == path.extents
+    found, = netweaver.read({side: [netweaver.Capture(io.BytesIO(capture(packets, wrap)), side)]
+                             for side, packets, wrap in zip(("pif", "vif"), (path.pif, path.vif), wraps)},
+                            netweaver.Selection())
+    result = netweaver.classify(netweaver.match(found))
+    assert not result.ambiguous
+    assert {rank: delay for rank, delay in enumerate(result.delays) if delay != netweaver.NO_DELAY} == path.delays
+    assert (result.duplicated, result.second_only) == (path.duplicated, 0)
+    assert netweaver.reordering(result) == path.extents
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("pv"), st.sampled_from("abcdefgh")), max_size=80), st.integers(1, 70))
-def test_pairing_follows_its_definition(sightings: list[tuple[str, str]], size: int) -> None:
-    """Any sightings, in blocks of any size: the counts are those of the definition."""
-    sides: dict[str, list[tuple[bytes, int]]] = {"p": [], "v": []}
+@given(st.lists(st.tuples(st.sampled_from("pv"), st.sampled_from("abcdefgh")), max_size=80))
+def test_pairing_follows_its_definition(sightings: list[tuple[str, str]]) -> None:
+    """Any sightings: the counts are exact, and there is a delay only where no copy is missing."""
+    sides: dict[str, list[tuple[str, int]]] = {"p": [], "v": []}
     for time, (side, letter) in enumerate(sightings):
-        sides[side].append((letter.encode(), time))
-    blocks = {side: [([key for key, _ in some[i:i + size]], array("q", [time for _, time in some[i:i + size]]))
-                     for i in range(0, len(some), size)] for side, some in sides.items()}
-    found = netweaver.match(blocks["p"], blocks["v"])
+        sides[side].append((letter, time))
+    found = paired(sides["p"], sides["v"])
     pif, vif = (Counter(key for key, _ in sides[side]) for side in "pv")
     assert found.matched == sum((pif & vif).values())
     assert found.lost == sum((pif - vif).values())
     assert found.duplicated == sum((vif - pif)[key] for key in pif)
     assert found.second_only == sum(vif[key] for key in vif.keys() - pif.keys())
-    assert len(found.alike) == sum(times for times in pif.values() if times > 1)
+    assert found.undecided == 0
+    assert found.ambiguous == sum(min(pif[key], vif[key]) for key in pif if pif[key] > 1 and pif[key] != vif[key])
+    assert found.first == len(sides["p"])
+    assert found.second == len(sides["v"])
     for key in pif:
         sent, seen = ([time for other, time in sides[side] if other == key] for side in "pv")
-        ranks = [rank for rank, identity in enumerate(found.identities) if identity == key]
-        expected = [b - a for a, b in zip(sent, seen)] + [netweaver.LOST] * max(0, len(sent) - len(seen))
-        assert [found.delays[rank] for rank in ranks] == expected
+        delays = [delay for (other, _), delay in zip(sides["p"], found.delays) if other == key]
+        if len(sent) in (1, len(seen)) and seen:
+            assert delays == [b - a for a, b in zip(sent, seen)]
+        else:
+            assert set(delays) == {netweaver.NO_DELAY}
 
 
 # -- other programs' files, and another program's reading ---------------------------------------------------------
@@ -294,20 +219,16 @@ def test_a_file_that_text2pcap_wrote(tmp_path: Path) -> None:
     source.write_text(text)
     subprocess.run(["text2pcap", "-t", "%H:%M:%S.%f", str(source), str(tmp_path / "out")], check=True,
                    capture_output=True)
-    found = analyzed("--pcaps", str(tmp_path / "out"), str(tmp_path / "out"))
+    shutil.copy(tmp_path / "out", tmp_path / "copy")
+    found = analyzed("--pcaps", str(tmp_path / "out"), str(tmp_path / "copy"))
     assert found["packets"]["matched"] == 5
     assert found["maximum"] == 0
 
 
 # -- the command line --------------------------------------------------------------------------------------------
 
-def pair(tmp_path: Path, packets: list[tuple[int, bytes]], vif: list[tuple[int, bytes]], **options: Any) -> list[str]:
-    return ["--pcaps", write(tmp_path / "pif.pcap", pcap([(time, ethernet(content)) for time, content in packets])),
-            write(tmp_path / "vif.pcap", pcap([(time, ethernet(content)) for time, content in vif], **options))]
-
-
 def test_it_needs_neither_network_nor_paramiko(tmp_path: Path) -> None:
-    arguments = pair(tmp_path, traffic(50), traffic(50))
+    arguments = ["--pcaps", *captures(tmp_path, traffic(50), traffic(50))]
     code = ("import sys; sys.modules.update(paramiko=None, socket=None, ssl=None, asyncio=None); "
             "import netweaver; sys.exit(netweaver.main(sys.argv[1:]))")
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False,
@@ -317,7 +238,7 @@ def test_it_needs_neither_network_nor_paramiko(tmp_path: Path) -> None:
 
 def test_selecting_by_address(tmp_path: Path) -> None:
     flows = [(T + i, ipv4(tcp(seq=i), source=f"10.0.0.{2 + i % 3}")) for i in range(90)]
-    arguments = pair(tmp_path, flows, [(time + 5000, content) for time, content in flows])
+    arguments = "--pcaps", *captures(tmp_path, flows, [(time + 5000, content) for time, content in flows])
     assert analyzed(*arguments)["packets"]["matched"] == 90
     assert analyzed(*arguments, "-s", "10.0.0.2")["packets"]["matched"] == 30
     assert analyzed(*arguments, "-s", "10.0.0.2", "-s", "root@10.0.0.3")["packets"]["matched"] == 60
@@ -329,7 +250,7 @@ def test_selecting_by_address(tmp_path: Path) -> None:
 def test_translated_addresses(tmp_path: Path) -> None:
     pif = [(T + i * 1000, ipv4(tcp(seq=i), destination="192.0.2.1")) for i in range(60)]
     vif = [(T + i * 1000 + 5, ipv4(tcp(seq=i), destination="10.0.0.1")) for i in range(60)]
-    arguments = pair(tmp_path, pif, vif)
+    arguments = "--pcaps", *captures(tmp_path, pif, vif)
     done = offline(*arguments)
     assert done.returncode == 6
     assert "--match-nat" in done.stderr
@@ -339,15 +260,16 @@ def test_translated_addresses(tmp_path: Path) -> None:
 def test_the_table_and_the_slowest(tmp_path: Path) -> None:
     pif = [(T + i * 1_000_000, ipv4(tcp(seq=i), ident=i)) for i in range(6)]
     pif.append((T + 6_000_000, pif[5][1]))
+    pif += [(T + (7 + i) * 1_000_000, ipv4(tcp(seq=99), ident=99)) for i in range(2)]
     arrivals = ((0, 1001), (2, 2000), (1, 3_000_007), (3, -50), (3, 9))
-    vif = [(T + 1_000_000 * i + delay, pif[i][1]) for i, delay in arrivals]
+    vif = [(T + 1_000_000 * i + delay, pif[i][1]) for i, delay in (*arrivals, (8, 5))]
     table = tmp_path / "table.csv"
     table.write_text("old")
-    found = analyzed(*pair(tmp_path, pif, vif), "--csv", str(table), "--slowest", "2")
+    found = analyzed("--pcaps", *captures(tmp_path, pif, vif), "--csv", str(table), "--slowest", "2")
     rows = list(csv.DictReader(table.open()))
-    assert len(rows) == 7
-    assert [row["delay_us"] for row in rows] == ["1.001", "3000.007", "2.000", "-0.050", "", "", ""]
-    assert [row["flags"] for row in rows] == ["", "reordered", "", "duplicated", "lost", "lost alike", "lost alike"]
+    assert len(rows) == 9
+    assert [row["delay_us"] for row in rows] == ["1.001", "3000.007", "2.000", "-0.050", "", "", "", "", ""]
+    assert [row["flags"] for row in rows] == ["", "reordered", "", "duplicated", *["lost"] * 3, *["ambiguous"] * 2]
     assert rows[1]["time"] == "2023-11-14T22:13:20.124456789Z"
     assert [rows[1][name] for name in ("source", "protocol", "sequence", "ip_id")] == ["10.0.0.2", "TCP", "1", "1"]
     assert table.stat().st_mode & 0o777 == 0o666 & ~os.umask(os.umask(0o22))
@@ -355,40 +277,185 @@ def test_the_table_and_the_slowest(tmp_path: Path) -> None:
     assert [(slow["delay"], slow["sequence"]) for slow in found["slowest"]] == [(3000.007, 1), (2.0, 2)]
     assert found["slowest"][0]["t_vif"] == "2023-11-14T22:13:20.127456796Z"
     assert found["negative"] == 1
-    done = offline(*pair(tmp_path, pif, vif), "--csv", str(tmp_path / "none" / "table.csv"))
+    done = offline("--pcaps", *captures(tmp_path, pif, vif), "--csv", str(tmp_path / "none" / "table.csv"))
     assert (done.returncode, done.stdout) == (2, "")
     assert "can't write" in done.stderr
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda pif: [(time - 9000, content) for time, content in pif], "delays are negative"),
-    (lambda pif: pif[:40], "too few packets matched (40) for the percentiles 99, 99.9"),
-    (lambda pif: [*pif[:100], *((time, ipv4(tcp(seq=9), ident=9, source="10.9.9.9")) for time, _ in pif[100:])],
+    (lambda vif: [(vif[0][0] - 9000, vif[0][1]), *vif[1:]], "1 delays are negative (down to -8 "),
+    (lambda vif: [(vif[0][0] - 1000, vif[0][1]), *vif[1:]], "1 delays are exactly 0"),
+    (lambda vif: [*vif[:-1], (vif[-1][0] + 2 * 10**9, vif[-1][1])], "1 delays are longer than 1 s"),
+    (lambda vif: vif[:40], "too few packets matched (40) for the percentiles 99, 99.9"),
+    (lambda vif: [*vif[:100], *((time, ipv4(tcp(seq=9), ident=9, source="10.9.9.9")) for time, _ in vif[100:])],
      "most packets of each interface were not seen on the other"),
-    (lambda pif: [*pif[:599], (T, ipv4(tcp(seq=599, payload=b"x" * 50), ident=599))],
-     "segments were merged or split (GRO"),
 ])
 def test_what_speaks_against_the_numbers(change: Any, words: str, tmp_path: Path) -> None:
-    pif = [(T + i * 1000, ipv4(tcp(seq=i), ident=i)) for i in range(600)]
-    found = analyzed(*pair(tmp_path, pif, change(pif)))
-    assert words in " ".join(found["warnings"])
-    assert analyzed(*pair(tmp_path, pif, pif))["warnings"] == []
+    pif = distinct(600)
+    vif = through(pif, [1000] * 600)
+    assert words in " ".join(analyzed("--pcaps", *captures(tmp_path, pif, change(vif)))["warnings"])
+    assert analyzed("--pcaps", *captures(tmp_path, pif, vif))["warnings"] == []
 
 
-def test_what_can_not_be_told_apart_is_told(tmp_path: Path) -> None:
-    pif = [(T + i * 1000, ipv4(tcp(seq=i // 2))) for i in range(600)]
-    assert analyzed(*pair(tmp_path, pif, pif))["warnings"] == [
-        "600 packets on the pif share all that identifies them with another one; they were paired in order of "
-        "appearance, which is a guess where some are lost"]
+# -- one stray, and packets that are alike --
+
+def test_one_stray_delay_costs_nothing(tmp_path: Path) -> None:
+    """All that matched counts, however long it took."""
+    delays: list[int | None] = [2000] * 10_000
+    delays[5000] = 4 * 10**9
+    found = analyzed("--pcaps", *captures(tmp_path, distinct(10_000), through(distinct(10_000), delays)))
+    assert found["packets"]["matched"] == 10_000
+    assert found["maximum"] == 4e6
+    assert found["median"] == 2
+
+
+UDP6 = ipv6(udp(payload=b"same"), 17)                # without an id, and so all alike
+
+
+def test_a_lost_one_of_packets_that_are_alike_shifts_no_other(tmp_path: Path) -> None:
+    """Their number is known, but not which of them was lost."""
+    pif = [(T + i * 2_000_000, UDP6) for i in range(1000)] + distinct(600, source="10.0.0.7")
+    delays = [None if i in (300, 700) else 2_000_000 for i in range(1000)] + [2_000_000] * 600
+    found = analyzed("--pcaps", *captures(tmp_path, sorted(pif), through(pif, delays)))
+    assert (found["packets"]["matched"], found["packets"]["lost"], found["packets"]["ambiguous"]) == (1598, 2, 998)
+    assert found["minimum"] == found["maximum"] == 2000
+    assert found["loss_ratio"] == 2 / 1600
+    assert any("998 matched packets share all that identifies them" in text and "make packets distinct" in text
+               for text in found["warnings"])
+
+
+def test_packets_that_are_alike_have_a_delay_if_none_is_missing(tmp_path: Path) -> None:
+    pif = [(T + i * 2_000_000, UDP6) for i in range(1000)]
+    found = analyzed("--pcaps", *captures(tmp_path, pif, through(pif, [2_500_000] * 1000)))
+    assert (found["packets"]["matched"], found["packets"]["ambiguous"], found["median"]) == (1000, 0, 2500)
+    assert found["warnings"] == []
+
+
+def test_no_delay_that_is_certain_is_an_error(tmp_path: Path) -> None:
+    pif = [(T + i * 2_000_000, UDP6) for i in range(100)]
+    line = failure(offline("--pcaps", *captures(tmp_path, pif, through(pif, [None] + [2_000_000] * 99))), 6)
+    assert "99 packets were seen on both interfaces, and no delay is certain" in line
+    assert "to make packets distinct" in line
+
+
+def test_sources_behind_a_translation_with_equal_packets(tmp_path: Path) -> None:
+    """Two hping3 of the same second send the same; without addresses they can't be told apart."""
+    pif = [(T + i * 1000, ipv4(tcp(seq=i // 2), ident=i // 2, source=f"192.0.2.{i % 2}")) for i in range(1200)]
+    vif = [(T + i * 1000 + 500, ipv4(tcp(seq=i // 2), ident=i // 2, source="10.0.0.9")) for i in range(1200)]
+    found = analyzed("--pcaps", *captures(tmp_path, pif, [*vif[:100], *vif[101:]]), "--match-nat")
+    assert (found["packets"]["matched"], found["packets"]["lost"], found["packets"]["ambiguous"]) == (1199, 1, 1)
+    assert found["minimum"] == found["maximum"] == 0.5
+
+
+def test_packets_of_other_streams_overtake_nobody(tmp_path: Path) -> None:
+    """RFC 4737 knows reordering within a stream alone; here one of three sources is slow."""
+    pif = [(T + i * 1000, ipv4(tcp(seq=i), ident=i, source=f"10.0.0.{2 + i % 3}")) for i in range(900)]
+    vif = through(pif, [50_000 if i % 3 else 90_000 for i in range(900)])
+    assert analyzed("--pcaps", *captures(tmp_path, pif, vif))["packets"]["reordered"] == 0
+    late = through(pif, [90_000 if i == 300 else 50_000 for i in range(900)])
+    found = analyzed("--pcaps", *captures(tmp_path, pif, late))
+    assert (found["packets"]["reordered"], found["reordering"]["maximum_extent"]) == (1, 13)
+
+
+@pytest.mark.parametrize("flags", [0x18, 0x10, 0x11, 0x90])
+def test_merged_segments_are_recognised(flags: int, tmp_path: Path) -> None:
+    """What GRO makes of ten segments has the first one's number, and the last one's PSH or FIN."""
+    def segment(i: int, size: int, more: int) -> bytes:
+        return ipv4(tcp(80, 9000, i * 1000, 7, 0x10 | more, b"\1\1\x08\x0a" + bytes(8), bytes(size)), ident=i)
+
+    pif = [(T + i * 10_000, segment(i, 10_000, flags) if i < 3000 else segment(i, 10, 0)) for i in range(0, 3040, 10)]
+    vif = [(T + i * 10_000 + 5000, segment(i, 1000 if i < 3000 else 10, 0x18 if i % 10 == 9 else 0))
+           for i in range(3040) if i < 3000 or i % 10 == 0]
+    found = analyzed("--pcaps", *captures(tmp_path, pif, vif))
+    assert (found["packets"]["lost"], found["packets"]["matched"]) == (300, 4)
+    assert any("300 packets have another length" in text and "GRO, TSO" in text for text in found["warnings"])
+    assert "--match-nat" not in " ".join(found["warnings"])
+
+
+@pytest.mark.parametrize("coarse", ["pif", "vif"])
+def test_stamps_of_two_precisions(coarse: str, tmp_path: Path) -> None:
+    """No delay is negative by rounding, and a warning says so."""
+    sides = {"pif": [(when, ethernet(content)) for when, content in distinct(600, 1_000_007)]}
+    sides["vif"] = [(when + 200, frame) for when, frame in sides["pif"]]
+    paths = [write(tmp_path / side, pcap(records, nanoseconds=side != coarse)) for side, records in sides.items()]
+    found = analyzed("--pcaps", *paths)
+    assert found["negative"] == 0
+    assert set(map(float, (found["minimum"], found["maximum"]))) == {0, 1}
+    units = {side: "microseconds" if side == coarse else "nanoseconds" for side in sides}
+    assert any(f"of the pif are in {units['pif']}, and those of the vif in {units['vif']}" in text
+               for text in found["warnings"])
+
+
+def test_the_same_capture_on_both_sides(tmp_path: Path) -> None:
+    pif, vif = captures(tmp_path, distinct(5), distinct(5))
+    assert "is given for the pif and for the vif" in failure(offline("--pcaps", pif, pif), 2)
+    link = tmp_path / "link"
+    link.symlink_to(pif)
+    assert "is given for the pif and for the vif" in failure(offline("--pcaps", pif, f"{vif},{link}"), 2)
+    assert analyzed("--pcaps", f"{pif},{link}", vif)["packets"]["pif"] == 5
+
+
+def test_swapped_captures(tmp_path: Path) -> None:
+    pif, vif = captures(tmp_path, distinct(50), through(distinct(50), [1000] * 50))
+    line = failure(offline("--pcaps", vif, pif), 6)
+    assert "all 50 delays are negative (-1 to -1 µs): are pif and vif swapped?" in line
+
+
+@pytest.mark.parametrize("port", [4789, 8472, 6081])
+@pytest.mark.parametrize("payload", [bytes(64), b"\x08" * 64, b"\xff" * 64, b"\x08" + bytes(7), b"x"], ids=len)
+def test_udp_to_a_tunnels_port_that_is_no_tunnel(port: int, payload: bytes, tmp_path: Path) -> None:
+    packets = [(T + i * 1000, ipv4(udp(1024 + i, port, payload), 17, ident=i)) for i in range(100)]
+    found = analyzed("--pcaps", *captures(tmp_path, packets, through(packets, [700] * 100)))
+    assert (found["packets"]["matched"], found["capture"]["pif"]["other"]) == (100, 0)
+
+
+@pytest.mark.parametrize("direction", ["in", "both"])
+def test_a_tunnel_that_the_guest_terminates(direction: str, tmp_path: Path) -> None:
+    """The innermost packet that has the addresses counts: here that is the tunnel's own."""
+    def outer(i: int, source: str, destination: str) -> bytes:
+        inner = ethernet(ipv4(tcp(seq=i), source="172.16.0.1", destination="172.16.0.2"))
+        return ipv4(udp(*vxlan(inner)), 17, ident=i, source=source, destination=destination)
+
+    inward = [(T + i * 1000, outer(i, "10.0.0.2", "10.0.0.1")) for i in range(100)]
+    outward = [(T + i * 1000 + 300, outer(i, "10.0.0.1", "10.0.0.2")) for i in range(100)]
+    vif = [*((when + 100, content) for when, content in inward), *((when - 50, content) for when, content in outward)]
+    found = analyzed("--pcaps", *captures(tmp_path, sorted([*inward, *outward]), sorted(vif)), "-d", "10.0.0.1",
+                     "--direction", direction)
+    assert (found["packets"]["matched"], found["minimum"], found["maximum"]) == (100, 0.1, 0.1)
+    if direction == "both":
+        assert (found["outbound"]["packets"]["matched"], found["outbound"]["maximum"]) == (100, 0.05)
+
+
+# -- pipes --
+
+@pytest.mark.parametrize("direction", ["in", "out", "both"])
+def test_captures_from_pipes(direction: str, tmp_path: Path) -> None:
+    """One is standard input, the other a FIFO; one pass over each is enough in any direction."""
+    inward, outward = distinct(300), distinct(300, source="10.0.0.1", destination="10.0.0.2")
+    vif = sorted([*through(inward, [500] * 300), *through(outward, [-400] * 300)])
+    paths = captures(tmp_path, sorted([*inward, *outward]), vif)
+    plain = analyzed("--pcaps", *paths, "-d", "10.0.0.1", "--direction", direction)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    writer = subprocess.Popen(["sh", "-c", 'cat "$0" >"$1"', paths[1], str(fifo)])
+    with open(paths[0], "rb") as pif:
+        done = subprocess.run([sys.executable, str(NETWEAVER), "--pcaps", "-", str(fifo), "-d", "10.0.0.1",
+                               "--direction", direction], stdin=pif, capture_output=True, text=True, timeout=60,
+                              check=False)
+    assert writer.wait(10) == 0
+    assert done.returncode == 0, done.stderr
+    piped = json.loads(done.stdout)
+    assert {**piped, "config": 0} == {**plain, "config": 0}
+    assert piped["packets"]["matched"] == 300
 
 
 def test_a_short_snap_length(tmp_path: Path) -> None:
     pif = [(T + i * 1000, ipv4(tcp(seq=i), ident=i)) for i in range(600)]
-    done = offline(*pair(tmp_path, pif, pif, snaplen=40))
+    done = offline("--pcaps", *captures(tmp_path, pif, through(pif, [500] * 600), snaplen=40))
     assert done.returncode == 6
     assert "600 packets were cut by the snap length" in done.stderr
     mixed = [*pif, (T + 10**9, ipv4(udp(payload=bytes(90)), 17))]
-    found = analyzed(*pair(tmp_path, mixed, mixed, snaplen=56))
+    found = analyzed("--pcaps", *captures(tmp_path, mixed, through(mixed, [500] * 601), snaplen=56))
     assert found["packets"]["matched"] == 600
     assert "vif: 1 packets were cut by the snap length" in found["warnings"][0]
 
@@ -456,13 +523,15 @@ def test_damaged_files_yield_a_report_or_an_error(seed: int) -> None:
             mutant = damaged(chance, original)
             tracemalloc.reset_peak()
             try:
-                matching = netweaver.match(netweaver.Capture(io.BytesIO(original), "a"),
-                                           netweaver.Capture(io.BytesIO(mutant), "b"))
-                report = netweaver.build_report(matching, {"pif": {"records": 0}, "vif": {"records": 0}}, [],
-                                                {"pif": "a", "vif": "b"}, 3)
-                json.dumps(report)
-                list(netweaver.csv_rows(matching))
-                netweaver.guest_times(matching, matching)
+                found = netweaver.read({side: [netweaver.Capture(io.BytesIO(data), side)]
+                                        for side, data in (("pif", original), ("vif", mutant))},
+                                       netweaver.Selection([netweaver.IN, netweaver.OUT], [], ["10.0.0.1"]))
+                results = [netweaver.classify(netweaver.match(each)) for each in found]
+                guest = netweaver.guest_times(results[0], results[1].matching)
+                sides: dict[str, Any] = {"pif": {"records": 0}, "vif": {"records": 0}}
+                json.dumps(netweaver.build_report(netweaver.Analysis(results, sides, [], guest),
+                                                  {"pif": "a", "vif": "b", "direction": "both"}, sides, 3))
+                list(netweaver.csv_rows(results[0]))
                 ends["report"] += 1
             except netweaver.NetWeaverError as error:
                 ends[type(error).__name__] += 1

@@ -3,15 +3,17 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import FAST, failure, report, run_code
 from lab import HV_UUID, NAME, OTHER_HV_UUID, TESTS, Lab, libvirt_domain, pool, vm, wait_until
-from test_lab import FAST, failure, report, run_code
 
 import netweaver
 
@@ -30,6 +32,9 @@ class Shell:
         if done.returncode:
             raise netweaver.RemoteCommandError(f"{netweaver.last_line(done.stderr)} ({hint})")
         return done.stdout
+
+
+UUID = "0e3f6f1c-6c59-4b0e-9d0b-2f1d6a3c8b77"
 
 
 # -- xe --
@@ -63,7 +68,7 @@ def test_the_uplinks_of_a_network_of_xapi(tmp_path: Path, network: str, devices:
 
 
 @pytest.mark.parametrize(("name", "number", "words"), [
-    (NAME, 0, "internal network"), (NAME, 1, "has no interface number 1 (--num; xe vif-list vm-uuid=vm-"),
+    (NAME, 0, "internal network"), (NAME, 1, "has no interface number 1 (--num; it has: 0, 2)"),
     (NAME, 2, "names no device"), ("none", 0, "no VMs with the name-label 'none' run on this host"),
     ("away", 0, "no VMs with the name-label 'away' run on this host"),
 ])
@@ -86,12 +91,15 @@ def test_values_with_commas() -> None:
 
 @pytest.mark.parametrize(("toolstack", "name", "number", "found"), [
     ("xl", "web 1", 0, "vif5.0"), ("xl", "-n", 2, "vif6.2"), ("qm", "web 1", 0, "tap105i0"),
-    ("qm", "106", 1, "tap106i1"), ("qm", "107", 0, "tap109i0"),
+    ("qm", "106", 1, "tap106i1"), ("qm", "107", 0, "tap109i0"), ("xe", "web 1", 1, "vif5.1"),
+    *((toolstack, "twin", 0, found) for toolstack, found in (("xe", "vif8.0"), ("xl", "vif8.0"), ("qm", "tap110i0"))),
+    ("xe", UUID, 0, "vif8.0"), ("xl", UUID, 2, "vif8.2"), ("xl", "named", 0, "web1net"), ("xl", "named", 1, "vif9.1"),
 ])
 def test_a_vm_that_runs(tmp_path: Path, toolstack: str, name: str, number: int, found: str) -> None:
-    """On Proxmox a name comes before a VMID."""
+    """On Proxmox a name comes before a VMID; of namesakes the running one is meant."""
     run = Shell(tmp_path, pool(vm("web 1", 5, vmid="105"), vm("-n", 6, vmid="106"), vm("x", -1, vmid="107"),
-                               vm("107", 7, vmid="109")))
+                               vm("107", 7, vmid="109"), vm("twin", -1, vmid="108"),
+                               vm("twin", 8, vmid="110", uuid=UUID), vm("named", 9, vifname0="web1net")))
     assert netweaver.TOOLSTACKS[toolstack](run, name, number) == found
 
 
@@ -101,18 +109,79 @@ def test_a_vm_that_runs(tmp_path: Path, toolstack: str, name: str, number: int, 
     ("xl", "Domain-0", None, "'Domain-0' is the control domain"), ("xl", "web1", "down", "cannot init xl context"),
     ("qm", "none", None, "there is no VM 'none' on this host (qm list shows them"),
     ("qm", "halted", None, "the VM 'halted' (VMID 106) is stopped: start it first (qm start 106)"),
-    ("qm", "twin", None, "2 VMs have the name 'twin' (VMIDs 107, 108): give the VMID as -n"),
+    ("qm", "twins", None, "2 VMs have the name 'twins' (VMIDs 107, 108): give the VMID as -n"),
     ("qm", "web1", "down", "Connection refused"),
     ("virsh", "none", None, "error: failed to get domain 'none' (virsh list --all shows the names"),
     ("virsh", "1", None, "error: failed to get domain '1'"),
     ("xe", "web1", "starting", "still initialising. Please wait. (is xapi up there?"),
 ])
 def test_odd_answers(tmp_path: Path, toolstack: str, name: str, fault: str | None, words: str) -> None:
-    run = Shell(tmp_path, pool(vm("web1", vmid="105"), vm("halted", -1, vmid="106"), vm("twin", 7, vmid="107"),
-                               vm("twin", -1, vmid="108"), vm("Domain-0", 0), fault=fault))
+    run = Shell(tmp_path, pool(vm("web1", vmid="105"), vm("halted", -1, vmid="106"), vm("twins", 7, vmid="107"),
+                               vm("twins", 8, vmid="108"), vm("twin", -1, vmid="109"), vm("Domain-0", 0), fault=fault))
     with pytest.raises(netweaver.RemoteCommandError) as caught:
         netweaver.TOOLSTACKS[toolstack](run, name, 0)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("answer", "words"), [
+    ("\n\n", "there is no VM with the name-label 'web1'"), ("-1\n\n", "is not running"),
+    ("-1,-1\n\n", "is not running"), ("5,6\n5,6\n", "2 VMs have the name-label 'web1' (dom-ids 5,6)"),
+    ("5,6\n", "2 VMs have"), ("5\n\n", "runs on another host of the pool"), ("5,-1\n\n", "runs on another host"),
+    ("<not in database>\n\n", "which are no dom-ids"),
+])
+def test_xe_answers_that_are_no_domain(answer: str, words: str) -> None:
+    with pytest.raises(netweaver.RemoteCommandError) as caught:
+        netweaver.parse_xe_dom_id(answer, "web1")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", ["5\n5\n", "5\n", "7,5,5\n5\n", "5,-1\n5\n", "-1,5\n"])
+def test_xe_answers_that_are_a_domain(answer: str) -> None:
+    assert netweaver.parse_xe_dom_id(answer, "web1") == 5
+
+
+HOSTILE = ["", " " * 64_000, "9" * 5000, "²" * 500, "1 " * 30_000, ", " * 30_000, "\\ " * 30_000, "\t\n" * 9999,
+           "-1," * 9999, "[" * 30_000, '{"data":' * 9999, "1: a@b: \\ link/ \\ " * 3000, "ovs", "ovs ",
+           "ovs-interfaces", "\x00\x1b[2J",
+           "ovs-interfaces {\"data\":[1]}", 'ovs-interfaces {"data":[["a","patch",["map",[["peer",{}]]]]]}',
+           "é" * 999, "5000000000000 web1 running 1 1 1", "100 web1 running 2048 32.00 " + " " * 64_000,
+           "free 1 2 3 " + "9" * 5000,
+           "vnet0\n" * 9999, "cpus ²", "load 1e999 nan inf", "link 1: " + "a" * 64_000, "1 packet captured " * 999]
+
+
+def test_hostile_answers_take_no_time_and_are_no_more_than_errors() -> None:
+    """Every parser of an answer raises NetWeaverError alone; mixtures of odd answers, cut anywhere."""
+    parsers: list[Any] = [
+        lambda text: netweaver.parse_xe_dom_id(text, "web1"), netweaver.parse_minimal,
+        lambda text: netweaver.parse_virsh_domiflist(text, "web1", 0),
+        lambda text: netweaver.parse_qm_list(text, "web1"),
+        lambda text: netweaver.Links(text).uplinks("vif5.0"), lambda text: netweaver.Facts(text).platform(["a"], "a"),
+        lambda text: netweaver.tcpdump_counts(text.splitlines()), netweaver.transmitted,
+        *(lambda text, toolstack=toolstack: toolstack(lambda command, hint="": text, "web1", 0)
+          for toolstack in netweaver.TOOLSTACKS.values()),
+        lambda text: netweaver.bridge_uplinks(lambda command, hint="": text, "vif5.0"),
+        lambda text: netweaver.xe_uplinks(lambda command, hint="": text[:4000], "web1", 0)]
+    chance = random.Random(1)
+    texts = HOSTILE + ["".join(chance.choice(HOSTILE)[:chance.randrange(3000)] for _ in range(4)) for _ in range(200)]
+    for parse in parsers:
+        begun = time.process_time()
+        for text in texts:
+            try:
+                json.dumps(parse(text), default=str, allow_nan=False)
+            except netweaver.NetWeaverError as error:
+                assert len(str(error)) < 200_000
+        assert time.process_time() - begun < 10      # where time grows with the square it is minutes
+
+
+def test_open_vswitch_is_stopped(tmp_path: Path) -> None:
+    """Its tools are there, and answer nothing but an error; a bridge's uplink is found all the same."""
+    (tmp_path / "ovs-vsctl").write_text("#!/bin/sh\necho 'database connection failed (No such file)' >&2; exit 1\n")
+    (tmp_path / "ip").write_text(f"#!/bin/sh\nprintf '%s' '{BRIDGED}'\n")
+    for name in ("ovs-vsctl", "ip"):
+        (tmp_path / name).chmod(0o755)
+    run = Shell(tmp_path, {})
+    run.environment["PATH"] = f"{tmp_path}:{run.environment['PATH']}"
+    assert netweaver.bridge_uplinks(run, "vif5.0") == (["eth0"], False)
 
 
 def test_a_proxmox_host_without_vms(tmp_path: Path) -> None:

@@ -25,16 +25,16 @@ Start = Callable[..., "list[Wrapped]"]
 class Wrapped:
     """A command under the wrapper in a local shell, with the lease in the test's hand."""
 
-    def __init__(self, shell: list[str], directory: Path, command: str, output: str = "-", limit: int = 60,
-                 idle: int = 60, size: int = 1024, share: int = 1) -> None:
+    def __init__(self, shell: list[str], directory: Path, command: str, private: bool = False, limit: int = 60,
+                 idle: int = 60) -> None:
         self.shell, self.directory = " ".join(shell), directory
-        values = {"TOKEN": "token", "COMMAND": command, "OUTPUT": output, "LIMIT": str(limit),
-                  "IDLE": str(idle), "SIZE": str(size), "SHARE": str(share),
-                  "TMPDIR": str(directory)}
+        values = {"TOKEN": "token", "COMMAND": command, "PRIVATE": "yes" if private else "", "LIMIT": str(limit),
+                  "IDLE": str(idle), "TMPDIR": str(directory)}
         script = "".join(f"{name}={quote(value)}\n" for name, value in values.items()) + netweaver.WRAPPER
         self.out = directory.parent / f"{directory.name}.out"
-        with open(self.out, "wb") as out:
-            self.process = subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.PIPE,
+        self.errors = directory.parent / f"{directory.name}.errors"
+        with open(self.out, "wb") as out, open(self.errors, "wb") as errors:
+            self.process = subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=out, stderr=errors,
                                             start_new_session=True, bufsize=0,
                                             env={**os.environ, "MARK": str(directory)})
         self.say(script)
@@ -54,6 +54,9 @@ class Wrapped:
     def wait_for(self, text: str) -> None:
         wait_until(lambda: text in self.text(), f"{text} in {self.shell}")
 
+    def wait_for_error(self, *texts: str) -> None:
+        wait_until(lambda: all(text in self.errors.read_text() for text in texts), f"{texts} in {self.shell}")
+
     def processes(self) -> list[str]:
         """What still runs of all that was started, recognised by a mark in its environment."""
         mark, found = f"MARK={self.directory}".encode(), []
@@ -65,6 +68,11 @@ class Wrapped:
             except OSError:
                 continue
         return found
+
+    def watchers(self) -> list[str]:
+        """The wrapper's own shells: itself, its lease and its watchdog."""
+        return [line for line in self.processes() if line.split()[:len(self.shell.split())] == self.shell.split()
+                and " -c " not in line]
 
     def clean(self) -> bool:
         """Whether nothing is left; a watchdog's last `sleep 1` ends by itself."""
@@ -82,11 +90,11 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a command under the wrapper, in all shells at once."""
     started: list[Wrapped] = []
 
-    def begin(command: str, output: str = "-", limit: int = 60, idle: int = 60, **more: int) -> list[Wrapped]:
+    def begin(command: str, private: bool = False, limit: int = 60, idle: int = 60) -> list[Wrapped]:
         for shell in SHELLS:
             directory = tmp_path / f"{'-'.join(shell)}"
             directory.mkdir()
-            started.append(Wrapped(shell, directory, command, output, limit, idle, **more))
+            started.append(Wrapped(shell, directory, command, private, limit, idle))
         return started
 
     yield begin
@@ -94,8 +102,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
         wrapped.hang_up()
     for wrapped in started:
         wrapped.process.wait(12)
-        assert wrapped.process.stderr is not None
-        wrapped.process.stderr.close()
         wrapped.wait_clean()
 
 
@@ -120,14 +126,13 @@ def test_output_and_status_are_reported_and_it_ends_by_itself(start: Start) -> N
     for wrapped in start("printf 'no newline'; echo oops >&2; exit 3"):
         assert wrapped.process.wait(10) == 0
         begin, output, end = wrapped.text().split("\n", 3)[1:]
-        assert begin == "token begin - 1024"         # no file, no directory
+        assert begin == "token begin -"
         assert (output, end) == ("no newline", "token end 3\n")
-        assert wrapped.process.stderr is not None
-        assert wrapped.process.stderr.read() == b"oops\n\ntoken end 3\n"
+        assert wrapped.errors.read_text() == "oops\n\ntoken end 3\n"
 
 
 def test_a_file_stays_until_bye(start: Start) -> None:
-    for wrapped in start("echo content", "c.pcap"):
+    for wrapped in start("echo content >c.pcap", True):
         wrapped.wait_for("token end 0")
         [private] = wrapped.directory.iterdir()
         assert (private / "c.pcap").read_text() == "content\n"
@@ -138,7 +143,8 @@ def test_a_file_stays_until_bye(start: Start) -> None:
 
 
 def test_stop_ends_the_command_and_keeps_its_file(start: Start) -> None:
-    for wrapped in begun(start("trap 'echo flushed; exit 7' TERM; echo started; while :; do sleep 0.1; done", "c")):
+    for wrapped in begun(start("exec >c; trap 'echo flushed; exit 7' TERM; echo started; while :; do sleep 0.1; done",
+                               True)):
         [private] = wrapped.directory.iterdir()
         file = private / "c"
         wait_until(functools.partial(has_text, file, "started\n"), "its start")
@@ -150,14 +156,14 @@ def test_stop_ends_the_command_and_keeps_its_file(start: Start) -> None:
 @pytest.mark.parametrize("command", ["exec sleep 60", "sleep 60 | sleep 60", "sleep 60 & wait",
                                      "trap '' TERM; while :; do sleep 1; done"])
 def test_the_end_of_the_lease_ends_everything(start: Start, command: str) -> None:
-    started = begun(start(command, "c.pcap"))
+    started = begun(start(command, True))
     for wrapped in started:
         wrapped.hang_up()
     all_clean(started)
 
 
 def test_a_lease_that_ends_at_once_ends_everything(start: Start) -> None:
-    started = start("exec sleep 60", "c.pcap")
+    started = start("exec sleep 60", True)
     for wrapped in started:
         wrapped.hang_up()
     all_clean(started)
@@ -165,63 +171,55 @@ def test_a_lease_that_ends_at_once_ends_everything(start: Start) -> None:
 
 @pytest.mark.parametrize(("limit", "idle"), [(2, 60), (60, 2)])
 def test_a_lease_that_is_over_or_not_renewed_ends_everything(start: Start, limit: int, idle: int) -> None:
-    all_clean(start("exec sleep 60", "c.pcap", limit, idle))
+    all_clean(start("exec sleep 60", True, limit, idle))
 
 
 def test_a_lease_that_is_renewed_goes_on(start: Start) -> None:
-    started = begun(start("exec sleep 5", "/dev/null", idle=3))
+    started = begun(start("exec sleep 5", idle=3))
     while any(wrapped.process.poll() is None for wrapped in started):
         time.sleep(0.5)
         for wrapped in started:
             with contextlib.suppress(BrokenPipeError):
                 wrapped.say("alive\n")
     assert all("token end 0" in wrapped.text() for wrapped in started)
+    assert all(wrapped.text().count("\ntoken alive\n") >= 4 for wrapped in started)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 @pytest.mark.parametrize("wait", ["begin", "end"])
 def test_a_killed_wrapper_leaves_nothing(start: Start, number: int, wait: str) -> None:
-    started = start("exec sleep 60" if wait == "begin" else "true", "c.pcap")
+    started = start("exec sleep 60" if wait == "begin" else "true", True)
     for wrapped in started:
         wrapped.wait_for(f"token {wait}")
+        wait_until(lambda wrapped=wrapped: len(wrapped.watchers()) == 3, "lease and watchdog")       # type: ignore[misc]
         wrapped.process.send_signal(number)
         wrapped.hang_up()
     all_clean(started)
 
 
-def test_a_file_grows_to_its_limit_and_no_further(start: Start) -> None:
-    """Like a full disk, for which the command is not killed: it may have more to say."""
-    for wrapped in start("yes 0123456 2>&-; echo status $? >&2; echo more", "c.pcap", size=100):
-        wrapped.wait_for("token end")
-        assert re.search(r"token begin \S+/netweaver\.\w{10} 100\n", wrapped.text())
+def test_several_captures_in_one_session(start: Start) -> None:
+    """Each has its file; what it says, and how it ends, comes with its number; and one that fails harms no other."""
+    lines = [*(f"capture {number} {quote(command)}" for number, command in enumerate((
+        "echo one; echo listening >&2; exec sleep 60", "echo oops >&2; exit 3",
+        "trap 'echo flushed; echo counts >&2; exit 7' TERM; echo listening >&2; while :; do sleep 0.1; done"), 1))]
+    started = begun(start("\n".join([netweaver.CAPTURES, *lines, "until wait; do :; done"]), True))
+    for wrapped in started:
+        wrapped.wait_for_error("1 listening\n", "2 oops\n", "2 exit 3\n", "3 listening\n")
         [private] = wrapped.directory.iterdir()
-        assert (private / "c.pcap").stat().st_size == 100 * 1024
+        wait_until(functools.partial(has_text, private / "1.pcap", "one\n"), "the first one's output")
+        wrapped.say("stop\n")
+        wrapped.wait_for("token end 0")
+        wrapped.wait_for_error("token end")
+        said = wrapped.errors.read_text().splitlines()
+        assert [line for line in said if line.startswith("1 ")][-1] == "1 exit 143"
+        assert [line for line in said if line.startswith("3 ")][-2:] == ["3 counts", "3 exit 7"]
+        assert [(private / f"{number}.pcap").read_text() for number in (1, 2, 3)] == ["one\n", "", "flushed\n"]
         wrapped.say("bye\n")
-        wrapped.process.wait(10)
-        assert wrapped.process.stderr is not None
-        assert b"status" in wrapped.process.stderr.read()
-
-
-def test_the_limit_is_a_share_of_half_the_free_space(start: Start) -> None:
-    for wrapped in start("true", "c.pcap", size=1 << 50, share=5):
-        wrapped.wait_for("token end")
-        found = re.search(r"token begin \S+ (\d+)\n", wrapped.text())
-        assert found
-        free = shutil.disk_usage(wrapped.directory).free / 1024
-        assert int(found[1]) == pytest.approx(free / 10, rel=0.2)
-        wrapped.say("bye\n")
-
-
-def test_no_space_is_an_error(start: Start) -> None:
-    for wrapped in start("true", "c.pcap", size=1 << 50, share=1 << 50):
-        assert wrapped.process.wait(10) == 70
-        assert wrapped.process.stderr is not None
-        assert wrapped.process.stderr.read() == f"no space left in {wrapped.directory}\n".encode()
 
 
 def test_the_time_is_told_when_asked(start: Start) -> None:
     before = time.time_ns()
-    for wrapped in begun(start("exec sleep 60", "c.pcap")):
+    for wrapped in begun(start("exec sleep 60", True)):
         wrapped.say("mark\nmark\nstop\n")
         wrapped.wait_for("token end")
         told = re.findall(r"token mark (\d{19})\n", wrapped.text())

@@ -1,0 +1,223 @@
+"""What several test modules need: running netweaver, its documents and errors, and pairs of captures."""
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import random
+import re
+import struct
+import subprocess
+import sys
+import termios
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from frames import ethernet, icmp, ipv4, ipv6, pcap, tcp, udp, write
+from lab import NAME, NETWEAVER, Lab
+
+import netweaver
+
+T = 1_700_000_000_123_456_789
+FAST = "hping3 -c {count} -S -L 0 -Q -i u1000 {destination}"
+ENDLESS = "hping3 -S -i u5000 {destination}"
+FEW = ("too few packets matched ({}) for the percentiles {}, which are hardly more than the maximum: send more (-c)")
+
+
+# -- running netweaver --
+
+def offline(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """netweaver on this machine, to its end."""
+    return subprocess.run([sys.executable, str(NETWEAVER), *arguments], capture_output=True, text=True, check=False,
+                          timeout=120, **options)
+
+
+def analyzed(*arguments: str) -> dict[str, Any]:
+    """The document of a run that succeeds, which must be all of stdout and one line."""
+    return report(offline(*arguments))
+
+
+def report(done: subprocess.CompletedProcess[str], code: int = 0) -> dict[str, Any]:
+    assert done.returncode == code, done.stderr
+    assert done.stdout.count("\n") == 1
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def failure(done: subprocess.CompletedProcess[str], code: int) -> str:
+    """The error line of a failed run, which must be the only thing that a person sees beside the progress."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if not line.endswith(("...", "flush."))]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("netweaver: error: ")
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+def finished(process: subprocess.Popen[str], seconds: float = 30) -> subprocess.CompletedProcess[str]:
+    try:
+        out, errors = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    assert "Traceback" not in errors, errors
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+def sending(lab: Lab) -> bool:
+    return all(any("hping3" in line for line in host.processes().values()) for host in lab.sources)
+
+
+def run_code(lab: Lab, code: str) -> str:
+    """The output of Python code on the lab's client, with the seed's five arguments at hand."""
+    names = {"SOURCE": lab.source.address, "NAME": NAME, "DESTINATION": lab.destination, "HV": lab.hv.address,
+             "KEY": str(lab.key)}
+    head = "import json, netweaver\n" + "".join(f"{name} = {value!r}\n" for name, value in names.items())
+    done = subprocess.run(lab.on_client(sys.executable, "-c", head + code), env={
+        **lab.environment, "PYTHONPATH": str(Path(netweaver.__file__).parent)}, capture_output=True, text=True,
+        check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class Terminal:
+    """Runs a command whose stderr is a terminal; keeps what a person saw."""
+
+    def __init__(self, *command: str, environment: dict[str, str], columns: int = 100) -> None:
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=slave,
+                                   env={**environment, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"})
+        os.close(slave)
+        seen = bytearray()
+        with contextlib.suppress(OSError):           # EIO: the other end is closed
+            while data := os.read(master, 65536):
+                seen += data
+        os.close(master)
+        self.stdout = process.communicate(timeout=60)[0].decode()
+        self.returncode = process.returncode
+        self.raw = seen.decode().replace("\r\n", "\n")
+        self.text = re.sub(r"\x1b\[[\d;]*[mK]", "", self.raw)
+
+
+# -- captures --
+
+Packets = list[tuple[int, bytes]]                    # times (ns), and IP packets
+
+
+def captures(directory: Path, pif: Packets, vif: Packets, name: str = "", **options: Any) -> list[str]:
+    """The paths of two captures; the options are those of the vif's file."""
+    return [write(directory / f"{name}pif.pcap", pcap([(when, ethernet(content)) for when, content in pif])),
+            write(directory / f"{name}vif.pcap", pcap([(when, ethernet(content)) for when, content in vif], **options))]
+
+
+def distinct(count: int, gap: int = 1_000_000, **options: Any) -> Packets:
+    """SYNs that differ, one each `gap` nanoseconds."""
+    return [(T + i * gap, ipv4(tcp(seq=i), ident=i % 65536, **options)) for i in range(count)]
+
+
+def through(packets: Packets, delays: Sequence[int | None]) -> Packets:
+    """The packets at the other end of a path with these delays (ns; None: lost), in their order there."""
+    return sorted(((when + delay, content) for (when, content), delay in zip(packets, delays) if delay is not None),
+                  key=lambda item: item[0])
+
+
+def pair(directory: Path, delays: Sequence[int | None], name: str = "", gap: int = 1_000_000) -> list[str]:
+    """Captures of one packet a millisecond, with these delays in ns (None: lost)."""
+    packets = distinct(len(delays), gap)
+    return captures(directory, packets, through(packets, delays), name)
+
+
+def noisy(size: int, seed: int, factor: float = 1.0, loss: float = 0.0) -> list[int | None]:
+    """Delays of about 200 µs with a long tail, of which neighbours resemble each other."""
+    chance, drift = random.Random(seed), 0.0
+    found: list[int | None] = []
+    for _ in range(size):
+        drift = 0.8 * drift + 0.6 * chance.gauss(0, 1)
+        delay = factor * (200_000 + 10_000 * drift + chance.expovariate(1) * 20_000)
+        found.append(None if chance.random() < loss else int(delay))
+    return found
+
+
+def block(*sightings: tuple[str, int]) -> tuple[list[bytes], array[int]]:
+    return [b"\0" + key.encode() for key, _ in sightings], array("q", [time for _, time in sightings])
+
+
+def paired(pif: Sequence[tuple[str, int]], vif: Sequence[tuple[str, int]],
+           window: netweaver.Window | None = None) -> netweaver.Result:
+    """What is analysed of packets that are known by a text, and their times."""
+    traffic = netweaver.Traffic(netweaver.IN)
+    traffic.add("pif", *block(*pif))
+    traffic.add("vif", *block(*vif))
+    window = window or netweaver.Window()
+    return netweaver.classify(netweaver.match(traffic, window.start), window)
+
+
+class SeededPath:
+    """A path from pif to vif with seeded faults, and its truth."""
+
+    def __init__(self, packets: Packets, seed: int, loss: float = 0.03, duplicate: float = 0.02,
+                 jitter: int = 60_000) -> None:
+        chance = random.Random(seed)
+        arrived = []
+        self.delays: dict[int, int] = {}
+        self.duplicated = 0
+        for rank, (time, content) in enumerate(packets):
+            if chance.random() < loss:
+                continue
+            self.delays[rank] = delay = chance.randrange(1000, 1000 + jitter)
+            arrived.append((time + delay, rank, content))
+            if chance.random() < duplicate:
+                arrived.append((time + delay + 1 + chance.randrange(jitter), rank, content))
+                self.duplicated += 1
+        arrived.sort(key=lambda item: item[0])
+        self.vif = [(time, content) for time, _, content in arrived]
+        self.pif = packets
+        firsts = list(dict.fromkeys(rank for _, rank, _ in arrived))
+        self.extents: dict[int, int] = {}            # of packets which a later one of the same stream has overtaken
+        for version in (4, 6):
+            stream = [rank for rank in firsts if packets[rank][1][0] >> 4 == version]
+            highest = -1
+            for place, rank in enumerate(stream):
+                if rank < highest:
+                    self.extents[rank] = place - min(j for j in range(place) if stream[j] > rank)
+                highest = max(highest, rank)
+
+    def check(self, found: dict[str, Any]) -> None:
+        delays = numpy.array(list(self.delays.values())) / 1000
+        assert found["packets"] == {
+            "pif": len(self.pif), "vif": len(self.vif), "matched": len(delays), "ambiguous": 0,
+            "lost": len(self.pif) - len(delays), "undecided": 0, "duplicated": self.duplicated,
+            "reordered": len(self.extents), "vif_only": 0}
+        assert found["loss_ratio"] == (len(self.pif) - len(delays)) / len(self.pif)
+        assert found["reordering"] == {"ratio": len(self.extents) / len(delays),
+                                       "maximum_extent": max(self.extents.values(), default=0)}
+        steps = [abs(delay - self.delays[rank - 1]) / 1000 for rank, delay in self.delays.items()
+                 if rank - 1 in self.delays]
+        for name, value in (("average", delays.mean()), ("minimum", delays.min()), ("maximum", delays.max()),
+                            ("stdev", delays.std()), ("median", numpy.median(delays)),
+                            ("pdv", numpy.percentile(delays, 99) - delays.min())):
+            assert found[name] == pytest.approx(value, abs=1e-3), name
+        assert found["ipdv"] == (pytest.approx(numpy.mean(steps), abs=1e-3) if steps else None)
+        for percent, value in found["percentiles"].items():
+            assert value == pytest.approx(numpy.percentile(delays, float(percent)), abs=1e-3)
+
+
+def traffic(count: int, seed: int = 1) -> Packets:
+    """A mixture of IP packets of many sizes, and their times."""
+    chance = random.Random(seed)
+    kinds: list[Callable[[int], bytes]] = [
+        lambda i: ipv4(tcp(1024 + i % 60000, 0, chance.getrandbits(32)), ident=chance.getrandbits(16)),
+        lambda i: ipv4(tcp(80, 9000, i, 7, 24, payload=bytes(chance.randrange(1400))), ident=i & 0xFFFF),
+        lambda i: ipv4(udp(53, 9000, chance.randbytes(chance.randrange(1200))), 17, ident=i & 0xFFFF),
+        lambda i: ipv4(icmp(8, 0, 77, i & 0xFFFF, bytes(56)), 1, ident=chance.getrandbits(16)),
+        lambda i: ipv6(udp(53, 9000, chance.randbytes(16 + chance.randrange(1200))), 17),
+        lambda i: ipv6(tcp(80, 9000, i, 7, 16, b"\1\1\x08\x0a" + i.to_bytes(8, "big"), bytes(100))),
+    ]
+    return [(T + i * 9973, chance.choice(kinds)(i)) for i in range(count)]
