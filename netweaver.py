@@ -728,8 +728,8 @@ class Matching:
         return self.identities[self.numbers[rank]]
 
 
-def match(traffic: Traffic, start: int = NO_DELAY) -> Matching:
-    """Finds the packets of the first point among those of the second; from `start` on both were watched."""
+def match(traffic: Traffic, window: Window = ALWAYS) -> Matching:
+    """Finds the packets of the first point among those of the second."""
     matching = Matching(traffic)
     sent, delays = matching.sent, matching.delays
     numbers, times = traffic.seen[matching.direction.second]
@@ -747,7 +747,7 @@ def match(traffic: Traffic, start: int = NO_DELAY) -> Matching:
     partners: dict[int, int] = {}                    # ranks, by the place at the second point
     for number, ranks in repeated.items():
         rank_of[number] = REPEATED
-        partners.update(_pair_copies(matching, ranks, places[number], times, start))
+        partners.update(_pair_copies(matching, ranks, places[number], times, window))
     arrive = matching.arrivals.append
     for place, rank in enumerate(map(rank_of.__getitem__, numbers)):
         if rank == REPEATED:
@@ -764,13 +764,14 @@ def match(traffic: Traffic, start: int = NO_DELAY) -> Matching:
 
 
 def _pair_copies(matching: Matching, ranks: list[int], places: list[int], times: Sequence[int],
-                 start: int) -> dict[int, int]:
+                 window: Window) -> dict[int, int]:
     """The ranks of packets of one identity, by their places at the second point; empty, and noted, if that is unclear.
 
-    Only what was sent from `start` on counts, since one capture may have begun before the other.  What arrived then may
-    still have been sent before: the first ones, and only if so many can have been on their way.
+    Only what was sent from the window's start on counts, since one capture may have begun before the other.  What
+    arrived then may still have been sent before: the first ones, and only if so many can have been on their way.  When
+    the last ones were sent, the second point must have been watched for long enough.
     """
-    sent = matching.sent
+    sent, start = matching.sent, window.start
     counting = [rank for rank in ranks if sent[rank] >= start]
     arrived = [place for place in places if times[place] >= start]
     early, earlier = len(arrived) - len(counting), len(ranks) - len(counting)
@@ -779,7 +780,8 @@ def _pair_copies(matching: Matching, ranks: list[int], places: list[int], times:
     if 0 <= early <= earlier:
         pairs = dict(zip(arrived[early:], counting))
         longest = max(times[place] - sent[rank] for place, rank in pairs.items())
-        if early == sum(start - longest <= sent[rank] < start for rank in ranks):
+        in_flight = sum(start - longest <= sent[rank] < start for rank in ranks)
+        if early == in_flight and sent[counting[-1]] + longest <= window.watched_until:
             return pairs
     matched = min(len(counting), len(arrived))
     matching.unclear.append((counting, matched, max(0, early - earlier)))
@@ -1378,10 +1380,9 @@ class Host:
             raise CaptureError(f"{self.name}: has no SFTP ({error or 'it ended at once'}): its sshd_config needs a "
                                "line such as 'Subsystem sftp internal-sftp'") from error
 
-    def check_sftp(self) -> list[str]:
+    def check_sftp(self) -> None:
         """CaptureError if there is no such session: that should be known before the traffic runs."""
         close(self.open_sftp())
-        return []
 
     def fetch(self, sftp: paramiko.SFTPClient, path: str, local: str, most: int) -> None:
         """Copies a file of the host, of `most` bytes at the most; CaptureError if it can't be copied whole."""
@@ -1410,16 +1411,16 @@ class Host:
         self._connection.close()
 
 
-def in_parallel(*calls: Callable[[], Answer], seconds: float | None = None) -> list[Answer]:
+def in_parallel(*calls: Callable[[], Any], seconds: float | None = None) -> list[Any]:
     """The answers of the calls, each made in a thread of its own; raises the first error, once all have ended.
 
     HostConnectionError if they take more than so many seconds (a resolver may take its time).
     """
     deadline = None if seconds is None else time.monotonic() + seconds
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Any] = {}
     errors: list[BaseException] = []
 
-    def run(place: int, call: Callable[[], Answer]) -> None:
+    def run(place: int, call: Callable[[], Any]) -> None:
         try:
             answers[place] = call()
         except BaseException as error:
@@ -1697,7 +1698,7 @@ class OldServer(HostConnectionError):
     """It may go better without RSA with SHA-2, which OpenSSH has since 7.2."""
 
 
-def import_paramiko() -> list[HostSettings]:
+def import_paramiko() -> None:
     """Imports what logging in needs; NetWeaverError if it can't be imported."""
     import warnings
     try:
@@ -1706,7 +1707,6 @@ def import_paramiko() -> list[HostSettings]:
             import paramiko  # noqa: F401
     except Exception as error:
         raise NetWeaverError(f"can't import paramiko ({error}): pip install -U paramiko") from error
-    return []
 
 
 class Access:
@@ -2667,11 +2667,11 @@ def not_written(job: Job, interface: str, captured: int, records: int) -> Captur
                         f"file: is the disk under {job.directory} full?")
 
 
-def check_interface(host: Host, plan: Plan, find_vif: Callable[[], list[str]]) -> None:
+def check_interface(host: Host, plan: Plan, find_vif: Callable[[], str]) -> None:
     """RemoteCommandError if the VM has another interface now than when the captures began."""
     advice = "the VM was moved, restarted or unplugged during the run: measure again"
     try:
-        [now] = find_vif()
+        now = find_vif()
     except RemoteCommandError as error:
         raise RemoteCommandError(f"{error}: {advice}") from None
     index = host.run(f"ip -o link show dev {quote(plan.vif)}").output.split()[:1]
@@ -2734,7 +2734,7 @@ def analyze_captures(paths: Mapping[str, Sequence[str]], selection: Selection, w
     if pif_unit != vif_unit:
         warnings.append(f"the time stamps of the pif are in {pif_unit}, and those of the vif in {vif_unit}: all were "
                         "brought to the coarser unit")
-    matchings = [match(each, window.start) for each in traffic]
+    matchings = [match(each, window) for each in traffic]
     del traffic                                      # its table of identities is large
     results = [classify(matching, window) for matching in matchings]
     return Analysis(results, counts, warnings, guest_times(results[0], matchings[1]) if len(results) > 1 else None)
@@ -2950,17 +2950,20 @@ class NetWeaver:
                                                                  self.destination_ip)
         hosts = self._connected()
 
-        def find_vif() -> list[str]:
-            return [self.vif or self._located(self.determine_vif_number)]
+        def find_vif() -> str:
+            return self.vif or self._located(self.determine_vif_number)
+
+        def find_facts() -> Facts:
+            hosts.hypervisor.check_sftp()
+            return Facts(hosts.hypervisor.run(FACTS_COMMAND).output)
 
         ours = hosts.sources.values() if len(self.filters) < 2 else ()
-        addresses, [vif], facts = in_parallel(
-            lambda: addresses_in_traffic(ours, self.destination_ip), find_vif,
-            lambda: [*hosts.hypervisor.check_sftp(), hosts.hypervisor.run(FACTS_COMMAND).output])
+        addresses, vif, facts = in_parallel(
+            lambda: addresses_in_traffic(ours, self.destination_ip), find_vif, find_facts)
         pifs, tunnel = self._physical_interfaces(vif)
         flows = Flows(addresses, self.destination_ip, DIRECTIONS[self.direction])
         plan = self._located(lambda: make_plan(
-            Facts("".join(facts)), vif, pifs, self.overlay or tunnel, flows, self.filters,
+            facts, vif, pifs, self.overlay or tunnel, flows, self.filters,
             {"pif": dest_pif_cmd, "vif": dest_vif_cmd}, self.max_capture_size))
         select = self.direction == "both" or (plan.overlay and not self.match_nat)   # else the filter has done it
         config = {

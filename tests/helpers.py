@@ -156,7 +156,7 @@ def paired(pif: Sequence[tuple[str, int]], vif: Sequence[tuple[str, int]],
     traffic.add("pif", *block(*pif))
     traffic.add("vif", *block(*vif))
     window = window or netweaver.Window()
-    return netweaver.classify(netweaver.match(traffic, window.start), window)
+    return netweaver.classify(netweaver.match(traffic, window), window)
 
 
 class SeededPath:

@@ -106,6 +106,14 @@ def test_copies_at_the_edge_of_the_window(delay: int, pif_begins: int, vif_begin
     assert result.matched + result.lost == 10
 
 
+def test_copies_that_go_on_when_nobody_watches_any_more() -> None:
+    """As many are missing at the end as came early at the start: by their number alone they would be shifted."""
+    vif = [(key, when + 2500) for key, when in ALIKE][:-2]
+    result = paired(ALIKE, vif, netweaver.Window(9900, 15_000, 17_000))
+    assert result.samples() == []
+    assert result.matched == result.ambiguous > 0
+
+
 # -- figures --
 
 def test_reordering() -> None:
