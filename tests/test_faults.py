@@ -204,8 +204,9 @@ def test_no_reply_and_all_lost(lab: Lab) -> None:
 
 def test_many_runs_at_once_keep_apart(lab: Lab) -> None:
     """Each one's numbers are true; those that saw another's packets say so (hping3 may send more than it counts)."""
-    processes = [lab.start(*lab.arguments("-c", "300", "--source-command", FAST, source=lab.source.address))
-                 for _ in range(8)]
+    processes = [lab.start(*lab.arguments(           # from other ports: hping3s of the same second send the same
+        "-c", "300", "--source-command", f"{FAST} -s {5000 * number}", source=lab.source.address))
+        for number in range(1, 9)]
     found = [report(finished(process, 100)) for process in processes]
     for one in found:
         assert one["packets"]["pif"] >= one["config"]["transmitted"] > 0

@@ -123,9 +123,10 @@ def test_a_saved_run_gives_the_same_numbers_again(lab: Lab, tmp_path: Path) -> N
 
 @pytest.mark.lab
 def test_runs_do_not_overwrite_each_other(lab: Lab, tmp_path: Path) -> None:
-    arguments = lab.arguments("-c", "100", "--source-command", FAST, "--save", str(tmp_path), source=lab.source.address)
-    processes = [lab.start(*arguments) for _ in range(4)]
-    found = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
+    processes = [lab.start(*lab.arguments(           # from other ports: hping3s of the same second send the same
+        "-c", "100", "--source-command", f"{FAST} -s {10_000 * number}", "--save", str(tmp_path),
+        source=lab.source.address)) for number in range(1, 5)]
+    found = [report(finished(process, 60)) for process in processes]
     assert len({one["saved"] for one in found}) == 4
     assert sorted(os.listdir(tmp_path)) == sorted(os.path.basename(one["saved"]) for one in found)
     assert all(NAME in one["saved"] for one in found)
