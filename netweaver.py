@@ -2790,6 +2790,11 @@ def analyze_text(pif_path: str, vif_path: str, direction: Direction, *columns: A
                                for side, capture in captures.items()}, warnings)
 
 
+def selection_of(config: Mapping[str, Any]) -> Selection:
+    """The packets that count, by the report's account of what ran."""
+    return Selection(DIRECTIONS[config["direction"]], **config["selection"], translated=config["match_nat"])
+
+
 class SavedRun:
     """A run that `NetWeaver.save` has kept: its captures, and what its report says of how to read them."""
 
@@ -2800,8 +2805,7 @@ class SavedRun:
                 self.report: dict[str, Any] = json.load(file)
             config = self.config = self.report["config"]
             times, self.limit = config.get("window"), config["capture_limit"]
-            self.selection = Selection(DIRECTIONS[config["direction"]], **config["selection"],
-                                       translated=config["match_nat"])
+            self.selection = selection_of(config)
             self.window = ALWAYS
             if times:
                 start, end, watched_until = (parse_time(times[name]) for name in ("start", "end", "watched_until"))
@@ -3013,18 +3017,17 @@ class NetWeaver:
         separated by white space and counted from 0, `timestamp_col` is the time's column and `seq_no_col` the
         sequence number's, of which part `seq_no_split_index` counts after a split by `seq_no_split_by`.
         """
-        recording, directions = self._recorded(), DIRECTIONS[self.direction]
+        recording = self._recorded()
         config, plan = recording.config, recording.plan
         if seq_no_col is None or timestamp_col is None:
-            selection = Selection(directions, **config["selection"], translated=self.match_nat)
-            analysis = analyze_captures(self._paths, selection, recording.window, plan.limit)
+            analysis = analyze_captures(self._paths, selection_of(config), recording.window, plan.limit)
             for side, counts in recording.counts.items():
                 records = analysis.counts[side]["records"]
                 if counts.get("captured", 0) > records:
                     raise not_written(recording.job, config[side], counts["captured"], records)
         else:
-            analysis = analyze_text(self._paths["pif"][0], self._paths["vif"][0], directions[0], seq_no_col,
-                                    timestamp_col, seq_no_split_by, seq_no_split_index)
+            analysis = analyze_text(self._paths["pif"][0], self._paths["vif"][0], DIRECTIONS[self.direction][0],
+                                    seq_no_col, timestamp_col, seq_no_split_by, seq_no_split_index)
         capture = {side: {"interface": config[side], **counts} for side, counts in recording.counts.items()}
         report, self.results = build_report(analysis, config, capture, self.slowest), analysis.results
         if failed := self._connected().failed:
@@ -3889,8 +3892,7 @@ def analyze_files(arguments: argparse.Namespace, run: SavedRun | None) -> Outcom
     if config["direction"] == "both" and (config["match_nat"] or not config["selection"]["destinations"]):
         raise UsageError("--direction both tells the directions apart by the VM's address: give it with -d, and not "
                          "--match-nat")
-    selection = Selection(DIRECTIONS[config["direction"]], **config["selection"], translated=config["match_nat"])
-    analysis = analyze_captures(paths, selection, run.window if run else ALWAYS, run.limit if run else None)
+    analysis = analyze_captures(paths, selection_of(config), run.window if run else ALWAYS, run.limit if run else None)
     report = build_report(analysis, config, run.report["capture"] if run else {"pif": {}, "vif": {}}, arguments.slowest)
     if run:
         report |= {name: run.report[name] for name in ("failed_sources", "interrupted") if name in run.report}
