@@ -5,70 +5,57 @@
 # ///
 """Measure what a hypervisor's virtual network costs: the time from pif to vif.
 
-netweaver logs in to a hypervisor and to source VMs, captures on the physical
-interface (pif) and on the destination VM's virtual interface (vif) while the
-sources generate traffic, and matches the packets of the two captures.  What it
-reports is t_vif - t_pif of each packet, by the one clock of the hypervisor's
-kernel: bridge or Open vSwitch, firewall and queueing in between.  The network
-card's interrupt and the guest's own receive path are not inside.
+netweaver captures on the physical interface (pif) of a hypervisor and on the
+virtual interface (vif) of a VM while source VMs generate traffic, and matches
+the packets of the two captures: t_vif - t_pif of each, by one kernel's clock.
 
     python netweaver.py -n instance-<uuid> --hv HV_IP -s SOURCE_IP -d DESTINATION_IP -k KEYFILE
 
 The rooms of this file, each of which knows only those before it: captures (a
 file in, identities and times out), analysis (who was seen where, and what that
-says), remote (SSH sessions, and commands that certainly end), toolstacks (a
-VM's name in, its interfaces out), measurement (plan, record, fetch, analyse),
-report (the document and its files), people and monitors, and the command line.
+says), remote (commands that certainly end, and logging in), toolstacks (a VM's
+name in, its interfaces out), measurement (plan, record, fetch, analyse), report
+(the document and its files), people and monitors, and the command line.
 """
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import pwd
 import re
 import select
 import sys
 import threading
 import time
 from array import array
-from base64 import b64decode, b64encode
 from bisect import bisect, bisect_left
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from itertools import count, islice
 from operator import le, mul
 from shlex import quote
 from struct import Struct, unpack_from
 from struct import error as StructError
 
-# Imported where they are needed: what takes more than 2 ms, or isn't needed to analyse files.
+# What takes more than 2 ms, or isn't needed to analyse files, is imported where it is needed.
 TYPE_CHECKING = False                                # importing typing takes 7 ms
 if TYPE_CHECKING:
     import argparse
-    import socket
     import subprocess
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from contextlib import ExitStack
-    from typing import Any, BinaryIO, NoReturn, TypeVar
+    from typing import Any, BinaryIO, NoReturn
 
     import paramiko
-    from matplotlib.figure import Figure
 
     Block = tuple[list[bytes], array[int], dict[int, list[bytes]]]       # see Capture
-    Answer = TypeVar("Answer")
+    Report = Mapping[str, Any]
     Run = Callable[..., str]                         # see the toolstacks
 
 __version__ = "2.0.0"
-__all__ = [
-    "Capture", "CaptureError", "Direction", "HostConnectionError", "IN", "Matching", "NetWeaver", "NetWeaverError",
-    "NoMatchError", "OUT", "RemoteCommandError", "Result", "Selection", "TOOLSTACKS", "TextCapture", "UsageError",
-    "Window", "analyze_captures", "build_report", "classify", "compare", "describe", "guest_times", "main", "match",
-    "plot", "prometheus", "read", "reordering", "statistics", "variation", "write_csv",
-]
 
 SCHEMA_VERSION = 2
 DEFAULT_SOURCE_COMMAND = "hping3 -c {count} -S -L 0 -Q --fast {destination}"
 NANOSECONDS = 1_000_000_000
+DAY = 86_400 * NANOSECONDS
 
 
 class NetWeaverError(Exception):
@@ -82,12 +69,12 @@ class UsageError(NetWeaverError):
 
 
 class HostConnectionError(NetWeaverError):
-    """A host can't be reached, or its key or our key was refused, or the connection broke."""
+    """A host can't be reached, its key or ours was refused, or the connection broke."""
     exit_code = 3
 
 
 class RemoteCommandError(NetWeaverError):
-    """A remote command failed, or its answer to a look-up was not the one that was needed."""
+    """A remote command failed, or its answer was not the one that was needed."""
     exit_code = 4
 
 
@@ -96,69 +83,68 @@ class CaptureError(NetWeaverError):
     exit_code = 5
 
 
-class ReaderGone(NetWeaverError):
-    """Who read standard output doesn't any more."""
-    exit_code = 141
-
-
 class NoMatchError(NetWeaverError):
     """Both captures are fine, and there is no delay in them."""
     exit_code = 6
 
 
+class ReaderGone(NetWeaverError):
+    """Who read standard output doesn't any more."""
+    exit_code = 141
+
+
 # ---- Captures: identities ------------------------------------------------------------------------------------
 # An identity is what tells a packet from all others wherever it is seen: IP's version (1 byte; 0 for a line of text;
-# NOT_FIRST is set in that of a fragment but the first), protocol (1), length (2), id (2), source and destination (8 or
-# 32), and of the transport header or the payload what no router changes.
+# with NOT_FIRST for a fragment but the first), protocol (1), length (2), id (2), source and destination (8 or 32), and
+# of the transport header or the payload what no router changes.
 
 TEXT, NOT_FIRST = 0, 0x80
 ADDRESSES = 6                                        # where they begin in an identity
 PAYLOAD = 32                                         # bytes of payload that take part
 MOST_HEADERS = 32                                    # in one frame; more are no traffic that anyone sends
 
-NULL, EN10MB, LOOP, LINUX_SLL, LINUX_SLL2, RAW_IP = 0, 1, 108, 113, 276, (12, 14, 101, 228, 229)
-LINK_TYPES = (NULL, EN10MB, LOOP, LINUX_SLL, LINUX_SLL2, *RAW_IP)
 UNKNOWN, ANY_IP = 0, -1                              # beside ethertypes
 IPV4, ARP, IPV6, TRANSPARENT_ETHERNET = 0x0800, 0x0806, 0x86DD, 0x6558
 VLAN_TAGS, MPLS = (0x8100, 0x88A8, 0x9100), (0x8847, 0x8848)
-ADDRESS_FAMILIES = {2: IPV4, 10: IPV6, 24: IPV6, 28: IPV6, 30: IPV6}     # Linux, and the BSDs
+EN10MB, LINUX_SLL, LINUX_SLL2 = 1, 113, 276
+# By link type: where the ethertype is (None: there are IP packets alone), and what follows the header.
+LINK_HEADERS: dict[int, tuple[int | None, int]] = {
+    EN10MB: (12, 14), LINUX_SLL: (14, 16), LINUX_SLL2: (0, 20), 0: (None, 4), 108: (None, 4),        # NULL, LOOP
+    **dict.fromkeys((12, 14, 101, 228, 229), (None, 0))}
 ICMP, IP_IN_IP, TCP, UDP, IPV6_IN_IP, FRAGMENT, GRE, AUTHENTICATION, ICMPV6 = 1, 4, 6, 17, 41, 44, 47, 51, 58
 EXTENSION_HEADERS = (0, 43, FRAGMENT, AUTHENTICATION, 60)    # hop-by-hop, routing, ..., destination options
-VXLAN_PORTS, GENEVE_PORT = (4789, 8472), 6081
-TUNNEL_PORTS = (*VXLAN_PORTS, GENEVE_PORT)
+GENEVE_PORT, TUNNEL_PORTS = 6081, (4789, 8472, 6081)         # the others are VXLAN's
 FIN, SYN, RST, PSH, ACK, CWR = 0x01, 0x02, 0x04, 0x08, 0x10, 0x80
-IPV4_IN_ETHERNET = b"\x08\0\x45"                    # ethertype, version and size
+IPV4_IN_ETHERNET = b"\x08\0\x45"                     # ethertype, version and size
 TOO_SHORT = IndexError, StructError                  # what reading beyond the end of a frame raises
 
 _ipv4_fields = Struct(">Bx4s2sxc2x8s").unpack_from   # version and size; length, id; fragment; protocol; addresses
 _ipv6_fields = Struct(">B3x2sBx32s").unpack_from     # version; length; next header; addresses
-_udp_fields = Struct(">HHH").unpack_from             # ports; length
 
 
 def identify(frame: bytes, linktype: int) -> list[bytes]:
     """The identities of the IP packets in a frame: the outermost first, then what a tunnel carries.
 
-    There is none in a frame that carries ARP, be it in a tunnel.  Raises one of TOO_SHORT if the frame ends before the
-    innermost packet is identified, unless the packet around it is whole: then what is inside is malformed.
+    There is none in a frame that carries ARP.  Raises one of TOO_SHORT if the frame ends before the innermost packet
+    is identified, unless the packet around it is whole: then what is inside is malformed.
     """
     if linktype == EN10MB and frame[12:15] == IPV4_IN_ETHERNET and (identity := _plain(frame)):
         return [identity]
     packets: list[bytes] = []
+    place, at = LINK_HEADERS.get(linktype, (None, len(frame)))
+    ethertype = ANY_IP if place is None else _u16(frame, place)
     end = 0                                          # of the packet around
-    ethertype, at = _link(frame, linktype)
     for _ in range(MOST_HEADERS):
         try:
+            if ethertype in (UNKNOWN, ARP):
+                return [] if ethertype == ARP else packets
             if ethertype not in (IPV4, IPV6):
-                if ethertype in (UNKNOWN, ARP):
-                    return [] if ethertype == ARP else packets
                 ethertype, at = _other_header(frame, ethertype, at)
                 continue
             identity, at, size = (_ipv4 if ethertype == IPV4 else _ipv6)(frame, at)
-            if identity[0] & NOT_FIRST:
-                return [*packets, identity]
             packets.append(_with_transport(frame, identity, at, size))
             end = at + size
-            ethertype, at = _inside(frame, identity[1], at)
+            ethertype, at = _inside(frame, identity, at)
         except TOO_SHORT:
             if not packets or end > len(frame):
                 raise
@@ -190,17 +176,7 @@ def _part(frame: bytes, at: int, size: int) -> bytes:
     return frame[at:at + size]
 
 
-# Each of these returns the ethertype of what follows, and where that begins.
-
-def _link(frame: bytes, linktype: int) -> tuple[int, int]:
-    if linktype == EN10MB:
-        return _u16(frame, 12), 14
-    if linktype in (LINUX_SLL, LINUX_SLL2):
-        return (_u16(frame, 14), 16) if linktype == LINUX_SLL else (_u16(frame, 0), 20)
-    if linktype in (NULL, LOOP):                     # NULL is in the byte order of the host that captured
-        return ADDRESS_FAMILIES.get(frame[0] | frame[3], UNKNOWN), 4
-    return (ANY_IP, 0) if linktype in RAW_IP else (UNKNOWN, 0)
-
+# These two return the ethertype of what follows, and where that begins.
 
 def _other_header(frame: bytes, ethertype: int, at: int) -> tuple[int, int]:
     if ethertype in VLAN_TAGS:
@@ -209,28 +185,26 @@ def _other_header(frame: bytes, ethertype: int, at: int) -> tuple[int, int]:
         return _u16(frame, at + 12), at + 14
     if ethertype in MPLS:                            # the lowest label of the stack, or another one
         return ANY_IP if frame[at + 2] & 1 else ethertype, at + 4
-    if ethertype == ANY_IP:
-        return {4: IPV4, 6: IPV6}.get(frame[at] >> 4, UNKNOWN), at
-    return UNKNOWN, at
+    return {4: IPV4, 6: IPV6}.get(frame[at] >> 4, UNKNOWN) if ethertype == ANY_IP else UNKNOWN, at
 
 
-def _inside(frame: bytes, protocol: int, at: int) -> tuple[int, int]:
-    """What the packet with its transport header at an offset carries, if it is a tunnel's."""
-    if protocol == UDP:
-        port = _u16(frame, at + 2)
-        if port in VXLAN_PORTS and frame[at + 8] & 8:        # with a valid VNI
+def _inside(frame: bytes, identity: bytes, at: int) -> tuple[int, int]:
+    """What a packet with its transport header at an offset carries, if it is a tunnel's."""
+    protocol = UNKNOWN if identity[0] & NOT_FIRST else identity[1]
+    if protocol == UDP and (port := _u16(frame, at + 2)) in TUNNEL_PORTS:
+        first = frame[at + 8]
+        if port != GENEVE_PORT and first & 8:        # with a valid VNI
             return TRANSPARENT_ETHERNET, at + 16
-        if port == GENEVE_PORT and not frame[at + 8] >> 6:   # version 0
-            return _u16(frame, at + 10), at + 16 + (frame[at + 8] & 63) * 4
+        if port == GENEVE_PORT and not first >> 6:   # version 0
+            return _u16(frame, at + 10), at + 16 + (first & 63) * 4
     elif protocol == GRE:                            # checksum, key and sequence number are there or not
-        optional = sum(frame[at] >> bit & 1 for bit in (7, 5, 4))
-        return _u16(frame, at + 2), at + 4 + 4 * optional
+        return _u16(frame, at + 2), at + 4 + 4 * sum(frame[at] >> bit & 1 for bit in (7, 5, 4))
     elif protocol in (IP_IN_IP, IPV6_IN_IP):
         return IPV4 if protocol == IP_IN_IP else IPV6, at
     return UNKNOWN, at
 
 
-# Each of these returns an identity without the transport header's part, where that begins, and the payload's size.
+# These two return an identity without the transport header's part, where that begins, and the payload's size.
 
 def _ipv4(frame: bytes, at: int) -> tuple[bytes, int, int]:
     version, length_id, fragment, protocol, addresses = _ipv4_fields(frame, at)  # type: int, bytes, bytes, bytes, bytes
@@ -239,7 +213,7 @@ def _ipv4(frame: bytes, at: int) -> tuple[bytes, int, int]:
     if fragment[0] & 0x1F or fragment[1]:
         return bytes((4 | NOT_FIRST,)) + protocol + length_id + addresses + fragment, 0, 0
     header = (version & 15) * 4
-    return b"\4" + protocol + length_id + addresses, at + header, (length_id[0] << 8 | length_id[1]) - header
+    return b"\4" + protocol + length_id + addresses, at + header, _u16(length_id, 0) - header
 
 
 def _ipv6(frame: bytes, at: int) -> tuple[bytes, int, int]:
@@ -255,22 +229,22 @@ def _ipv6(frame: bytes, at: int) -> tuple[bytes, int, int]:
             if fragment[0] or fragment[1] & 0xF8:
                 return bytes((6 | NOT_FIRST, protocol)) + length + ip_id + addresses + fragment, 0, 0
         here += (size + 2) * 4 if extension == AUTHENTICATION else (size + 1) * 8
-    identity = bytes((6, protocol)) + length + ip_id + addresses
-    return identity, here, (length[0] << 8 | length[1]) - (here - at - 40)
+    return bytes((6, protocol)) + length + ip_id + addresses, here, _u16(length, 0) - (here - at - 40)
 
 
 def _with_transport(frame: bytes, identity: bytes, at: int, size: int) -> bytes:
     """An identity with the part of the transport header at an offset, of a payload of so many bytes."""
     protocol = identity[1]
+    if identity[0] & NOT_FIRST:
+        return identity
     if protocol == TCP:
-        flags, options = frame[at + 13], (frame[at + 12] >> 4) * 4 - 20
-        identity += frame[at:at + 14]                # ports, sequence and acknowledgment numbers, flags
+        identity += _part(frame, at, 14)             # ports, sequence and acknowledgment numbers, flags
         # Of a SYN routers do edit the options; in others are the time stamps of a retransmission.
-        return identity if options <= 0 or flags & SYN else identity + _part(frame, at + 20, options)
+        options = 0 if identity[-1] & SYN else (identity[-2] >> 4) * 4 - 20
+        return identity + _part(frame, at + 20, max(options, 0))
     if protocol == UDP:
-        length = _udp_fields(frame, at)[2]
-        size = min(length, size) if length else size         # of a jumbogram there is none
-        return identity + frame[at:at + 6] + _part(frame, at + 8, min(max(size - 8, 0), PAYLOAD))
+        length = _u16(frame, at + 4) or size         # of a jumbogram there is none
+        return identity + _part(frame, at, 6) + _part(frame, at + 8, min(max(min(length, size) - 8, 0), PAYLOAD))
     if protocol in (ICMP, ICMPV6):                   # type and code; identifier and sequence number
         return identity + frame[at:at + 2] + _part(frame, at + 4, 4)
     return identity + _part(frame, at, min(max(size, 0), PAYLOAD))
@@ -278,7 +252,7 @@ def _with_transport(frame: bytes, identity: bytes, at: int, size: int) -> bytes:
 
 def addresses_of(identity: bytes) -> bytes:
     """Source and destination as they stand in the packet; empty for a line of text."""
-    version = identity[0] & ~NOT_FIRST if identity else TEXT
+    version = identity[0] & ~NOT_FIRST
     return identity[ADDRESSES:ADDRESSES + (8 if version == 4 else 32)] if version else b""
 
 
@@ -300,15 +274,15 @@ def describe(identity: bytes) -> dict[str, Any]:
         "protocol": {ICMP: "ICMP", ICMPV6: "ICMPv6", TCP: "TCP", UDP: "UDP"}.get(protocol, str(protocol))}
     if not six or any(identity[4:6]):
         fields["ip_id"] = _u16(identity, 4)
+    names, form = (), ""                             # type: tuple[str, ...], str
     if identity[0] & NOT_FIRST:
         fields["fragment_offset"] = _u16(rest, 0) & 0xFFF8 if six else (_u16(rest, 0) & 0x1FFF) * 8
     elif protocol in (TCP, UDP):
-        fields["source_port"], fields["destination_port"] = _u16(rest, 0), _u16(rest, 2)
-        if protocol == TCP:
-            fields["sequence"], fields["acknowledgment"] = unpack_from(">II", rest, 4)
+        names = ("source_port", "destination_port", "sequence", "acknowledgment")
+        form = ">HHII" if protocol == TCP else ">HH"
     elif protocol in (ICMP, ICMPV6):
-        fields["icmp_type"], fields["icmp_code"], fields["identifier"], fields["sequence"] = unpack_from(">BBHH", rest)
-    return fields
+        names, form = ("icmp_type", "icmp_code", "identifier", "sequence"), ">BBHH"
+    return fields | dict(zip(names, unpack_from(form, rest)))
 
 
 # ---- Captures: files -----------------------------------------------------------------------------------------
@@ -333,19 +307,18 @@ class Capture:
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
-        self.name = name
+        self.name, self._file = name, file
         self.records = self.other = self.cut = self.filtered = self.partial = self.last = 0
         self.resolution = NANOSECONDS
-        self._file = file
         self._order, self._linktype = "<", EN10MB
         self._interfaces: list[tuple[int, int, int]] = []    # of a pcapng file, see _interface
 
     def __iter__(self) -> Iterator[Block]:
         data, base = self._read(PCAP_HEADER), 0
         if data[:2] == b"\x1f\x8b":
-            raise CaptureError(f"{self.name}: compressed: gunzip it first")
+            raise self._error("compressed: gunzip it first")
         if len(data) < PCAP_HEADER:
-            raise CaptureError(f"{self.name}: too short for a capture file (it ends at byte {len(data)})")
+            raise self._error(f"too short for a capture file (it ends at byte {len(data)})")
         take = self._blocks
         if data[:4] != b"\n\r\r\n":
             self._header(data)
@@ -359,11 +332,14 @@ class Capture:
             data, base = data[used:], base + used
         self.partial = len(data)
 
+    def _error(self, what: str) -> CaptureError:
+        return CaptureError(f"{self.name}: {what}")
+
     def _read(self, size: int) -> bytes:
         try:
             return self._file.read(size)
         except OSError as error:
-            raise CaptureError(f"{self.name}: can't read it: {error.strerror}") from error
+            raise self._error(f"can't read it: {error.strerror}") from error
 
     def _header(self, data: bytes) -> None:
         """Reads the header of a pcap file."""
@@ -372,10 +348,10 @@ class Capture:
             if magic in (0xA1B2C3D4, 0xA1B23C4D):
                 break
         else:
-            raise CaptureError(f"{self.name}: not a capture file (byte 0: {data[:4].hex()})")
+            raise self._error(f"not a capture file (byte 0: {data[:4].hex()})")
         self._linktype = linktype & 0xFFFF
-        if self._linktype not in LINK_TYPES:
-            raise CaptureError(f"{self.name}: link type {self._linktype} is not supported (byte 20)")
+        if self._linktype not in LINK_HEADERS:
+            raise self._error(f"link type {self._linktype} is not supported (byte 20)")
         self.resolution = NANOSECONDS if magic == 0xA1B23C4D else 1_000_000
 
     def _records(self, data: bytes, base: int, block: Block) -> int:
@@ -387,7 +363,7 @@ class Capture:
             frame = at + RECORD_HEADER
             if frame + size > last:
                 if size > LARGEST_RECORD:
-                    raise CaptureError(f"{self.name}: impossible record length {size} at byte {base + at + 8}")
+                    raise self._error(f"impossible record length {size} at byte {base + at + 8}")
                 break
             at = frame + size
             self._add(data[frame:at], length, self._linktype, seconds * NANOSECONDS + fraction * unit, block)
@@ -395,7 +371,7 @@ class Capture:
 
     def _uniform(self, data: bytes, block: Block) -> int:
         """The same if all records are alike, else 0."""
-        stride = RECORD_HEADER + int.from_bytes(data[8:12], "little" if self._order == "<" else "big")
+        stride: int = RECORD_HEADER + unpack_from(self._order + "I", data.ljust(12), 8)[0]
         number, first = len(data) // stride, data[RECORD_HEADER:stride]
         if (self._linktype != EN10MB or first[12:15] != IPV4_IN_ETHERNET or len(first) < UNIFORM_SIZE
                 or first[23] != TCP or not _plain(first)):
@@ -431,18 +407,18 @@ class Capture:
         block[1].append(when)
 
     def _blocks(self, data: bytes, base: int, block: Block) -> int:
-        """The same for the blocks of a pcapng file."""
+        """The same as _records for the blocks of a pcapng file."""
         at = 0
         while at + 12 <= len(data):
-            kind, size = unpack_from(self._order + "II", data, at)
+            kind, = unpack_from(self._order + "I", data, at)
             if kind == 0x0A0D0D0A:                   # a new section: its byte order, and interfaces of its own
                 self._order = {b"\x4d\x3c\x2b\x1a": "<", b"\x1a\x2b\x3c\x4d": ">"}.get(data[at + 8:at + 12], "")
                 if not self._order:
-                    raise CaptureError(f"{self.name}: damaged section header at byte {base + at}")
-                size, = unpack_from(self._order + "I", data, at + 4)
+                    raise self._error(f"damaged section header at byte {base + at}")
                 self._interfaces = []
+            size, = unpack_from(self._order + "I", data, at + 4)
             if size < 12 or size % 4 or size > LARGEST_BLOCK:
-                raise CaptureError(f"{self.name}: impossible block length {size} at byte {base + at + 4}")
+                raise self._error(f"impossible block length {size} at byte {base + at + 4}")
             if at + size > len(data):
                 break
             if kind == 1:
@@ -451,11 +427,11 @@ class Capture:
                 fields = self._order + ("Hxx4I" if kind == 2 else "5I")
                 number, high, low, kept, length = unpack_from(fields, data, at + 8)
                 if number >= len(self._interfaces) or kept > size - 32:
-                    raise CaptureError(f"{self.name}: damaged packet block at byte {base + at}")
+                    raise self._error(f"damaged packet block at byte {base + at}")
                 linktype, per_second, offset = self._interfaces[number]
                 when = (high << 32 | low) * NANOSECONDS // per_second + offset * NANOSECONDS
                 if not 0 <= when < NANOSECONDS << 32:
-                    raise CaptureError(f"{self.name}: impossible time stamp at byte {base + at + 12}")
+                    raise self._error(f"impossible time stamp at byte {base + at + 12}")
                 self.resolution = min(self.resolution, per_second)
                 self._add(data[at + 28:at + 28 + kept], length, linktype, when, block)
             elif kind == 3:                          # a simple packet block has no time
@@ -466,8 +442,8 @@ class Capture:
 
     def _interface(self, body: bytes) -> tuple[int, int, int]:
         """(link type, ticks per second, seconds to add) of an interface description block."""
-        linktype = int.from_bytes(body[:2], "little" if self._order == "<" else "big")
-        per_second, offset, at = 1_000_000, 0, 8
+        linktype, at = int.from_bytes(body[:2], "little" if self._order == "<" else "big"), 8
+        per_second, offset = 1_000_000, 0            # type: Any, int
         while at + 4 <= len(body):
             code, size = unpack_from(self._order + "HH", body, at)
             value = body[at + 4:at + 4 + size]
@@ -481,79 +457,56 @@ class Capture:
         return linktype, per_second, offset
 
 
-def is_number(text: str) -> bool:
-    """Whether it is a number that a host may have meant."""
-    return re.fullmatch(r"\d{1,9}", text, re.ASCII) is not None
-
-
-DAY = 86_400 * NANOSECONDS
-
-
 class TextCapture:
     """The packets in a text capture, one a line: identities and times of all of them, in order.
 
     The identity is column `seq_no_col` (from 0, columns are separated by white space), of which part
-    `seq_no_split_index` counts after a split by `seq_no_split_by` (None or "": the whole column).  The time is
-    column `timestamp_col`: HH:MM:SS[.fraction], after a date YYYY-MM-DD in the column before it if there is one,
-    or seconds since the epoch.  Times without a date start again at midnight: a step back by more than half a day
-    is a new day; `dated` says that there is none of these.  Lines without these columns are counted in `skipped`.
+    `seq_no_split_index` counts after a split by `seq_no_split_by` (None or "": the whole column).  The time is column
+    `timestamp_col`: HH:MM:SS[.fraction], after a date YYYY-MM-DD in the column before it if there is one, or seconds
+    since the epoch.  Without a date a step back by more than half a day is a new day; `dated` says that there is none
+    of these times.  Lines without these columns are counted in `skipped`.
     """
 
     def __init__(self, lines: Iterable[str], seq_no_col: int, timestamp_col: int, seq_no_split_by: str | None = None,
                  seq_no_split_index: int = 0) -> None:
         self.identities: list[bytes] = []
         self.times: array[int] = array("q")
-        self.skipped = 0
-        self.dated = False
+        self.skipped, self.dated = 0, False
         days = last = 0
         for columns in filter(None, map(str.split, lines)):
             try:
                 key = columns[seq_no_col]
                 if seq_no_split_by:
                     key = key.split(seq_no_split_by)[seq_no_split_index]
-                when, clock = _text_time(columns[timestamp_col]), ":" in columns[timestamp_col]
-                date = _text_date(columns[timestamp_col - 1]) if clock and timestamp_col else None
+                when, dated = _text_time(columns[timestamp_col], columns[timestamp_col - 1] if timestamp_col else "")
             except (IndexError, ValueError):
                 self.skipped += 1
                 continue
-            if clock and date is None:
+            if not dated:
                 days += last - when > DAY // 2
                 last = when
                 when += days * DAY
-            elif date is not None:
-                when += date * DAY
-            self.dated |= date is not None or not clock
+            self.dated |= dated
             self.identities.append(bytes((TEXT,)) + key.encode(errors="replace"))
             self.times.append(when)
 
 
-def _text_time(text: str) -> int:
-    """Nanoseconds since midnight of HH:MM:SS[.fraction], or since the epoch of seconds[.fraction]."""
+def _text_time(text: str, before: str) -> tuple[int, bool]:
+    """Nanoseconds of a time (since the epoch, or midnight), and whether a date is known; ValueError if it is none."""
     parts = re.fullmatch(r"(?:(\d\d?):(\d\d):)?(\d{1,10})(?:[.,](\d{1,9}))?", text, re.ASCII)
     if not parts:
         raise ValueError(text)
     hours, minutes, seconds = int(parts[1] or 0), int(parts[2] or 0), int(parts[3])
-    return ((hours * 60 + minutes) * 60 + seconds) * NANOSECONDS + int((parts[4] or "").ljust(9, "0"))
-
-
-def _text_date(text: str) -> int | None:
-    """Days since the epoch of YYYY-MM-DD; None for other text."""
-    if not re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII):
-        return None
+    when = ((hours * 60 + minutes) * 60 + seconds) * NANOSECONDS + int((parts[4] or "").ljust(9, "0"))
+    if not parts[1] or not re.fullmatch(r"\d{4}-\d\d-\d\d", before, re.ASCII):
+        return when, not parts[1]
     import datetime
-    return datetime.date.fromisoformat(text).toordinal() - datetime.date(1970, 1, 1).toordinal()
+    return when + (datetime.date.fromisoformat(before) - datetime.date(1970, 1, 1)).days * DAY, True
 
 
 # ---- Captures: which packets count, and in which direction they go -------------------------------------------
 
-class Direction:
-    """From which point packets go to which: the pif and the vif, or the vif and the pif."""
-    __slots__ = ("first", "name", "second")
-
-    def __init__(self, name: str, first: str, second: str) -> None:
-        self.name, self.first, self.second = name, first, second
-
-
+Direction = namedtuple("Direction", "name first second")     # from which point packets go to which
 IN, OUT = Direction("in", "pif", "vif"), Direction("out", "vif", "pif")
 DIRECTIONS = {"in": (IN,), "out": (OUT,), "both": (IN, OUT)}
 
@@ -563,20 +516,20 @@ class Selection:
 
     What goes from one of the sources (none: from anywhere) to one of the destinations goes IN, and the opposite OUT.
     Without any address all packets count, as those of the first of the directions.  `translated` says that addresses
-    are translated on the way, so that they are no part of a packet's identity.
+    are translated on the way, so that they are no part of what is the same at both points.
     """
 
     def __init__(self, directions: Sequence[Direction] = (IN,), sources: Iterable[str] = (),
                  destinations: Iterable[str] = (), translated: bool = False) -> None:
         self.directions, self.translated = directions, translated
-        ends = frozenset(map(_packed, sources)), frozenset(map(_packed, destinations))
-        self.everything = not any(ends)
-        self._ends = {direction: ends[::-1] if direction is OUT else ends for direction in directions}
+        self._ends = frozenset(map(_packed, sources)), frozenset(map(_packed, destinations))
+        self.everything = not any(self._ends) and not translated
 
     def direction(self, flow: bytes) -> Direction | None:
         """The direction of a packet by its source and destination as they stand in it; None if it doesn't count."""
         addresses = flow[:len(flow) // 2], flow[len(flow) // 2:]
-        for direction, ends in self._ends.items():
+        for direction in self.directions:
+            ends = self._ends[::-1] if direction is OUT else self._ends
             if all(not end or address in end for address, end in zip(addresses, ends)):
                 return direction
         return None
@@ -598,21 +551,21 @@ class Traffic:
         self.direction = direction
         self.numbers: defaultdict[bytes, int] = defaultdict(count().__next__)
         self.seen = {point: (array("I"), array("q")) for point in (direction.first, direction.second)}
-        self._translated: list[bytes] = []           # identities, where they differ from point to point
+        self._originals: list[bytes] = []            # identities, where they are not what is the same
 
-    def add(self, point: str, keys: Iterable[bytes], times: Iterable[int], identities: Iterable[bytes] = ()) -> None:
-        """Adds what was seen at a point; `identities` are those of the keys, if they are not the same."""
+    def add(self, point: str, keys: Iterable[bytes], times: Iterable[int], originals: Iterable[bytes] = ()) -> None:
+        """Adds what was seen at a point; `originals` are the identities, if the keys are not."""
         numbers, stamps = self.seen[point]
-        stamps.extend(times)
         old = len(numbers)
+        stamps.extend(times)
         numbers.extend(map(self.numbers.__getitem__, keys))
-        for identity, number in zip(identities, islice(numbers, old, None)):
-            if number == len(self._translated):
-                self._translated.append(identity)
+        for identity, number in zip(originals, islice(numbers, old, None)):
+            if number == len(self._originals):
+                self._originals.append(identity)
 
     @property
     def identities(self) -> list[bytes]:
-        return self._translated or list(self.numbers)
+        return self._originals or list(self.numbers)
 
     def sort(self, point: str) -> None:
         """Brings what several captures saw at a point (the slaves of a bond) into the order of time."""
@@ -623,8 +576,8 @@ class Traffic:
     def coarsen(self, point: str, resolution: int) -> None:
         """Brings the times at a point to so many ticks a second."""
         numbers, times = self.seen[point]
-        coarse = (when * resolution // NANOSECONDS * NANOSECONDS // resolution for when in times)
-        self.seen[point] = numbers, array("q", coarse)
+        ticks = (when * resolution // NANOSECONDS for when in times)
+        self.seen[point] = numbers, array("q", (tick * NANOSECONDS // resolution for tick in ticks))
 
 
 def read(captures: Mapping[str, Sequence[Capture]], selection: Selection) -> list[Traffic]:
@@ -632,49 +585,46 @@ def read(captures: Mapping[str, Sequence[Capture]], selection: Selection) -> lis
 
     If a point has coarser time stamps than the other, both get its resolution: no delay must be negative by rounding.
     """
-    traffic = {direction: Traffic(direction) for direction in selection.directions}
+    traffic = [Traffic(direction) for direction in selection.directions]
     for point, files in captures.items():
         for capture in files:
             for block in capture:
-                if selection.everything and not selection.translated:
-                    traffic[selection.directions[0]].add(point, block[0], block[1])
+                if selection.everything:
+                    traffic[0].add(point, *block[:2])
                 else:
-                    _select(capture, block, selection, traffic, point)
-        for each in traffic.values() if len(files) > 1 else ():
+                    capture.filtered += _select(block, selection, traffic, point)
+        for each in traffic if len(files) > 1 else ():
             each.sort(point)
+    finest = {point: max(capture.resolution for capture in files) for point, files in captures.items()}
     coarsest = min(capture.resolution for files in captures.values() for capture in files)
-    for point, files in captures.items():
-        if any(capture.resolution > coarsest for capture in files):
-            for each in traffic.values():
-                each.coarsen(point, coarsest)
-    return list(traffic.values())
+    for point in captures:
+        for each in traffic if finest[point] > coarsest else ():
+            each.coarsen(point, coarsest)
+    return traffic
 
 
-def _select(capture: Capture, block: Block, selection: Selection, traffic: Mapping[Direction, Traffic],
-            point: str) -> None:
-    """Adds the packets of a block that count to the traffic: of each frame the innermost one."""
-    identities, times, around = block
-    chosen: dict[Direction, tuple[list[bytes], array[int], list[bytes]]] = {
-        direction: ([], array("q"), []) for direction in traffic}
+def _select(block: Block, selection: Selection, traffic: Sequence[Traffic], point: str) -> int:
+    """Adds what counts of a block, of each frame the innermost packet that does; returns how many frames don't."""
+    chosen: dict[Direction | None, list[tuple[int, bytes]]] = {each.direction: [] for each in traffic}
     known: dict[bytes, Direction | None] = {}
-    for place, (identity, when) in enumerate(zip(identities, times)):
-        for packet in (identity, *reversed(around.get(place, ()))):
+    left_out = 0
+    for place, identity in enumerate(block[0]):
+        direction = None
+        for packet in (identity, *reversed(block[2].get(place, ()))):
             flow = addresses_of(packet)
             if flow not in known:
                 known[flow] = selection.direction(flow)
             if direction := known[flow]:
+                chosen[direction].append((block[1][place], packet))
                 break
-        if direction is None:
-            capture.filtered += 1
-            continue
-        keys, stamps, originals = chosen[direction]
-        stamps.append(when)
+        left_out += direction is None
+    for each in traffic:
+        times, packets = zip(*chosen[each.direction]) if chosen[each.direction] else ((), ())
         if selection.translated:
-            originals.append(packet)
-            packet = packet[:ADDRESSES] + _transport_of(packet)
-        keys.append(packet)
-    for direction, lists in chosen.items():
-        traffic[direction].add(point, *lists)
+            each.add(point, (packet[:ADDRESSES] + _transport_of(packet) for packet in packets), times, packets)
+        else:
+            each.add(point, packets, times)
+    return left_out
 
 
 # ---- Analysis: who was seen at both points -------------------------------------------------------------------
@@ -687,17 +637,12 @@ STRANGER, REPEATED = -1, -2                          # in the place of a rank
 LONGEST_WAIT = NANOSECONDS                           # a longer delay, in one host, decides nothing about other packets
 
 
-class Window:
+class Window(namedtuple("Window", "start end watched_until wait", defaults=(NO_DELAY, -NO_DELAY, -NO_DELAY, 0))):
     """The time that counts, by the clock of the captures.
 
     All captures ran from `start` on; the traffic ended at `end`; what passed until `watched_until` is certainly in the
     captures.  `wait` is for how long the user wanted to wait for a packet.
     """
-    __slots__ = ("end", "start", "wait", "watched_until")
-
-    def __init__(self, start: int = NO_DELAY, end: int = -NO_DELAY, watched_until: int = -NO_DELAY,
-                 wait: int = 0) -> None:
-        self.start, self.end, self.watched_until, self.wait = start, end, watched_until, wait
 
 
 ALWAYS = Window()
@@ -715,9 +660,8 @@ class Matching:
     """
 
     def __init__(self, traffic: Traffic) -> None:
-        self.direction = traffic.direction
+        self.direction, self.identities = traffic.direction, traffic.identities
         self.numbers, self.sent = traffic.seen[traffic.direction.first]
-        self.identities = traffic.identities
         self.delays = array("q", (NO_DELAY,)) * len(self.sent)
         self.arrivals, self.stranger_times = array("I"), array("q")
         self.extra_copies: defaultdict[int, int] = defaultdict(int)
@@ -783,23 +727,17 @@ def _pair_copies(matching: Matching, ranks: list[int], places: list[int], times:
         in_flight = sum(start - longest <= sent[rank] < start for rank in ranks)
         if early == in_flight and sent[counting[-1]] + longest <= window.watched_until:
             return pairs
-    matched = min(len(counting), len(arrived))
-    matching.unclear.append((counting, matched, max(0, early - earlier)))
+    matching.unclear.append((counting, min(len(counting), len(arrived)), max(0, early - earlier)))
     return {}
 
 
-class Result:
+class Result(namedtuple("Result", "matching classes delays first second matched ambiguous lost undecided duplicated "
+                                  "second_only")):
     """The packets of a matching that count: how many there are of each class, and by rank the classes and delays.
 
-    `matched` are ambiguous ones, too: those are counted, but have neither a delay nor a place in the order.
+    `first` and `second` are how many passed each point.  `matched` are ambiguous ones, too: those are counted, but have
+    neither a delay nor a place in the order.
     """
-
-    def __init__(self, matching: Matching, classes: bytearray, delays: Sequence[int], matched: int, ambiguous: int,
-                 lost: int, undecided: int, duplicated: int, second_only: int) -> None:
-        self.matching, self.classes, self.delays = matching, classes, delays
-        self.matched, self.ambiguous, self.lost, self.undecided = matched, ambiguous, lost, undecided
-        self.duplicated, self.second_only = duplicated, second_only
-        self.first, self.second = matched + lost + undecided, matched + duplicated + second_only
 
     def samples(self) -> list[int]:
         """The delays, in the order of the first point."""
@@ -807,12 +745,12 @@ class Result:
 
     def arrivals(self) -> Sequence[int]:
         """The ranks of the packets with a delay, in the order of the second point."""
-        ranks = self.matching.arrivals
+        ranks: array[int] = self.matching.arrivals
         return [rank for rank in ranks if self.classes[rank] == MATCHED] if OUTSIDE in self.classes else ranks
 
-    def ranks(self) -> Iterator[int]:
-        """Those of the packets that count, in order."""
-        return (rank for rank, kind in enumerate(self.classes) if kind != OUTSIDE)
+    def ranks(self, *classes: int) -> list[int]:
+        """Those of the packets of these classes, in order."""
+        return [rank for rank, kind in enumerate(self.classes) if kind in classes]
 
 
 def classify(matching: Matching, window: Window = ALWAYS) -> Result:
@@ -823,8 +761,7 @@ def classify(matching: Matching, window: Window = ALWAYS) -> Result:
     the traffic's end, it is outside then.  What only the second saw counts if it must have passed the first meanwhile.
     """
     sent, delays = matching.sent, matching.delays
-    outside = sum(when < window.start for when in sent) if min(sent, default=window.start) < window.start else 0
-    if outside:
+    if min(sent, default=window.start) < window.start:
         delays = array("q", (NO_DELAY if when < window.start else delay for when, delay in zip(sent, delays)))
     longest = max(0, min(max(delays, default=0), max(LONGEST_WAIT, window.wait)))
     decided = window.watched_until - longest
@@ -848,8 +785,10 @@ def classify(matching: Matching, window: Window = ALWAYS) -> Result:
             classes[rank] = AMBIGUOUS
     duplicated += sum(more for rank, more in matching.extra_copies.items() if classes[rank] == MATCHED)
     second_only = sum(window.start + longest <= when <= window.watched_until for when in matching.stranger_times)
-    return Result(matching, classes, delays, classes.count(MATCHED) + ambiguous, ambiguous, classes.count(LOST) + lost,
-                  classes.count(UNDECIDED) + undecided, duplicated, second_only)
+    matched, lost = classes.count(MATCHED) + ambiguous, classes.count(LOST) + lost
+    undecided += classes.count(UNDECIDED)
+    return Result(matching, classes, delays, matched + lost + undecided, matched + duplicated + second_only, matched,
+                  ambiguous, lost, undecided, duplicated, second_only)
 
 
 # ---- Analysis: figures ---------------------------------------------------------------------------------------
@@ -861,16 +800,15 @@ def statistics(delays: Iterable[int]) -> dict[str, Any]:
     """
     ranked = sorted(delays)
     size, total = len(ranked), sum(ranked)
-    squares = sum(map(mul, ranked, ranked))
-    median, p90, p95, p99, p999 = (percentile(ranked, permille) / 1000 for permille in (500, 900, 950, 990, 999))
-    negative = bisect_left(ranked, 0)
+    squares, negative = sum(map(mul, ranked, ranked)), bisect_left(ranked, 0)
+    median, *tail = (percentile(ranked, permille) / 1000 for permille in (500, 900, 950, 990, 999))
     return {
         "average": total / size / 1000,
         "minimum": ranked[0] / 1000,
         "maximum": ranked[-1] / 1000,
         "stdev": (size * squares - total * total) ** 0.5 / size / 1000,
         "median": median,
-        "percentiles": {"90": p90, "95": p95, "99": p99, "99.9": p999},
+        "percentiles": dict(zip(("90", "95", "99", "99.9"), tail)),
         "pdv": (percentile(ranked, 990) - ranked[0]) / 1000,
         "negative": negative,
         "zero": bisect(ranked, 0) - negative,
@@ -896,12 +834,12 @@ def reordering(result: Result) -> dict[int, int]:
 
     Only packets of the same stream, from one address to another, overtake each other.
     """
-    arrivals, matching = result.arrivals(), result.matching
+    arrivals = result.arrivals()
     if all(map(le, arrivals, islice(arrivals, 1, None))):
         return {}
     streams: defaultdict[bytes, array[int]] = defaultdict(lambda: array("I"))
     for rank in arrivals:
-        streams[addresses_of(matching.identity(rank))].append(rank)
+        streams[addresses_of(result.matching.identity(rank))].append(rank)
     extents = {}
     for ranks in streams.values():
         peaks, places = [-1], [-1]                   # the newest packets so far, and where they arrived
@@ -914,40 +852,39 @@ def reordering(result: Result) -> dict[int, int]:
     return extents
 
 
+def _tcp(identity: bytes) -> tuple[bytes, bytes]:
+    """Of a TCP segment's identity the addresses, and from the ports to the flags; both empty for other packets."""
+    if identity[0] not in (4, 6) or identity[1] != TCP:
+        return b"", b""
+    return addresses_of(identity), _transport_of(identity)
+
+
 def resized(result: Result) -> int:
     """How many of the packets that only the second point saw are one lost from the first, but for their length.
 
-    Segments were merged (GRO) or split (TSO) on the way.
+    Segments were merged (GRO) or split (TSO) on the way, which may also alter PSH, FIN and CWR.
     """
+    def unsized(identity: bytes) -> bytes:
+        flow, header = _tcp(identity)
+        return (flow and identity[:2] + identity[4:6] + flow + header[:13]
+                + bytes((header[13] & ~(PSH | FIN | CWR),)) + header[14:])
+
     matching = result.matching
-    lost = {_unsized(matching.identity(rank)) for rank, kind in enumerate(result.classes) if kind == LOST}
-    return sum(_unsized(identity) in lost for identity in matching.strangers) if lost else 0
-
-
-def _unsized(identity: bytes) -> bytes:
-    """An identity without what such a change alters: the length, and TCP's flags PSH, FIN and CWR."""
-    if identity[0] not in (4, 6) or identity[1] != TCP:
-        return identity
-    flags = ADDRESSES + len(addresses_of(identity)) + 13
-    return (identity[:2] + identity[4:flags] + bytes((identity[flags] & ~(PSH | FIN | CWR),)) + identity[flags + 1:])
+    lost = {unsized(matching.identity(rank)) for rank in result.ranks(LOST)} - {b""}
+    return sum(unsized(identity) in lost for identity in matching.strangers) if lost else 0
 
 
 def closing_resets(result: Result) -> int:
     """How many of the packets that count are RSTs with which a source's kernel answers the answers to its SYNs."""
-    matching = result.matching
-    expected: set[bytes] = set()
-    resets = []
-    for rank in result.ranks():
-        identity = matching.identity(rank)
-        if identity[0] not in (4, 6) or identity[1] != TCP:
-            continue
-        flow, rest = addresses_of(identity), _transport_of(identity)
-        flags, sequence = rest[13] & (FIN | SYN | RST | ACK), int.from_bytes(rest[4:8], "big")
+    opened: set[bytes] = set()                       # by addresses and ports
+    resets = 0
+    for rank in result.ranks(MATCHED, AMBIGUOUS, LOST, UNDECIDED):
+        flow, header = _tcp(result.matching.identity(rank))
+        flags = header[13] & (FIN | SYN | RST | ACK) if flow else 0
         if flags == SYN:
-            expected.add(flow + rest[:4] + ((sequence + 1) % (1 << 32)).to_bytes(4, "big"))
-        elif flags == RST:
-            resets.append(flow + rest[:8])
-    return sum(reset in expected for reset in resets)
+            opened.add(flow + header[:4])
+        resets += flags == RST and flow + header[:4] in opened
+    return resets
 
 
 def guest_times(inbound: Result, outbound: Matching) -> tuple[list[int], dict[str, int]]:
@@ -958,45 +895,39 @@ def guest_times(inbound: Result, outbound: Matching) -> tuple[list[int], dict[st
     their answers can't be told apart.
     """
     matching = inbound.matching
-    came: dict[bytes, int] = {}                      # probes, by what their answer may have
-    expected: dict[bytes, list[bytes]] = {}          # empty for a probe that was sent several times
-    again = 0
-    for rank, kind in enumerate(inbound.classes):
-        answers = _exchange(matching.identity(rank))[0] if kind in (MATCHED, AMBIGUOUS) else []
-        if not answers:
-            continue
-        again += answers[0] in expected
-        expected[answers[0]] = [] if answers[0] in expected or kind == AMBIGUOUS else answers
-        came.update(dict.fromkeys(answers, matching.sent[rank] + inbound.delays[rank]))
-    departed: dict[bytes, int] = {}
+    probes: defaultdict[bytes, list[int]] = defaultdict(list)        # their ranks, by what an answer may have
+    for rank in inbound.ranks(MATCHED, AMBIGUOUS):
+        for key in _exchange(matching.identity(rank))[0]:
+            probes[key].append(rank)
+    asked = {rank for ranks in probes.values() for rank in ranks}
+    unclear = {rank for ranks in probes.values() for rank in ranks
+               if len(ranks) > 1 or inbound.classes[rank] == AMBIGUOUS}
+    times: dict[int, int] = {}
     for number, when in zip(outbound.numbers, outbound.sent):
-        key = _exchange(outbound.identities[number])[1]
-        if key in came and when >= came[key]:
-            departed.setdefault(key, when)
-    single = [answers for answers in expected.values() if answers]
-    found = [(answers[0], [departed[key] for key in answers if key in departed]) for answers in single]
-    times = [min(departures) - came[probe] for probe, departures in found if departures]
-    return times, {"answered": len(times), "unanswered": len(single) - len(times),
-                   "ambiguous": again + len(expected) - len(single)}
+        for rank in probes.get(_exchange(outbound.identities[number])[1], ()):
+            took = when - matching.sent[rank] - inbound.delays[rank]
+            if rank not in unclear and took >= 0:
+                times.setdefault(rank, took)
+    return list(times.values()), {"answered": len(times), "unanswered": len(asked) - len(unclear) - len(times),
+                                  "ambiguous": len(unclear)}
 
 
 def _exchange(identity: bytes) -> tuple[list[bytes], bytes]:
     """What tells that two packets are probe and answer: what the answer to a probe may have, and what an answer has."""
-    if not identity or identity[0] not in (4, 6):
-        return [], b""
     flow, rest = addresses_of(identity), _transport_of(identity)
     back = flow[len(flow) // 2:] + flow[:len(flow) // 2]
-    if identity[1] == TCP:
+    kind = identity[1], rest[:1]
+    if _tcp(identity)[0]:
         flags, sequence = rest[13] & (FIN | SYN | RST | ACK), int.from_bytes(rest[4:8], "big")
         if flags == SYN:                             # its data may be acknowledged, or not
             data = max(0, _u16(identity, 2) - (20 if identity[0] == 4 else 0) - (rest[12] >> 4) * 4)
-            numbers = [(sequence + 1 + more) % (1 << 32) for more in sorted({0, data})]
+            numbers = ((sequence + 1 + more) % (1 << 32) for more in {0, data})
             return [back + rest[2:4] + rest[:2] + number.to_bytes(4, "big") for number in numbers], b""
         if flags & (RST | ACK) and flags & (SYN | RST):
             return [], flow + rest[:4] + rest[8:12]
-    elif (identity[1], rest[:1]) in ((ICMP, b"\x08"), (ICMPV6, b"\x80")):
+    elif identity[0] in (4, 6) and kind in ((ICMP, b"\x08"), (ICMPV6, b"\x80")):
         return [back + rest[2:6]], b""
-    elif (identity[1], rest[:1]) in ((ICMP, b"\0"), (ICMPV6, b"\x81")):
+    elif identity[0] in (4, 6) and kind in ((ICMP, b"\0"), (ICMPV6, b"\x81")):
         return [], flow + rest[2:6]
     return [], b""
 
@@ -1020,8 +951,7 @@ def compare(baseline: Result, current: Result) -> dict[str, Any]:
     distinguishable only if it is also larger than RUN_TO_RUN.  With too few blocks, or packets for the 99th percentile,
     there is no interval and no verdict (None).
     """
-    wholes = [[delay for delay, kind in zip(result.delays, result.classes) if kind in (MATCHED, LOST)]
-              for result in (baseline, current)]
+    wholes = [[result.delays[rank] for rank in result.ranks(MATCHED, LOST)] for result in (baseline, current)]
     sides = [[_figures(block) for block in _blocks(whole)] for whole in wholes]
     enough = min(len(whole) - whole.count(NO_DELAY) for whole in wholes) >= ENOUGH_FOR_P99
     comparison: dict[str, Any] = {}
@@ -1154,29 +1084,31 @@ LARGEST_ANSWER = 1 << 20
 class Job:
     """A command that runs on a host under WRAPPER, and what is known of it so far.
 
-    `ended` is true when it has ended there or the connection broke.  `changed` is notified whenever something changes.
+    `ended` is true when it has ended there or the connection broke, `flooded` when it said too much.  `changed` is
+    notified whenever something changes.
     """
 
     def __init__(self, name: str, channel: paramiko.Channel, token: str, changed: threading.Condition) -> None:
         self.name, self._channel, self._token, self._changed = name, channel, token.encode(), changed
-        self.ended = self.stopped = self.flooded = self._complete = self._left = False
+        self.ended = self.stopped = self.flooded = self._left = False
         self._out, self._errors, self._speaking = bytearray(), bytearray(), threading.Lock()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def _told(self, word: bytes) -> list[bytes]:
+    def _told(self, word: bytes, stream: bytearray | None = None) -> list[str]:
         """What the wrapper has told of something."""
-        return re.findall(rb"\n%b %b ?(\S*)\n" % (self._token, word), self._out)
+        pattern = rb"\n%b %b ?(\S*)\n" % (self._token, word)
+        return [found.decode(errors="replace") for found in re.findall(pattern, stream or self._out)]
 
     @property
     def directory(self) -> str:
         """Its private directory; "-" if it has none, and empty before it has begun."""
-        return b"".join(self._told(b"begin")[:1]).decode(errors="replace")
+        return "".join(self._told(b"begin")[:1])
 
     @property
     def status(self) -> int | None:
         """Its exit status; None if it hasn't ended, or the connection broke before."""
-        return next((int(status) for status in self._told(b"end") if is_number(status.decode())), None)
+        return next((int(status) for status in self._told(b"end") if is_number(status)), None)
 
     @property
     def output(self) -> str:
@@ -1189,18 +1121,13 @@ class Job:
         """The end of its standard error."""
         return self._errors.partition(b"\n%b end " % self._token)[0].decode(errors="replace")
 
-    def said(self, number: int) -> list[str]:
-        """The lines of one of several captures; the last one is "exit STATUS" when it has ended."""
-        start = f"{number} "
-        return [line[len(start):] for line in self.errors.splitlines() if line.startswith(start)]
-
-    def time(self) -> bytes:
+    def time(self) -> str:
         """What `date +%s%N` says there now; empty if the host doesn't answer."""
         before = len(self._told(b"mark"))
         self.say("mark")
         with self._changed:
             self._changed.wait_for(lambda: self.ended or len(self._told(b"mark")) > before, ANSWER_SECONDS)
-        return b"".join(self._told(b"mark")[before:])
+        return "".join(self._told(b"mark")[before:])
 
     def say(self, word: str) -> None:
         """Sends a word of the lease; a broken connection has ended the lease by itself.
@@ -1208,14 +1135,11 @@ class Job:
         Nothing is sent when the host is about to close the channel: what paramiko sends on a channel just as it closes
         makes sshd end the whole connection.
         """
+        over = self.ended or self._told(b"end", self._errors)
         with self._speaking:
-            if self._left or ((self._complete or self.ended) and self.directory in ("", "-")):
-                return
-            self._left = word == "bye"
-            try:
-                self._channel.sendall(word.encode() + b"\n")
-            except (OSError, EOFError):
-                pass
+            if not self._left and not (over and self.directory in ("", "-")):
+                self._left = word == "bye"
+                quietly(self._channel.sendall, word.encode() + b"\n")
 
     def stop(self) -> None:
         """Asks the command to end; its files stay until `leave`."""
@@ -1226,71 +1150,73 @@ class Job:
         """Ends everything on the host; returns when it has ended there, or the time is over."""
         self.say("bye")
         self._reader.join(seconds)
-        close(self._channel)
+        quietly(self._channel.close)
 
     def _read(self) -> None:
         poll = select.poll()
         poll.register(self._channel.fileno(), select.POLLIN)
         said = heard = time.monotonic()
-        try:
-            while True:
-                poll.poll(1000 * ALIVE_SECONDS)
-                now, over = time.monotonic(), self._channel.closed or self._channel.eof_received
-                while self._channel.recv_ready():
-                    heard = now
-                    self._take(self._out, self._channel.recv(65536))
-                while self._channel.recv_stderr_ready():
-                    heard = now
-                    self._take(self._errors, self._channel.recv_stderr(65536))
-                if over:
-                    break
-                if now - heard > IDLE_SECONDS:       # then all that goes through this connection is lost
-                    close(self._channel.get_transport())
-                    break
-                if now - said > ALIVE_SECONDS:
-                    said = now
-                    self.say("alive")
-        except (OSError, EOFError):
-            pass
-        finally:
-            with self._changed:
-                self.ended = True
-                self._changed.notify_all()
+        over: int = False
+        while not over:
+            poll.poll(1000 * ALIVE_SECONDS)
+            now, over = time.monotonic(), self._channel.closed or self._channel.eof_received
+            while self._channel.recv_ready():
+                heard = now
+                self._take(self._out, self._channel.recv(65536))
+            while self._channel.recv_stderr_ready():
+                heard = now
+                self._take(self._errors, self._channel.recv_stderr(65536))
+            if now - heard > IDLE_SECONDS:           # then all that goes through this connection is lost
+                quietly(self._channel.get_transport().close)
+                over = True
+            elif now - said > ALIVE_SECONDS:
+                said = now
+                self.say("alive")
+        with self._changed:
+            self.ended = True
+            self._changed.notify_all()
 
     def _take(self, stream: bytearray, data: bytes) -> None:
         with self._changed:
             stream += data
             self._out[:] = self._out.replace(b"\n%b alive\n" % self._token, b"")
-            if len(self._out) > LARGEST_ANSWER:
-                self.flooded = True
-                close(self._channel)
+            self.flooded = self.flooded or len(self._out) > LARGEST_ANSWER
             del self._errors[:-LARGEST_ANSWER]
             # It has ended when both streams say so: they may come in any order.
-            self._complete = self._complete or b"\n%b end " % self._token in self._errors
-            self.ended = self.ended or (self._complete and self.status is not None)
+            self.ended = self.ended or bool(self.status is not None and self._told(b"end", self._errors))
             self._changed.notify_all()
+        if self.flooded:
+            quietly(self._channel.close)
 
 
-def close(connection: socket.socket | paramiko.Channel | paramiko.SFTPClient | paramiko.Transport) -> None:
-    """Closes what may be broken already: then paramiko can't say so any more."""
+def quietly(call: Callable[..., object], *arguments: object) -> None:
+    """Does something with a connection that may be broken already: then paramiko can't say so any more."""
     try:
-        connection.close()
+        call(*arguments)
     except (OSError, EOFError):
         pass
 
 
 def last_line(text: str) -> str:
     """The last line that says something, for an error message."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no message"
+    return ["no message", *filter(None, map(str.strip, text.splitlines()))][-1][:300]
+
+
+def is_number(text: str) -> bool:
+    """Whether it is a number that a host may have meant."""
+    return re.fullmatch(r"\d{1,9}", text, re.ASCII) is not None
 
 
 class Host:
-    """A host to which there is an SSH connection: runs commands under WRAPPER, and fetches files."""
+    """A host that is logged in to: runs commands under WRAPPER, and fetches files.
 
-    def __init__(self, connection: Connection, changed: threading.Condition, log: Callable[[str], None],
-                 sudo: bool = False) -> None:
-        self.name, self._connection, self._changed, self._log = connection.settings.name, connection, changed, log
+    `way` is the connection, as Access makes it; `changed` is notified whenever something changes there; `log` is called
+    with each command that is run.
+    """
+
+    def __init__(self, name: str, way: Way, changed: threading.Condition, log: Callable[[str], None],
+                 sudo: bool) -> None:
+        self.name, self._way, self._transport, self._changed, self._log = name, way, way.transport, changed, log
         self._shell = SUDO_SHELL if sudo else "exec sh"
         self._jobs: list[Job] = []
 
@@ -1298,24 +1224,23 @@ class Host:
     def address(self) -> str:
         """The IP address of the host, as the connection has it; nothing if that goes through another host."""
         try:
-            return str(self._connection.transport.getpeername()[0]).split("%")[0].removeprefix("::ffff:")
+            return str(self._transport.getpeername()[0]).split("%")[0].removeprefix("::ffff:")
         except (OSError, AttributeError, IndexError):
             return ""
 
-    def transport(self) -> paramiko.Transport:
-        """The connection; HostConnectionError if it is lost."""
-        transport = self._connection.transport
-        if not transport.is_active():
-            reason = transport.get_exception()
+    def check(self) -> None:
+        """HostConnectionError if the connection is lost."""
+        if not self._transport.is_active():
+            reason = self._transport.get_exception()
             raise HostConnectionError(f"the connection to {self.name} is lost{f': {reason}' if reason else ''}")
-        return transport
 
     def _session(self) -> paramiko.Channel:
         """A new session; sshd counts one that has just ended a little longer."""
         from paramiko import ChannelException, SSHException
         for attempt in range(6):
+            self.check()
             try:
-                channel = self.transport().open_session(timeout=CONNECT_SECONDS)
+                channel = self._transport.open_session(timeout=CONNECT_SECONDS)
                 channel.settimeout(CONNECT_SECONDS)
                 return channel
             except ChannelException:
@@ -1341,15 +1266,14 @@ class Host:
             channel.exec_command(self._shell)
             channel.sendall(script.encode(errors="surrogateescape"))
         except (SSHException, EOFError, OSError):
-            self.transport()                         # else a shell that has ended at once; it may have said why
-        job = Job(self.name, channel, token, self._changed)
-        self._jobs.append(job)
-        return job
+            self.check()                             # else a shell that has ended at once; it may have said why
+        self._jobs.append(Job(self.name, channel, token, self._changed))
+        return self._jobs[-1]
 
-    def check(self, job: Job) -> None:
+    def check_job(self, job: Job) -> None:
         """HostConnectionError if a job has ended since the connection did, not by itself."""
         if job.ended and job.status is None and not job.flooded:
-            self.transport()
+            self.check()
             if job.directory or not job.errors.strip():      # it did start, or couldn't even say why not
                 raise HostConnectionError(f"the connection to {self.name} is lost (or its shell there was killed)")
 
@@ -1360,9 +1284,7 @@ class Host:
         with self._changed:
             self._changed.wait_for(lambda: job.ended, seconds)
         if job.status is None:
-            self.check(job)
-            if not job.flooded:
-                self.transport()
+            self.check_job(job)
             why = ("did not answer in time" if not job.ended else "says too much" if job.flooded else
                    f"could not be run: {last_line(job.errors)}{SUDO_HINT if 'sudo' in job.errors else ''}")
             job.leave(0)
@@ -1380,10 +1302,6 @@ class Host:
             raise CaptureError(f"{self.name}: has no SFTP ({error or 'it ended at once'}): its sshd_config needs a "
                                "line such as 'Subsystem sftp internal-sftp'") from error
 
-    def check_sftp(self) -> None:
-        """CaptureError if there is no such session: that should be known before the traffic runs."""
-        close(self.open_sftp())
-
     def fetch(self, sftp: paramiko.SFTPClient, path: str, local: str, most: int) -> None:
         """Copies a file of the host, of `most` bytes at the most; CaptureError if it can't be copied whole."""
         from paramiko import SFTPError, SSHException
@@ -1400,7 +1318,7 @@ class Host:
             number = getattr(error, "errno", None)
             if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
                 raise CaptureError(f"can't write {local} on this machine: {os.strerror(number)}") from error
-            self.transport()
+            self.check()
             raise CaptureError(f"{self.name}: can't fetch {path}: {error or 'the transfer broke off'}") from error
 
     def leave(self) -> None:
@@ -1408,7 +1326,7 @@ class Host:
         in_parallel(*(job.leave for job in self._jobs))
 
     def close(self) -> None:
-        self._connection.close()
+        self._way.close()
 
 
 def in_parallel(*calls: Callable[[], Any], seconds: float | None = None) -> list[Any]:
@@ -1416,7 +1334,7 @@ def in_parallel(*calls: Callable[[], Any], seconds: float | None = None) -> list
 
     HostConnectionError if they take more than so many seconds (a resolver may take its time).
     """
-    deadline = None if seconds is None else time.monotonic() + seconds
+    deadline = time.monotonic() + (seconds or threading.TIMEOUT_MAX / 2)
     answers: dict[int, Any] = {}
     errors: list[BaseException] = []
 
@@ -1430,7 +1348,7 @@ def in_parallel(*calls: Callable[[], Any], seconds: float | None = None) -> list
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(None if deadline is None else max(0, deadline - time.monotonic()))
+        thread.join(max(0, deadline - time.monotonic()))
     if errors:
         raise errors[0]
     if len(answers) < len(calls):
@@ -1442,7 +1360,7 @@ def in_parallel(*calls: Callable[[], Any], seconds: float | None = None) -> list
 # OpenSSH answers what OpenSSH would do: `ssh -G` resolves its configuration, `ssh-keygen -F` finds the lines of
 # known_hosts, and a jump is `ssh -W`.  What is left to do here: compare host keys, append a line, and try keys.
 
-RSA_WITH_SHA2 = ("rsa-sha2-512", "rsa-sha2-256")
+RSA_WITH_SHA2 = ("rsa-sha2-512", "rsa-sha2-256")     # which OpenSSH has since 7.2
 
 
 class Target:
@@ -1469,7 +1387,7 @@ class Target:
 
 
 class HostSettings:
-    """What OpenSSH's configuration says of a target, by what `ssh -G` printed.
+    """What OpenSSH's configuration says of a target, by the lines that `ssh -G` printed, by keyword.
 
     `names` are those in known_hosts: a key which only the second one has is accepted, too.  `own_files` are the
     user's known_hosts files, of which the first gets new keys; `files` are those and the system's.  `checking` is yes,
@@ -1487,15 +1405,16 @@ class HostSettings:
         def expand(text: str) -> str:
             return re.sub(r"%(.)", lambda token: tokens.get(token[1], token[0]), text)
 
-        alias, local, me = value("hostkeyalias"), os.uname().nodename, pwd.getpwuid(os.getuid())
+        alias, local, home = value("hostkeyalias"), os.uname().nodename, home_path("~/")[:-1]
         self.host, self.port, self.user = value("hostname"), int(value("port")), value("user")
         self.name = target.named(self.user, self.port)
         self.place = f"port {self.port}" + ("" if self.host == target.host else f" of {self.host}")
         for keyword in ("revokedhostkeys", "knownhostscommand"):         # better no session than one that ssh refuses
             if value(keyword):
                 raise HostConnectionError(f"{self.name}: ssh_config sets {keyword}, which netweaver can't honour")
-        tokens = {"%": "%", "d": me.pw_dir, "h": self.host, "i": str(me.pw_uid), "k": alias or self.host, "l": local,
-                  "L": local.partition(".")[0], "n": target.host, "p": str(self.port), "r": self.user, "u": me.pw_name}
+        tokens = {"%": "%", "d": home, "h": self.host, "i": str(os.getuid()), "k": alias or self.host, "l": local,
+                  "L": local.partition(".")[0], "n": target.host, "p": str(self.port), "r": self.user,
+                  "u": os.path.basename(home)}
         place = self.host if self.port == 22 else f"[{self.host}]:{self.port}"
         self.names = [alias] if alias else list(dict.fromkeys((place, self.host)))
         self.own_files = paths("userknownhostsfile")
@@ -1507,10 +1426,12 @@ class HostSettings:
         self.identities = [os.path.expandvars(expand(home_path(path))) for path in values.get("identityfile", ())
                            if path != "none"]
         self.jumps, self.command = value("proxyjump"), expand(value("proxycommand"))
+        self.way = f"ProxyJump {self.jumps}" if self.jumps else f"ProxyCommand {self.command}"
 
 
 def home_path(path: str) -> str:
     """A path with ~ as ssh expands it, which doesn't look at $HOME."""
+    import pwd
     return pwd.getpwuid(os.getuid()).pw_dir + path[1:] if path[:2] == "~/" else os.path.expanduser(path)
 
 
@@ -1530,11 +1451,15 @@ def words_of(text: str) -> str:
     return "; ".join(line for line in lines if not line.startswith("Warning: Permanently added"))[-400:]
 
 
-def known_keys(name: str, files: Iterable[str]) -> list[tuple[str, str, str, bytes]]:
-    """What known_hosts files say of a name: place, marker (REVOKED, CA or nothing), type, and key (empty if damaged).
+KnownKey = namedtuple("KnownKey", "place marker kind blob")          # marker: REVOKED, CA or nothing
+
+
+def known_keys(name: str, files: Iterable[str]) -> list[KnownKey]:
+    """What known_hosts files say of a name; the blob of a damaged line is empty.
 
     `ssh-keygen -F` knows patterns, negation, hashes, blanks and markers.
     """
+    from base64 import b64decode
     keys = []
     for file in filter(os.path.exists, files):
         answer = ask_openssh("ssh-keygen", "-F", name, "-f", file)
@@ -1545,79 +1470,77 @@ def known_keys(name: str, files: Iterable[str]) -> list[tuple[str, str, str, byt
             number, marker = re.findall(r" found: line (\d+) ?(\w*)$", header.rstrip("\r"))[0]
             _, kind, key, *_ = [*line.split()[1 if marker else 0:], "", "", ""]
             try:
-                keys.append((f"line {number} of {file}", marker, kind, b64decode(key, validate=True)))
+                blob = b64decode(key, validate=True)
             except ValueError:
-                keys.append((f"line {number} of {file}", marker, kind, b""))
+                blob = b""
+            keys.append(KnownKey(f"line {number} of {file}", marker, kind, blob))
     return keys
 
 
-class HostKey:
-    """The key that a host shows, and what ssh would make of it."""
+def is_known(key: paramiko.PKey, settings: HostSettings, shown: str) -> bool:
+    """Whether a host's key is known, or else the host new; HostConnectionError if it must be refused.
 
-    def __init__(self, key: paramiko.PKey, settings: HostSettings) -> None:
-        from hashlib import sha256
-        self._kind, self._blob, self._settings = key.get_name(), key.asbytes(), settings
-        fingerprint = b64encode(sha256(self._blob).digest()).decode().rstrip("=")
-        self._shown = f"{settings.name}: its host key ({self._kind} SHA256:{fingerprint})"
+    `shown` is what to call the key.  Stricter than ssh: by a damaged line or a certificate authority, too, a host is
+    known.
+    """
+    named, *others = (known_keys(name, settings.files) for name in settings.names)
+    plain = [known for known in named if not known.marker]
+    same = [known for known in (*named, *(known for more in others for known in more)) if known.blob == key.asbytes()]
+    changed = [known.place for known in plain if known.kind == key.get_name() or not known.blob]
+    authorities = [known.place for known in named if known.marker == "CA"]
+    for known in named:
+        if known.marker == "REVOKED" and known in same:
+            raise HostConnectionError(f"{shown} is revoked by {known.place}: ask who administers that host")
+    if any(known in same for known in plain):
+        return True
+    if changed:
+        raise HostConnectionError(f"{shown} has changed, or someone is in between: if it is right, remove "
+                                  f"{', '.join(changed)}")
+    if plain:
+        raise HostConnectionError(f"{shown} isn't known, only a key of another type is ({plain[0].kind}, "
+                                  f"{plain[0].place}), which the host doesn't show: if it is right, add it there")
+    if any(not known.marker for known in same):
+        return True
+    if authorities:
+        raise HostConnectionError(f"{shown} would be known by a certificate only ({authorities[0]}), which paramiko "
+                                  "can't verify: add the key itself to known_hosts")
+    return False
 
-    def is_known(self) -> bool:
-        """Whether it is known, or else the host new; HostConnectionError if the key must be refused.
 
-        Stricter than ssh: by a damaged line or a certificate authority, too, a host is known.
-        """
-        keys, *others = (known_keys(name, self._settings.files) for name in self._settings.names)
-        revoked, authorities = ([place for place, marker, _, blob in keys if marker == which and blob in blobs]
-                                for which, blobs in (("REVOKED", [self._blob]), ("CA", [key[3] for key in keys])))
-        plain = [key for key in keys if not key[1]]
-        changed = [place for place, _, kind, blob in plain if kind == self._kind or not blob]
-        if revoked:
-            raise HostConnectionError(f"{self._shown} is revoked by {revoked[0]}: ask who administers that host")
-        if any(blob == self._blob for *_, blob in plain):
-            return True
-        if changed:
-            raise HostConnectionError(f"{self._shown} has changed, or someone is in between: if it is right, remove "
-                                      f"{', '.join(changed)}")
-        if plain:
-            raise HostConnectionError(f"{self._shown} isn't known, only a key of another type is ({plain[0][2]}, "
-                                      f"{plain[0][0]}), which the host doesn't show: if it is right, add it there")
-        if any(blob == self._blob and not marker for keys in others for _, marker, _, blob in keys):
-            return True
-        if authorities:
-            raise HostConnectionError(f"{self._shown} would be known by a certificate only ({authorities[0]}), which "
-                                      "paramiko can't verify: add the key itself to known_hosts")
-        return False
+def accept(key: paramiko.PKey, settings: HostSettings) -> None:
+    """Lets a known key pass, and records that of a new host, if new ones are accepted; HostConnectionError if not.
 
-    def accept(self) -> None:
-        """Lets a known key pass, and records that of a new host, if new ones are accepted; HostConnectionError if not.
+    With `no` any key passes: to warn of that is up to the caller.
+    """
+    from base64 import b64encode
+    from hashlib import sha256
+    fingerprint = b64encode(sha256(key.asbytes()).digest()).decode().rstrip("=")
+    shown = f"{settings.name}: its host key ({key.get_name()} SHA256:{fingerprint})"
+    if settings.checking == "no" or is_known(key, settings, shown):
+        return
+    if settings.checking not in ("accept-new", "ask") or not settings.own_files:
+        why = f"StrictHostKeyChecking is {settings.checking}" if settings.own_files else "UserKnownHostsFile is none"
+        raise HostConnectionError(f"{shown} is not known, and {why}: connect once with ssh, or see --host-key-checking "
+                                  "and --known-hosts")
+    try:
+        record(settings.own_files[0], key, settings, shown)
+    except OSError as error:
+        raise HostConnectionError(f"{settings.name}: can't record its host key in {settings.own_files[0]}: "
+                                  f"{error.strerror} (--known-hosts names another file)") from error
 
-        With `no` any key passes: to warn of that is up to the caller.
-        """
-        checking, files = self._settings.checking, self._settings.own_files
-        if checking == "no" or self.is_known():
-            return
-        if checking not in ("accept-new", "ask") or not files:
-            why = f"StrictHostKeyChecking is {checking}" if files else "UserKnownHostsFile is none"
-            raise HostConnectionError(f"{self._shown} is not known, and {why}: connect once with ssh, or see "
-                                      "--host-key-checking and --known-hosts")
-        try:
-            self._record(files[0])
-        except OSError as error:
-            raise HostConnectionError(f"{self._settings.name}: can't record its host key in {files[0]}: "
-                                      f"{error.strerror} (--known-hosts names another file)") from error
 
-    def _record(self, path: str) -> None:
-        """Appends one line, under a lock: other runs may be doing the same."""
-        from paramiko import HostKeys
-        os.makedirs(os.path.dirname(path) or ".", 0o700, exist_ok=True)
-        with open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not self.is_known():                  # else another run was quicker
-                name = self._settings.names[0]
-                name = HostKeys.hash_host(name) if self._settings.hashed else name
-                line = f"{name} {self._kind} {b64encode(self._blob).decode()}\n".encode()
-                end = os.fstat(file.fileno()).st_size
-                whole = not end or os.pread(file.fileno(), 1, end - 1) == b"\n"
-                file.write(line if whole else b"\n" + line)
+def record(path: str, key: paramiko.PKey, settings: HostSettings, shown: str) -> None:
+    """Appends one line to a known_hosts file, under a lock: other runs may be doing the same."""
+    import fcntl
+
+    from paramiko import HostKeys
+    os.makedirs(os.path.dirname(path) or ".", 0o700, exist_ok=True)
+    with open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not is_known(key, settings, shown):       # else another run was quicker
+            name = HostKeys.hash_host(settings.names[0]) if settings.hashed else settings.names[0]
+            whole = (file.read() or b"\n").endswith(b"\n")
+            file.write(f"{'' if whole else chr(10)}{name} {key.get_name()} {key.get_base64()}\n".encode())
 
 
 def load_key(path: str, ask: Callable[[str], str] | None) -> paramiko.PKey:
@@ -1628,7 +1551,6 @@ def load_key(path: str, ask: Callable[[str], str] | None) -> paramiko.PKey:
     import io
 
     import paramiko
-    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization as formats
     asked, private = False, None                     # type: bool, Any
     try:
@@ -1656,9 +1578,11 @@ def load_key(path: str, ask: Callable[[str], str] | None) -> paramiko.PKey:
         if os.path.exists(f"{path}-cert.pub"):
             key.load_certificate(f"{path}-cert.pub")
         return key
+    except HostConnectionError:
+        raise
     except OSError as error:
         why = error.strerror or str(error)
-    except (paramiko.SSHException, ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except Exception as error:                       # whatever cryptography makes of a strange file
         why = "the passphrase is wrong" if asked else (f"{words_of(str(error))[:120]}: if ssh reads it, ssh-keygen -p "
                                                        f"-f {path} writes it anew in OpenSSH's format")
     raise HostConnectionError(f"can't use the key {path}: {why}")
@@ -1666,6 +1590,7 @@ def load_key(path: str, ask: Callable[[str], str] | None) -> paramiko.PKey:
 
 def public_key(path: str) -> bytes:
     """The public key of an identity file; empty if that isn't known without a passphrase."""
+    from base64 import b64decode
     for candidate in (f"{path}.pub", path):
         try:
             with open(candidate, "rb") as file:
@@ -1675,31 +1600,57 @@ def public_key(path: str) -> bytes:
     return b""
 
 
-class Connection:
-    """An SSH session, and the process through which it goes, if it does."""
+class Way:
+    """A connection to a host: TCP, or a process that speaks for it, and says on its stderr what goes wrong."""
 
-    def __init__(self, settings: HostSettings, transport: paramiko.Transport, sock: socket.socket,
-                 proxy: subprocess.Popen[bytes] | None) -> None:
-        self.settings, self.transport, self._sock, self._proxy = settings, transport, sock, proxy
+    def __init__(self, settings: HostSettings, config: str) -> None:
+        import socket
+        import subprocess
+        import tempfile
+
+        import paramiko
+        self._said, self._proxy = tempfile.TemporaryFile(), None     # type: Any, subprocess.Popen[bytes] | None
+        if settings.jumps or settings.command:
+            command = [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {settings.command}"]
+            if settings.jumps:
+                before, _, last = settings.jumps.rpartition(",")
+                host = f"[{settings.host}]" if ":" in settings.host else settings.host
+                command = ["ssh", "-F", config, *(["-J", before] if before else []),
+                           "-W", f"{host}:{settings.port}", "--", last if "://" in last else f"ssh://{last}"]
+            self._sock, theirs = socket.socketpair()
+            with theirs:
+                self._proxy = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(),
+                                               stderr=self._said, start_new_session=True)
+        else:
+            try:
+                self._sock = socket.create_connection((settings.host, settings.port), CONNECT_SECONDS)
+            except (OSError, UnicodeError) as error:
+                why = "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)
+                hint = ("is sshd running there? (XenServer 9 starts without: xe host-enable-ssh)"
+                        if isinstance(error, ConnectionRefusedError) else "check the address, the network and sshd")
+                raise HostConnectionError(f"{settings.name}: can't reach {settings.place}: {why}: {hint}") from error
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Without this option of Linux a dead peer is noticed after 15 minutes.
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
+        self.transport = paramiko.Transport(self._sock)
+
+    def words(self) -> str:
+        """What the process has said."""
+        self._said.seek(0)
+        return words_of(self._said.read().decode(errors="replace"))
 
     def close(self) -> None:
-        close(self.transport)
-        close(self._sock)                            # a transport that hasn't begun leaves it open
+        quietly(self.transport.close)
+        quietly(self._sock.close)                    # a transport that hasn't begun leaves it open
+        self._said.close()
         if self._proxy:                              # ssh -W would wait for a host that is silent
             self._proxy.kill()
             self._proxy.wait()
 
 
-class Retry(HostConnectionError):
-    """It may go better another time: of many connections sshd drops some."""
-
-
-class OldServer(HostConnectionError):
-    """It may go better without RSA with SHA-2, which OpenSSH has since 7.2."""
-
-
 def import_paramiko() -> None:
     """Imports what logging in needs; NetWeaverError if it can't be imported."""
+    import logging
     import warnings
     try:
         with warnings.catch_warnings():              # what paramiko's and cryptography's versions think of each other
@@ -1707,6 +1658,7 @@ def import_paramiko() -> None:
             import paramiko  # noqa: F401
     except Exception as error:
         raise NetWeaverError(f"can't import paramiko ({error}): pip install -U paramiko") from error
+    logging.getLogger("paramiko").addHandler(logging.NullHandler())      # else it prints tracebacks
 
 
 class Access:
@@ -1720,14 +1672,14 @@ class Access:
     def __init__(self, key_path: str | None = None, checking: str | None = None, known_hosts: str | None = None,
                  ask: Callable[[str], str] | None = None) -> None:
         import tempfile
-        paths = [path and os.path.abspath(os.path.expanduser(path)) for path in (key_path, known_hosts)]
-        if paths[0] and paths[0].endswith(".pub") and os.path.exists(paths[0][:-4]):
-            paths[0] = paths[0][:-4]
-        if paths[0] and not os.path.exists(paths[0]):
-            raise HostConnectionError(f"can't use the key {paths[0]}: No such file or directory")
-        self._key_path, self._ask, self._lock = paths[0], ask, threading.Lock()      # one question at a time
-        self._keys: dict[str, paramiko.PKey] = {}
-        options = {"IdentityFile": paths[0], "StrictHostKeyChecking": checking, "UserKnownHostsFile": paths[1]}
+        key, known = (path and os.path.abspath(os.path.expanduser(path)) for path in (key_path, known_hosts))
+        if key and key.endswith(".pub") and os.path.exists(key[:-4]):
+            key = key[:-4]
+        if key and not os.path.exists(key):
+            raise HostConnectionError(f"can't use the key {key}: No such file or directory")
+        self._key_path, self._ask, self._lock = key, ask, threading.Lock()           # one question at a time
+        self._keys: dict[str, paramiko.PKey | HostConnectionError] = {}
+        options = {"IdentityFile": key, "StrictHostKeyChecking": checking, "UserKnownHostsFile": known}
         if any('"' in text or "\n" in text for text in options.values() if text):
             raise UsageError("ssh_config can't name a file with a quote or a line break (-k, --known-hosts)")
         lines = [f'{keyword} "{text.replace("%", "%%")}"' for keyword, text in options.items() if text]
@@ -1735,17 +1687,22 @@ class Access:
                   f'Include "{home_path("~/.ssh/config")}"',     # its own ~ would be $HOME
                   "Include /etc/ssh/ssh_config", "Host *", "User root", "StrictHostKeyChecking accept-new", ""]
         # A file that ssh can read, and that is gone when this process is.
-        memory = hasattr(os, "memfd_create")
-        self._file = (open(os.memfd_create("ssh_config"), "wb", buffering=0) if memory else
-                      tempfile.NamedTemporaryFile("wb", buffering=0))
-        self._config = f"/proc/{os.getpid()}/fd/{self._file.fileno()}" if memory else str(self._file.name)
+        self._file = tempfile.TemporaryFile("wb", buffering=0)
+        self._config = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         self._file.write("\n".join(lines).encode(errors="surrogateescape"))
 
     def load(self, path: str) -> paramiko.PKey:
         """The private key in a file, for which a person is asked once at the most."""
         with self._lock:
-            self._keys[path] = self._keys.get(path) or load_key(path, self._ask)
-            return self._keys[path]
+            if path not in self._keys:
+                try:
+                    self._keys[path] = load_key(path, self._ask)
+                except HostConnectionError as error:
+                    self._keys[path] = error
+            key = self._keys[path]
+        if isinstance(key, HostConnectionError):
+            raise key
+        return key
 
     def settings(self, target: Target) -> HostSettings:
         """What OpenSSH's configuration says of a target.
@@ -1765,116 +1722,72 @@ class Access:
                 values.setdefault(keyword.lower(), []).append(text)
         return HostSettings(target, values)
 
-    def connect(self, settings: HostSettings) -> Connection:
-        """An authenticated session; HostConnectionError says where, what failed and what to do."""
-        import logging
+    def connect(self, settings: HostSettings, changed: threading.Condition | None = None,
+                log: Callable[[str], None] = lambda line: None, sudo: bool = False) -> Host:
+        """Logs in to a host; HostConnectionError says where, what failed and what to do."""
         import random
-        logging.getLogger("paramiko").addHandler(logging.NullHandler())      # else it prints tracebacks
+
+        from paramiko.ssh_exception import IncompatiblePeer, SSHException
         if self._key_path and not self._key_path.endswith(".pub"):
             self.load(self._key_path)                # a question takes its time
-        disabled: dict[str, Sequence[str]] = {}
-        for attempt in range(1, CONNECT_ATTEMPTS):
+        for attempt in range(1, CONNECT_ATTEMPTS + 1):
+            begun, way = time.monotonic(), Way(settings, self._config)
             try:
-                return self._connect(settings, disabled)
-            except Retry:
-                time.sleep(random.uniform(0.1, 0.5) * attempt)
-            except OldServer:
-                if disabled:
-                    raise
-                disabled["pubkeys"] = RSA_WITH_SHA2
-        return self._connect(settings, disabled)
-
-    def _connect(self, settings: HostSettings, disabled: Mapping[str, Sequence[str]]) -> Connection:
-        import tempfile
-
-        import paramiko
-        begun = time.monotonic()
-        with tempfile.TemporaryFile() as said:
-            sock, proxy = self._dial(settings, said.fileno())
-            transport = paramiko.Transport(sock, disabled_algorithms=dict(disabled))
-            connection = Connection(settings, transport, sock, proxy)
-            try:
-                security = transport.get_security_options()
-                known = {kind for _, marker, kind, _ in known_keys(settings.names[0], settings.files) if not marker}
-                security.key_types = tuple(sorted(      # a server then shows the key that is known, if it still has it
-                    security.key_types, key=lambda kind: ("ssh-rsa" if kind in RSA_WITH_SHA2 else kind) not in known))
-                transport.banner_timeout = transport.auth_timeout = transport.channel_timeout = CONNECT_SECONDS
-                transport.start_client(timeout=CONNECT_SECONDS)
-                if not transport.initial_kex_done:   # it returns without a word when the time is over
-                    raise paramiko.SSHException("no answer")
-                HostKey(transport.get_remote_server_key(), settings).accept()
-                self._authenticate(transport, settings)
-                transport.set_keepalive(DEAD_PEER_SECONDS // 2)      # something to acknowledge
-                return connection
+                self._log_in(way.transport, settings)
+                return Host(settings.name, way, changed or threading.Condition(), log, sudo)
             except BaseException as error:
-                connection.close()
-                if not isinstance(error, (paramiko.SSHException, EOFError, OSError)):
+                failure, words = error, way.words()
+                way.close()
+                if not isinstance(error, (SSHException, EOFError, OSError)):
                     raise
-                said.seek(0)
-                words = words_of(said.read().decode(errors="replace"))
-                raise self._explained(error, settings, words, time.monotonic() - begun < 2) from error
+            # Of many connections at once sshd drops some.
+            dropped = "SSH protocol banner" in str(failure) and (not words or "closed by remote host" in words)
+            if not dropped or time.monotonic() - begun > 2:
+                break
+            time.sleep(random.uniform(0.1, 0.5) * attempt)
+        why = (f"no SSH algorithms in common with {settings.place} ({failure}): for an old sshd try pip install "
+               "'paramiko<5'" if isinstance(failure, IncompatiblePeer) else
+               f"no way to {settings.place} by {settings.way}: {words}" if words else
+               f"no SSH session with {settings.place}: {failure or 'it hung up'}: is it sshd that listens there?")
+        raise HostConnectionError(f"{settings.name}: {why}") from failure
 
-    @staticmethod
-    def _explained(error: Exception, settings: HostSettings, words: str, soon: bool) -> HostConnectionError:
-        """What failed, and what to do; `words` are those of the process on the way."""
-        from paramiko.ssh_exception import IncompatiblePeer
-        if isinstance(error, IncompatiblePeer):
-            return HostConnectionError(f"{settings.name}: no SSH algorithms in common with {settings.place} ({error}): "
-                                       "for an old sshd try pip install 'paramiko<5'")
-        way = f"ProxyJump {settings.jumps}" if settings.jumps else f"ProxyCommand {settings.command}"
-        why = (f"no way to {settings.place} by {way}: {words}" if words else
-               f"no SSH session with {settings.place}: {error or 'it hung up'}: is it sshd that listens there?")
-        dropped = soon and "SSH protocol banner" in str(error) and (not words or "closed by remote host" in words)
-        return (Retry if dropped else HostConnectionError)(f"{settings.name}: {why}")
-
-    def _dial(self, settings: HostSettings, said: int) -> tuple[socket.socket, subprocess.Popen[bytes] | None]:
-        """The way to a host: TCP, or a process that speaks for it, and says in the file `said` what goes wrong."""
-        import socket
-        import subprocess
-        if settings.jumps or settings.command:
-            command = [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {settings.command}"]
-            if settings.jumps:
-                before, _, last = settings.jumps.rpartition(",")
-                host = f"[{settings.host}]" if ":" in settings.host else settings.host
-                command = ["ssh", "-F", self._config, *(["-J", before] if before else []),
-                           "-W", f"{host}:{settings.port}", "--", last if "://" in last else f"ssh://{last}"]
-            ours, theirs = socket.socketpair()
-            with theirs:
-                return ours, subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=said,
-                                              start_new_session=True)
-        try:
-            sock = socket.create_connection((settings.host, settings.port), CONNECT_SECONDS)
-        except (OSError, UnicodeError) as error:
-            reason = "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)
-            hint = ("is sshd running there? (XenServer 9 starts without: xe host-enable-ssh)"
-                    if isinstance(error, ConnectionRefusedError) else "check the address, the network and sshd")
-            raise HostConnectionError(f"{settings.name}: can't reach {settings.place}: {reason}: {hint}") from error
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):      # Linux: without it a dead peer is noticed after 15 minutes
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
-        return sock, None
+    def _log_in(self, transport: paramiko.Transport, settings: HostSettings) -> None:
+        import paramiko
+        security = transport.get_security_options()
+        known = {known.kind for known in known_keys(settings.names[0], settings.files) if not known.marker}
+        security.key_types = tuple(sorted(           # a server then shows the key that is known, if it still has it
+            security.key_types, key=lambda kind: ("ssh-rsa" if kind in RSA_WITH_SHA2 else kind) not in known))
+        transport.banner_timeout = transport.auth_timeout = transport.channel_timeout = CONNECT_SECONDS
+        transport.start_client(timeout=CONNECT_SECONDS)
+        if not transport.initial_kex_done:           # it returns without a word when the time is over
+            raise paramiko.SSHException("no answer")
+        accept(transport.get_remote_server_key(), settings)
+        self._authenticate(transport, settings)
+        transport.set_keepalive(DEAD_PEER_SECONDS // 2)      # something to acknowledge
 
     def _authenticate(self, transport: paramiko.Transport, settings: HostSettings) -> None:
         import paramiko
-        tried, unusable, kinds, why = [], [], set(), ""      # type: list[str], list[str], set[str], str
+        tried, unusable, why, advice = [], [], "", ""        # type: list[str], list[str], str, str
         for name, key in self._candidates(settings, unusable):
             tried.append(name)
-            kinds.add(key.get_name())
-            try:
-                more = transport.auth_publickey(settings.user, key)
-                if not more:
-                    return
-                why = f" (it wants {' and '.join(more)} as well)"
-            except (paramiko.SSHException, EOFError) as error:
-                why = f" ({error})" if isinstance(error, paramiko.BadAuthenticationType) else ""
-                if not transport.is_active():        # sshd has had enough of them
-                    break
-        refused = f"{settings.name}: refused {', '.join(tried)} for {settings.user}{why}: "
-        if "ssh-rsa" in kinds and "server-sig-algs" not in getattr(transport, "server_extensions", {}):
-            raise OldServer(f"{refused}it may know RSA with SHA-1 only: use another key, or pip install 'paramiko<5'")
+            # A server of before OpenSSH 7.2 doesn't say what it knows, and knows RSA with SHA-1 alone.
+            old = key.get_name() == "ssh-rsa" and "server-sig-algs" not in getattr(transport, "server_extensions", {})
+            for disabled in ((), RSA_WITH_SHA2) if old else ((),):
+                transport.disabled_algorithms = {"pubkeys": disabled}
+                try:
+                    more = transport.auth_publickey(settings.user, key)
+                    if not more:
+                        return
+                    why = f" (it wants {' and '.join(more)} as well)"
+                except (paramiko.SSHException, EOFError) as error:
+                    why = f" ({error})" if isinstance(error, paramiko.BadAuthenticationType) else ""
+            if old:
+                advice = "it may know RSA with SHA-1 only: use another key, or pip install 'paramiko<5'"
+            if not transport.is_active():            # sshd has had enough of them
+                break
+        advice = advice or f"add the public key to {settings.user}'s ~/.ssh/authorized_keys there"
         if tried:
-            raise HostConnectionError("; ".join([f"{refused}add the public key to {settings.user}'s "
-                                                 "~/.ssh/authorized_keys there", *unusable]))
+            unusable.insert(0, f"refused {', '.join(tried)} for {settings.user}{why}: {advice}")
         unusable = unusable or ["there is no key to log in with: give one with -k, or load one with ssh-add"]
         raise HostConnectionError(f"{settings.name}: {'; '.join(unusable)}")
 
@@ -1911,12 +1824,19 @@ def resolve(name: str) -> str:
 # interface's name on the hypervisor.  `run(command, hint)` is NetWeaver.run_command: it returns the output of a shell
 # command on the hypervisor, and raises RemoteCommandError, with the hint, if that fails.
 
-XE_HINT = "is xapi up there? systemctl status xapi tells"
-UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+UUID = r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
 VM_INTERFACE = re.compile(r"(vif|tap|emu)\d+\.\d+(-emu)?|(tap|veth|fwln|fwpr|fwbr)\d+[ip]\d+|vnet\d+|veth[0-9a-f]{6,}"
                           r"|(tap|qvb|qvo|qbr)[0-9a-f-]{9,}")
-EMULATED = {"xe": lambda vif: re.sub("^vif", "tap", vif), "xl": lambda vif: f"{vif}-emu"}       # an HVM guest's
 TUNNELS = ("vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "stt")
+
+
+def xe_vif(run: Run, name: str, number: int) -> str:
+    """On XenServer and XCP-ng; takes a name-label, or a UUID that is no VM's name."""
+    hint = "is xapi up there? systemctl status xapi tells"
+    answer = run(xe_dom_id_command(f"name-label={quote(name)}"), hint)
+    if not answer.strip() and re.fullmatch(UUID, name):
+        answer = run(xe_dom_id_command(f"uuid={name}"), hint)
+    return f"vif{parse_xe_dom_id(answer, name)}.{number}"
 
 
 def xe_dom_id_command(vm: str) -> str:
@@ -1932,104 +1852,56 @@ def parse_xe_dom_id(answer: str, name: str) -> int:
     `xe --minimal` exits 0 for all of these: a list for several VMs, -1 for a halted one, nothing for none, and
     the domain id on another host of the pool, where a VM of this host may have the same.
     """
-    lines = [[word for word in line.strip().split(",") if word] for line in (*answer.split("\n"), "", "")]
-    everywhere, here = lines[:2]
-    if not all(word == "-1" or is_number(word) for word in everywhere + here):
-        raise RemoteCommandError(f"xe answered {answer[:80]!r} for {name!r}, which are no dom-ids")
+    everywhere, here, *_ = [[word for word in line.strip().split(",") if word]
+                            for line in (*answer.split("\n"), "", "")]
     running = [word for word in everywhere if word != "-1"]
     if answer.count("\n") == 1:                      # which host this is isn't known
         here = running
-    if not everywhere:
-        raise RemoteCommandError(f"there is no VM with the name-label {name!r} (names are case-sensitive; "
-                                 "xe vm-list shows them)")
-    if not running:
-        raise RemoteCommandError(f"the VM {name!r} is not running (halted or suspended): start it first")
-    if not here:
-        raise RemoteCommandError(f"the VM {name!r} runs on another host of the pool: give that one as --hv")
-    if len(here) > 1:
-        raise RemoteCommandError(f"{len(here)} VMs have the name-label {name!r} (dom-ids {','.join(here)}): make the "
-                                 "name unique, or give the VM's UUID")
+    why = ""
+    if not all(map(is_number, running + here)):
+        why = f"xe answered {answer[:80]!r} for {name!r}, which are no dom-ids"
+    elif not everywhere:
+        why = f"there is no VM with the name-label {name!r} (names are case-sensitive; xe vm-list shows them)"
+    elif not running:
+        why = f"the VM {name!r} is not running (halted or suspended): start it first"
+    elif not here:
+        why = f"the VM {name!r} runs on another host of the pool: give that one as --hv"
+    elif len(here) > 1:
+        why = (f"{len(here)} VMs have the name-label {name!r} (dom-ids {','.join(here)}): make the name unique, or "
+               "give the VM's UUID")
+    if why:
+        raise RemoteCommandError(why)
     return int(here[0])
-
-
-def xe_vif(run: Run, name: str, number: int) -> str:
-    """On XenServer and XCP-ng; takes a name-label, or a UUID that is no VM's name."""
-    answer = run(xe_dom_id_command(f"name-label={quote(name)}"), XE_HINT)
-    if not answer.strip() and UUID.fullmatch(name):
-        answer = run(xe_dom_id_command(f"uuid={name}"), XE_HINT)
-    return f"vif{parse_xe_dom_id(answer, name)}.{number}"
-
-
-def parse_minimal(answer: str) -> list[str]:
-    """The values that `xe --minimal` printed."""
-    values = re.findall(r"((?:[^,\\]|\\.)+)", answer.strip())
-    return [re.sub(r"\\(.)", r"\1", value) for value in values]
-
-
-def xe_uplinks(run: Run, name: str, number: int) -> tuple[list[str], bool]:
-    """The physical interfaces of the network of a VM's interface, and whether that network is a tunnel.
-
-    A VLAN is captured on its parent, a bond on its slaves: with Open vSwitch a bond is no device.
-    """
-
-    def ask(kind: str, params: str, **filters: str) -> list[str]:
-        query = " ".join(f"{name.replace('_', '-')}={quote(value)}" for name, value in filters.items())
-        return parse_minimal(run(f"xe {kind}-list {query} params={params} --minimal", XE_HINT))
-
-    host = run(". /etc/xensource-inventory && echo $INSTALLATION_UUID", "is this XenServer or XCP-ng?").strip()
-    vms = ask("vm", "uuid", name_label=name, is_control_domain="false", resident_on=host)
-    if not vms and UUID.fullmatch(name):
-        vms = ask("vm", "uuid", uuid=name, resident_on=host)
-    if len(vms) != 1:
-        raise RemoteCommandError(f"{len(vms) or 'no'} VMs with the name-label {name!r} run on this host")
-    networks = ask("vif", "network-uuid", vm_uuid=vms[0], device=str(number))
-    if not networks:
-        numbers = ", ".join(sorted(ask("vif", "device", vm_uuid=vms[0]))) or "none"
-        raise RemoteCommandError(f"the VM {name!r} has no interface number {number} (--num; it has: {numbers})")
-    pifs = ask("pif", "uuid", network_uuid=networks[0], host_uuid=host)
-    if not pifs:
-        raise RemoteCommandError(f"interface {number} of the VM {name!r} is in an internal network, without a physical "
-                                 "interface on this host: give the interface to compare with by -i")
-    transport = ask("tunnel", "transport-PIF", access_PIF=pifs[0])
-    devices = ask("pif", "device", uuid=(transport or pifs)[0])
-    for parent in ask("pif", "uuid", device=devices[0], host_uuid=host, VLAN="-1") if devices else ():
-        for bond in ask("bond", "uuid", master=parent):
-            devices = ask("pif", "device", bond_slave_of=bond) or devices
-    if not devices:
-        raise RemoteCommandError(f"xe names no device of the PIF {(transport or pifs)[0]}: give it by -i")
-    return devices, bool(transport)
 
 
 def xl_vif(run: Run, name: str, number: int) -> str:
     """On plain Xen; takes a name, or a UUID that `xl vm-list` has."""
-    hint, domain = "it isn't running, or has another name: xl list shows them", name
-    if UUID.fullmatch(name):
+    hint, domain = "it isn't running, or has another name: xl list shows them", ""
+    if re.fullmatch(UUID, name):
         rows = [line.split() for line in run("xl vm-list", hint).splitlines()]
-        domain = next((row[1] for row in rows if len(row) > 1 and row[0].lower() == name.lower()), name)
-    if not is_number(domain) or domain == name:
+        domain = next((row[1] for row in rows if len(row) > 1 and row[0].lower() == name.lower()), "")
+    if not is_number(domain):
         domain = f"`xl domid {'-- ' if name.startswith('-') else ''}{quote(name)}`"
     answer = run(f"id={domain} || exit; echo $id; xenstore-read /local/domain/0/backend/vif/$id/{number}/vifname "
                  "2>/dev/null || :", hint)
-    lines = [line.strip() for line in answer.split("\n")]
-    if not is_number(lines[0]):
+    number_of, vifname, *_ = [*(line.strip() for line in answer.split("\n")), ""]
+    if not is_number(number_of):
         raise RemoteCommandError(f"xl answered {answer[:80]!r} for {name!r}, which is no domain id")
-    if lines[0] == "0":
+    if number_of == "0":
         raise RemoteCommandError(f"{name!r} is the control domain, which has no vif")
-    return lines[1] if len(lines) > 1 and lines[1] else f"vif{lines[0]}.{number}"
+    return vifname or f"vif{number_of}.{number}"
 
 
 def virsh_vif(run: Run, name: str, number: int) -> str:
     """On libvirt, with KVM for example."""
     hint = "virsh list --all shows the names; systemctl status libvirtd whether libvirt runs"
     domain = f"{'--domain ' if name.startswith('-') else ''}{quote(name)}"
-    off = RemoteCommandError(f"the domain {name!r} is shut off: start it first (virsh start)")
     if re.fullmatch(r"\d+", name, re.ASCII):         # most commands take it for an id, domid never does
         domain = quote(run(f"LC_ALL=C virsh -q domid {domain}", hint).strip())
-        if domain == "-":
-            raise off
-    answer = run(f"LC_ALL=C virsh -q domiflist {domain}", hint)
-    if run(f"LC_ALL=C virsh -q domstate {domain} || :").strip() == "shut off":       # it may list a name all the same
-        raise off
+    answer = "" if domain == "-" else run(f"LC_ALL=C virsh -q domiflist {domain}", hint)
+    # A domain that is shut off may list a name all the same.
+    if domain == "-" or run(f"LC_ALL=C virsh -q domstate {domain} || :").strip() == "shut off":
+        raise RemoteCommandError(f"the domain {name!r} is shut off: start it first (virsh start)")
     return parse_virsh_domiflist(answer, name, number)
 
 
@@ -2038,16 +1910,15 @@ def parse_virsh_domiflist(answer: str, name: str, number: int) -> str:
 
     Old versions print a header and a rule in spite of -q; the interfaces of a domain that is shut off are "-".
     """
-    rows = [line.split() for line in answer.splitlines() if line.strip()]
-    rows = [row for row in rows if row[:2] != ["Interface", "Type"] and not re.fullmatch("-{2,}", row[0])]
-    if number >= len(rows):
-        names = ", ".join(row[0] for row in rows) or "none"
-        raise RemoteCommandError(f"the domain {name!r} has {len(rows)} interfaces, and none of number {number} (--num "
-                                 f"counts from 0; there are: {names})")
-    if rows[number][0] == "-":
+    names = [line.split()[0] for line in answer.splitlines()
+             if line.strip() and not re.match(r"\s*(Interface\s+Type\s|--+\s*$)", line)]
+    if number >= len(names):
+        raise RemoteCommandError(f"the domain {name!r} has {len(names)} interfaces, and none of number {number} (--num "
+                                 f"counts from 0; there are: {', '.join(names) or 'none'})")
+    if names[number] == "-":
         raise RemoteCommandError(f"interface {number} of the domain {name!r} has no device on the host (hostdev, "
                                  "vhost-user, or the domain is shut off): tcpdump can't see it")
-    return rows[number][0]
+    return names[number]
 
 
 def qm_vif(run: Run, name: str, number: int) -> str:
@@ -2060,7 +1931,7 @@ def parse_qm_list(answer: str, name: str) -> int:
     rows = [line.split() for line in answer.splitlines()]        # VMID, name, status, memory, disk, PID
     vms = [(row[0], " ".join(row[1:-4]), row[-4]) for row in rows if len(row) >= 6 and is_number(row[0])]
     named = [vm for vm in vms if vm[1] == " ".join(name.split())] or [vm for vm in vms if vm[0] == name]
-    running = [vm for vm in named if vm[2] == "running"]
+    running = [vmid for vmid, _, status in named if status == "running"]
     if not named:
         raise RemoteCommandError(f"there is no VM {name!r} on this host (qm list shows them; a container's interface "
                                  "is given with --vif veth<id>i<n>)")
@@ -2068,9 +1939,9 @@ def parse_qm_list(answer: str, name: str) -> int:
         vmid, _, status = named[0]
         raise RemoteCommandError(f"the VM {name!r} (VMID {vmid}) is {status}: start it first (qm start {vmid})")
     if len(running) > 1:
-        ids = ", ".join(vmid for vmid, _, _ in running)
-        raise RemoteCommandError(f"{len(running)} VMs have the name {name!r} (VMIDs {ids}): give the VMID as -n")
-    return int(running[0][0])
+        raise RemoteCommandError(f"{len(running)} VMs have the name {name!r} (VMIDs {', '.join(running)}): give the "
+                                 "VMID as -n")
+    return int(running[0])
 
 
 TOOLSTACKS = {"xe": xe_vif, "xl": xl_vif, "virsh": virsh_vif, "qm": qm_vif}
@@ -2102,9 +1973,8 @@ class Links:
                 self._link(line, *found.groups())
 
     def _link(self, line: str, name: str, peer: str | None) -> None:
-        details = line.split("\\")                   # the lines that -o has joined; the kind stands alone in the third
-        kind = (details[2].split() or [""])[0] if len(details) > 2 else ""
-        self.kinds[name] = "" if kind.endswith("_slave") or not kind.isalnum() else kind
+        details = [*line.split("\\"), "", ""][2].split()     # the third of the lines that -o has joined
+        self.kinds[name] = details[0] if details and details[0].isalnum() else ""
         words = line.split()
         for key, into in (("master", self.bridges), ("dev", self.peers), ("remote", self.remotes)):
             if key in words[:-1]:
@@ -2124,13 +1994,17 @@ class Links:
         except (ValueError, KeyError, TypeError, RecursionError):
             return                                   # Open vSwitch is stopped
 
+    def ports(self, bridge: str) -> list[str]:
+        return [port for port, of in self.bridges.items() if of == bridge]
+
     def uplinks(self, interface: str) -> tuple[set[str], list[str]]:
         """What leads out of the host from the bridge of an interface: physical interfaces, and tunnels' names."""
         devices: set[str] = set()
         tunnels: list[str] = []
         seen, todo = {interface}, [interface]
         while todo:
-            for port in self._ports(self.bridges.get(todo.pop(), "")):
+            bridge = self.bridges.get(todo.pop())
+            for port in self.ports(bridge) if bridge else ():
                 if port in seen:
                     continue
                 seen.add(port)
@@ -2149,17 +2023,11 @@ class Links:
         kind, below = self.kinds.get(device, ""), []         # type: str, list[str]
         if kind == "vlan" and device in self.peers:
             below = [self.peers[device]]
-        elif kind in ("bond", "team", "bridge"):
-            below = self._ports(device)
-        elif kind == "openvswitch":
-            below = self._ports(f"ovs {device}")
-        below = [port for port in below if not VM_INTERFACE.fullmatch(port) and self.kinds.get(port) != "tun"]
-        if depth and below and below != [device]:
-            return {found for port in below if port != device for found in self.bottom(port, depth - 1)}
-        return {device}
-
-    def _ports(self, bridge: str) -> list[str]:
-        return [port for port, of in self.bridges.items() if of == bridge] if bridge else []
+        elif kind in ("bond", "team", "bridge", "openvswitch"):
+            below = self.ports(f"ovs {device}" if kind == "openvswitch" else device)
+        below = [port for port in below if not VM_INTERFACE.fullmatch(port) and self.kinds.get(port) != "tun"
+                 and port != device]
+        return {found for port in below for found in self.bottom(port, depth - 1)} if depth and below else {device}
 
 
 def bridge_uplinks(run: Run, vif: str) -> tuple[list[str], bool]:
@@ -2169,8 +2037,7 @@ def bridge_uplinks(run: Run, vif: str) -> tuple[list[str], bool]:
     for tunnel in tunnels:
         carrier, remote = links.peers.get(tunnel), links.remotes.get(tunnel, "")
         if not carrier and re.fullmatch(r"[0-9A-Fa-f.:]+", remote):
-            route = run(f"ip -o route get {quote(remote)}").split()
-            carrier = route[route.index("dev") + 1] if "dev" in route[:-1] else None
+            carrier = word_after("dev", run(f"ip -o route get {quote(remote)}"))
         devices |= links.bottom(carrier) if carrier else set()
     if not devices:
         bridge = links.bridges.get(vif)
@@ -2179,6 +2046,12 @@ def bridge_uplinks(run: Run, vif: str) -> tuple[list[str], bool]:
         raise RemoteCommandError(f"can't find the physical interface behind {vif}: {why}: give it with -i (there are: "
                                  f"{', '.join(sorted(name for name in links.kinds if name != 'lo'))})")
     return sorted(devices), bool(tunnels)
+
+
+def word_after(word: str, text: str) -> str:
+    """The word that follows another one in what `ip` printed; empty if there is none."""
+    words = text.split()
+    return words[words.index(word) + 1] if word in words[:-1] else ""
 
 
 # ---- Measurement: planning -----------------------------------------------------------------------------------
@@ -2205,15 +2078,14 @@ class Flows:
         """The expression made of terms for an address at the beginning (False) or the end (True) of the way."""
         ways = []
         for direction in self._directions:
-            ends = [term(direction is OUT, source) for source in self._sources]
-            either = [f"({' or '.join(ends)})"] if len(ends) > 1 else ends
-            ways.append(" and ".join([*either, term(direction is IN, self._destination)]))
-        return f"(({ways[0]}) or ({ways[1]}))" if len(ways) > 1 else ways[0]
+            near = " or ".join(term(direction is OUT, source) for source in self._sources)
+            ways.append(f"({near}) and " * bool(near) + term(direction is IN, self._destination))
+        return " or ".join(f"({way})" for way in ways)
 
     def plain(self) -> str:
         """The traffic itself."""
-        between = self._between(lambda end, address: f"{('src', 'dst')[end]} host {address}")
-        return f"{'ip6' if self._six else 'ip'} and {between}"
+        between = self._between(lambda end, address: f"{'dst' if end else 'src'} host {address}")
+        return f"{'ip6' if self._six else 'ip'} and ({between})"
 
     def _bytes(self, of: str, at: int) -> str:
         """The same by bytes of a frame ("ether"), or of what UDP carries, where the IP header begins there."""
@@ -2222,9 +2094,9 @@ class Flows:
             words = (f"{of}[{place + i}:4] = 0x{packed[i:i + 4].hex()}" for i in range(0, len(packed), 4))
             return f"({' and '.join(words)})"
 
-        return f"{of}[{at - 2}:2] = {self._kind} and {self._between(term)}"
+        return f"{of}[{at - 2}:2] = {self._kind} and ({self._between(term)})"
 
-    def tunnelled(self) -> str:
+    def _tunnelled(self) -> str:
         """VXLAN, Geneve and GRE packets that may carry the traffic.
 
         It looks inside where that is at a fixed place (in VXLAN, and Geneve without options, over IPv4 and without an
@@ -2237,12 +2109,12 @@ class Flows:
 
     def _tagged(self, at: int, overlay: bool) -> str:
         """The traffic, also in tunnels (all that they carry), in a frame whose IP header begins there."""
-        tunnels = []
+        terms = [f"({self._bytes('ether', at)})"]
         for kind, protocol, port in (("0x0800", at + 9, at + 22), ("0x86dd", at + 6, at + 42)) if overlay else ():
             ports = " or ".join(f"ether[{port}:2] = {number}" for number in TUNNEL_PORTS)
-            tunnels.append(f"(ether[{at - 2}:2] = {kind} and (ether[{protocol}] = {GRE} or "
-                           f"(ether[{protocol}] = {UDP} and ({ports}))))")
-        return " or ".join([f"({self._bytes('ether', at)})", *tunnels])
+            terms.append(f"(ether[{at - 2}:2] = {kind} and (ether[{protocol}] = {GRE} or (ether[{protocol}] = {UDP} "
+                         f"and ({ports}))))")
+        return " or ".join(terms)
 
     def expression(self, ethernet: bool, overlay: bool) -> str:
         """What to capture on a physical interface, also under up to two VLAN tags.
@@ -2250,7 +2122,7 @@ class Flows:
         Of received frames the card has taken the tag away, and the plain expression finds them.  In frames that are
         sent it may still be there: bytes tell, since the keyword `vlan` doesn't look at them before libpcap 1.9.
         """
-        plain = f"({self.plain()}) or {self.tunnelled()}" if overlay else self.plain()
+        plain = f"({self.plain()}) or {self._tunnelled()}" if overlay else self.plain()
         first, second = (f"(ether[{at}:2] = 0x8100 or ether[{at}:2] = 0x88a8)" for at in (12, 16))
         return (f"({plain}) or ({first} and ({self._tagged(18, overlay)} or ({second} and "
                 f"({self._tagged(22, overlay)}))))" if ethernet else plain)
@@ -2295,48 +2167,40 @@ class Facts:
             word, *words = line.split() or [""]
             self._rows[word].append(words)
         self.tcpdump = "\n".join(line[8:] for line in text.splitlines() if line.startswith("tcpdump "))
-        self.has_tcpdump = self._first("status") not in ("126", "127")
-        free = self._first("free", 3)
-        self.free = int(free) * 1024 if re.fullmatch(r"\d{1,15}", free, re.ASCII) else None
+        self.has_tcpdump = self._word("status") not in ("126", "127")
+        kib = self._word("free", 3)
+        self.free = int(kib) * 1024 if re.fullmatch(r"\d{1,15}", kib, re.ASCII) else None
         self.links = {words[1].rstrip(":").partition("@")[0]: words for words in self._rows["link"] if len(words) > 1}
 
-    def _first(self, word: str, place: int = 0) -> str:
-        row = [*self._rows[word], []][0]
-        return row[place] if len(row) > place else ""
+    def _word(self, fact: str, place: int = 0) -> str:
+        return [*[*self._rows[fact], []][0], *[""] * 4][place]
 
     def platform(self, pifs: Iterable[str], vif: str) -> dict[str, Any]:
         """The platform (RFC 8172), as far as it is known."""
-        link, backend = self.links.get(vif, []), self._first("backend")
-        bridge = link[link.index("master") + 1] if "master" in link[:-1] else ""
+        bridge, backend = word_after("master", " ".join(self.links.get(vif, ()))), self._word("backend")
         ovs = [word for row in self._rows["ovs"] for word in row if re.fullmatch(r"\d[\d.]{1,20}", word, re.ASCII)]
         kinds: dict[str, Any] = {}
-        for pif in pifs:
-            driver = "".join(os.path.basename(row[1]) for row in self._rows["driver"] if len(row) > 1 and row[0] == pif)
-            offloads = [row[1] for row in self._rows["offload"] if row[0] == pif and row[1] in OFFLOADS]
-            if driver or offloads:
-                kinds[pif] = {"driver": driver or None, "offloads": offloads}
+        for kind, place in (("driver", 0), ("offload", 1)):
+            for pif, value in (row[:2] for row in self._rows[kind] if len(row) > 1 and row[0] in pifs):
+                card = kinds.setdefault(pif, {"driver": None, "offloads": []})
+                if not place:
+                    card["driver"] = os.path.basename(value)
+                elif value in OFFLOADS:
+                    card["offloads"].append(value)
         open_vswitch = bridge == "ovs-system" or (not bridge and backend in ("openvswitch", "vswitch"))
-        cpus, version = self._first("cpus"), re.search(r"^tcpdump version (\S+)", self.tcpdump, re.MULTILINE)
+        version = re.search(r"^tcpdump version (\S+)", self.tcpdump, re.MULTILINE)
+        cpus, load = self._word("cpus"), [*self._rows["load"], []][0][:3]
         known = {
-            "kernel": self._first("kernel"), "tcpdump": version[1] if version else "",
+            "kernel": self._word("kernel"), "tcpdump": version and version[1],
             "switch": " ".join(["Open vSwitch", *ovs[:1]]) if open_vswitch else "bridge" if bridge or backend else "",
-            "cpus": int(cpus) if is_number(cpus) else 0, "pifs": kinds,
-            "load": [float(word) for row in self._rows["load"] for word in row[:3]
-                     if re.fullmatch(r"\d{1,6}\.\d\d", word, re.ASCII)]}
+            "cpus": is_number(cpus) and int(cpus), "pifs": kinds,
+            "load": [float(word) for word in load if re.fullmatch(r"\d{1,6}\.\d\d", word, re.ASCII)]}
         return {name: value for name, value in known.items() if value}
 
 
-class Plan:
-    """What is to be done on the hypervisor: the interfaces, and the commands that capture on them.
-
-    `captures` are (side, interface, command); each ends after `limit` packets, if that isn't None, and its file has
-    `largest_file` bytes at the most.  `facts` are those of the hypervisor before the run.
-    """
-
-    def __init__(self, vif: str, pifs: Sequence[str], overlay: bool, facts: Facts,
-                 captures: Sequence[tuple[str, str, str]], limit: int | None, largest_file: int) -> None:
-        self.vif, self.pifs, self.overlay, self.facts = vif, pifs, overlay, facts
-        self.captures, self.limit, self.largest_file = captures, limit, largest_file
+# What is to be done on the hypervisor.  `captures` are (side, interface, command); each ends after `limit` packets, if
+# that isn't None, and its file has `largest_file` bytes at the most.  `facts` are those before the run.
+Plan = namedtuple("Plan", "vif pifs overlay facts captures limit largest_file")
 
 
 def make_plan(facts: Facts, vif: str, pifs: Sequence[str], overlay: bool, flows: Flows, filters: Mapping[str, str],
@@ -2349,37 +2213,34 @@ def make_plan(facts: Facts, vif: str, pifs: Sequence[str], overlay: bool, flows:
         raise UsageError(f"{vif} is the VM's own interface, and can't be the physical one (-i), too")
     if not facts.has_tcpdump:
         raise CaptureError(f"can't run tcpdump: {last_line(facts.tcpdump)} (install it there: apt-get install tcpdump)")
-    interfaces = [("pif", pif) for pif in pifs[:1 if own["pif"] else None]] + [("vif", vif)]
-    snaplen, room = OVERLAY_SNAPLEN if overlay else SNAPLEN, most
-    if facts.free is not None and facts.free // 2 // len(interfaces) < most:
-        room = facts.free // 2 // len(interfaces)
-        if room < SMALLEST_FILE:
-            raise CaptureError(f"no space left in /tmp (or $TMPDIR) there: {facts.free} bytes free")
+    interfaces = [*(("pif", pif) for pif in (pifs[:1] if own["pif"] else pifs)), ("vif", vif)]
+    snaplen = OVERLAY_SNAPLEN if overlay else SNAPLEN
+    room = most if facts.free is None else min(most, facts.free // 2 // len(interfaces))
+    if room < SMALLEST_FILE:
+        raise CaptureError(f"no space left in /tmp (or $TMPDIR) there: {facts.free} bytes free")
     limit, captures = room // (RECORD_HEADER + snaplen), []
     for side, interface in interfaces:
         ethernet = "link/ether" in facts.links.get(interface, ["link/ether"])
-        ours = flows.plain() if side == "vif" else flows.expression(ethernet, overlay)
-        captures.append((side, interface, own[side] or capture_command(
-            interface, filters.get(side) or ours, facts.tcpdump, snaplen, limit)))
-    if any(own.values()):
-        return Plan(vif, pifs, overlay, facts, captures, None, most)
-    return Plan(vif, pifs, overlay, facts, captures, limit, PCAP_HEADER + room)
+        ours = filters.get(side) or (flows.plain() if side == "vif" else flows.expression(ethernet, overlay))
+        command = own[side] or capture_command(interface, ours, facts.tcpdump, snaplen, limit)
+        captures.append((side, interface, command))
+    bounds = (None, most) if any(own.values()) else (limit, PCAP_HEADER + room)
+    return Plan(vif, pifs, overlay, facts, captures, *bounds)
 
 
 class Hosts:
     """The connections of a run: to the hypervisor, and to those sources that can be used; `failed` are the others."""
 
     def __init__(self, hypervisor: Host, sources: dict[str, Host], failed: dict[str, NetWeaverError]) -> None:
-        self.hypervisor, self.sources = hypervisor, sources
-        self.failed: dict[str, NetWeaverError] = {}
-        for name, error in failed.items():
-            self.fail(name, error)
+        self.hypervisor, self.sources, self.failed = hypervisor, sources, failed
+        self.fail({})
 
-    def fail(self, name: str, error: NetWeaverError) -> None:
-        """Leaves out a source that is of no use; raises the first such error if none is left."""
-        self.sources.pop(name, None)
-        self.failed[name] = error
-        if not self.sources:
+    def fail(self, errors: Mapping[str, NetWeaverError]) -> None:
+        """Leaves out sources that are of no use; raises the first error of all if none is left."""
+        self.failed.update(errors)
+        for name in errors:
+            self.sources.pop(name, None)
+        if self.failed and not self.sources:
             raise next(iter(self.failed.values()))
 
     def close(self, wait: bool) -> None:
@@ -2393,65 +2254,60 @@ class Hosts:
                 host.close()
 
 
+def attempt_all(call: Callable[[str], Any], names: Iterable[str]) -> tuple[dict[str, Any], dict[str, NetWeaverError]]:
+    """Calls a function with each name, all at once; what it returned, and the errors, by name."""
+    errors: dict[str, NetWeaverError] = {}
+
+    def attempt(name: str) -> Any:
+        try:
+            return call(name)
+        except NetWeaverError as error:
+            errors[name] = error
+            return None
+
+    names = list(names)
+    found = dict(zip(names, in_parallel(*(lambda name=name: attempt(name) for name in names),
+                                        seconds=5 * CONNECT_SECONDS)))
+    return {name: found[name] for name in names if name not in errors}, errors
+
+
 def connect_hosts(settings: Sequence[HostSettings], connect: Callable[[HostSettings], Host]) -> Hosts:
     """Connects to all hosts at once, of which the first is the hypervisor; the others may fail but for one."""
     by_name = {each.name: each for each in settings}
-    failed: dict[str, NetWeaverError] = {}
-
-    def attempt(name: str) -> Host | None:
-        try:
-            return connect(by_name[name])
-        except NetWeaverError as error:
-            if name == settings[0].name:
-                raise
-            failed[name] = error
-            return None
-
-    found = in_parallel(*(lambda name=name: attempt(name) for name in by_name), seconds=5 * CONNECT_SECONDS)
-    hosts = {name: host for name, host in zip(by_name, found) if host}
-    return Hosts(hosts[settings[0].name], {each.name: hosts[each.name] for each in settings[1:] if each.name in hosts},
-                 failed)
+    hosts, failed = attempt_all(lambda name: connect(by_name[name]), by_name)
+    first, *others = (each.name for each in settings)
+    try:
+        if first in failed:
+            raise failed[first]
+        return Hosts(hosts[first], {name: hosts[name] for name in others if name in hosts}, failed)
+    except NetWeaverError:
+        for host in hosts.values():
+            host.close()
+        raise
 
 
-def addresses_in_traffic(sources: Iterable[Host], destination: str) -> list[str]:
-    """The addresses which the sources' packets to the destination may carry; RemoteCommandError if one has none.
+def addresses_in_traffic(host: Host, destination: str) -> list[str]:
+    """The addresses which a source's packets to the destination may carry; RemoteCommandError if none is known.
 
     That is the one under which it was reached, and the one its routing chooses: management and traffic often have
     networks of their own.
     """
-    def of(host: Host) -> list[str]:
-        words = host.run(f"ip -o route get {destination}").output.split()
-        routed = words[words.index("src") + 1] if "src" in words[:-1] else ""
-        known = [address for address in (host.address, routed) if re.fullmatch(r"[0-9A-Fa-f.:]{2,45}", address)
-                 and (":" in address) == (":" in destination)]
-        if not known:
-            raise RemoteCommandError(f"{host.name}: can't tell which address its packets to {destination} carry: say "
-                                     f"by --filter what to capture, as 'src host ADDRESS and dst host {destination}'")
-        return [resolve(address) for address in known]
-
-    found = in_parallel(*(lambda host=host: of(host) for host in sources))
-    return list(dict.fromkeys(address for addresses in found for address in addresses))
+    routed = word_after("src", host.run(f"ip -o route get {destination}").output)
+    known = [resolve(address) for address in (host.address, routed) if re.fullmatch(r"[0-9A-Fa-f.:]{2,45}", address)
+             and (":" in address) == (":" in destination)]
+    if not known:
+        raise RemoteCommandError(f"{host.name}: can't tell which address its packets to {destination} carry: say by "
+                                 f"--filter what to capture, as 'src host ADDRESS and dst host {destination}'")
+    return known
 
 
 # ---- Measurement: recording ----------------------------------------------------------------------------------
 
 HANDED_OVER_SECONDS, SHORTEST_WAIT = 1.0, 0.1        # the kernel keeps its blocks of packets for up to 1 s
 
-
-class Recording:
-    """What a run has captured: where it is on the hypervisor, the time that counts, and what is to be said of it.
-
-    `counts` are by side what tcpdump said at the end.
-    """
-
-    def __init__(self, plan: Plan, job: Job, sftp: paramiko.SFTPClient, window: Window, config: Mapping[str, Any],
-                 interrupted: bool) -> None:
-        self.plan, self.job, self.sftp, self.window = plan, job, sftp, window
-        self.config, self.interrupted = config, interrupted
-        self.counts: dict[str, dict[str, int]] = {"pif": {}, "vif": {}}
-        for number, (side, _, _) in enumerate(plan.captures, 1):
-            for name, packets in tcpdump_counts(job.said(number)).items():
-                self.counts[side][name] = self.counts[side].get(name, 0) + packets
+# What a run has captured: where it is on the hypervisor, the time that counts, and what is to be said of it.  `counts`
+# are by side what tcpdump said at the end.
+Recording = namedtuple("Recording", "plan job sftp window config interrupted counts")
 
 
 def tcpdump_counts(lines: Iterable[str]) -> dict[str, int]:
@@ -2486,23 +2342,20 @@ class Recorder:
                  interrupted: Callable[[], bool], tick: Callable[[float], None] | None) -> None:
         self._hosts, self._plan, self._changed, self._timeout, self._wait = hosts, plan, changed, timeout, wait
         self._interrupted, self._tick = interrupted, tick
-        self._numbers = range(1, len(plan.captures) + 1)
-        script = "\n".join(f"capture {number} {quote(command)}"
-                           for number, (_, _, command) in zip(self._numbers, plan.captures))
-        self._job = hosts.hypervisor.start(f"{CAPTURES}\n{script}\nuntil wait; do :; done\n",
-                                           timeout + wait + 6 * ANSWER_SECONDS, private=True,
-                                           shown=[command for _, _, command in plan.captures])
-        self._until(lambda: self._job.ended or all(self._listens(number) or self._over(number)
-                                                   for number in self._numbers), ANSWER_SECONDS)
+        commands = [command for _, _, command in plan.captures]
+        lines = (f"capture {number} {quote(command)}" for number, command in enumerate(commands, 1))
+        self._job = hosts.hypervisor.start("\n".join([CAPTURES, *lines, "until wait; do :; done"]),
+                                           timeout + wait + 6 * ANSWER_SECONDS, private=True, shown=commands)
+        self._until(lambda: self._job.ended or all(map(ready, self._said())), ANSWER_SECONDS)
         self._check_captures()
         self._incidents = [f"the {side}'s command didn't say that it is listening: packets at the start may be missing"
-                           for number, (side, _, _) in zip(self._numbers, plan.captures) if not self._listens(number)]
+                           for (side, _, _), said in zip(plan.captures, self._said()) if not ready(said)]
         version = re.search(r"libpcap version (\d)\.(\d)\b", plan.facts.tcpdump)
-        if version and version.groups() < ("1", "9") and any(re.search(r"\bvlan\b", row[2]) for row in plan.captures):
+        if version and version.groups() < ("1", "9") and any(re.search(r"\bvlan\b", command) for command in commands):
             self._incidents.append(f"by the keyword vlan libpcap {version[1]}.{version[2]} finds no tagged frames that "
                                    "are sent: test bytes instead, such as ether[12:2] = 0x8100")
 
-    def record(self, source_command: str, whole: bool, config: Mapping[str, Any],
+    def record(self, source_command: str, whole: bool, config: Report,
                after: Callable[[], paramiko.SFTPClient]) -> Recording:
         """Runs the traffic, and stops the captures when the kernel has handed over what they saw.
 
@@ -2521,33 +2374,36 @@ class Recorder:
         self._job.stop()
         if not self._until(lambda: self._job.ended or self._job.status is not None, ANSWER_SECONDS):
             raise CaptureError(f"{self._job.name}: a capture doesn't end")
-        self._hosts.hypervisor.check(self._job)
+        self._hosts.hypervisor.check_job(self._job)
         window = self._window(marks)
         if window is not ALWAYS:
             found["window"] = {name: iso_time(getattr(window, name)) for name in ("start", "end", "watched_until")}
-        failures = [f"a source failed, so its traffic is missing or not whole: {error}"
-                    for error in self._hosts.failed.values()]
-        return Recording(self._plan, self._job, sftp, window,
-                         {**config, **found, "incidents": self._incidents + failures}, self._interrupted())
+        self._incidents += [f"a source failed, so its traffic is missing or not whole: {error}"
+                            for error in self._hosts.failed.values()]
+        counts: dict[str, dict[str, int]] = {"pif": {}, "vif": {}}
+        for (side, _, _), said in zip(self._plan.captures, self._said()):
+            for name, packets in tcpdump_counts(said).items():
+                counts[side][name] = counts[side].get(name, 0) + packets
+        return Recording(self._plan, self._job, sftp, window, {**config, **found, "incidents": self._incidents},
+                         self._interrupted(), counts)
 
     def _until(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Waits for a condition on the jobs; False if the time is over."""
         with self._changed:
             return self._changed.wait_for(condition, seconds)
 
-    def _listens(self, number: int) -> bool:
-        return any("listening on" in line for line in self._job.said(number))
-
-    def _over(self, number: int) -> bool:
-        return any(line.startswith("exit ") for line in self._job.said(number)[-1:])
+    def _said(self) -> list[list[str]]:
+        """The lines of each capture; the last one is "exit STATUS" when it has ended."""
+        lines = [line.partition(" ") for line in self._job.errors.splitlines()]
+        return [[text for number, _, text in lines if number == str(place)]
+                for place in range(1, len(self._plan.captures) + 1)]
 
     def _check_captures(self) -> None:
         """Raises CaptureError, in tcpdump's words, if a capture has ended by itself, but for its limit."""
         plan, name = self._plan, self._job.name
-        self._hosts.hypervisor.check(self._job)
-        for number, (side, interface, _) in zip(self._numbers, plan.captures):
-            said = self._job.said(number)
-            if not self._over(number):
+        self._hosts.hypervisor.check_job(self._job)
+        for (side, interface, _), said in zip(plan.captures, self._said()):
+            if not over(said):
                 if self._job.ended:
                     raise CaptureError(f"{name}: the captures can't run: {last_line(self._job.errors)}")
             elif said[-1] != "exit 0" or not plan.limit or tcpdump_counts(said).get("captured", 0) < plan.limit:
@@ -2570,7 +2426,7 @@ class Recorder:
 
     def _mark(self) -> tuple[int, bool, int] | None:
         """Now, in nanoseconds: the hypervisor's clock, whether that is exact, and ours, which only goes forward."""
-        told = re.match(rb"(\d{10})(\d{9})?", self._job.time())
+        told = re.match(r"(\d{10})(\d{9})?", self._job.time())
         return (int(told[1]) * NANOSECONDS + int(told[2] or 0), bool(told[2]), time.monotonic_ns()) if told else None
 
     def _window(self, marks: Sequence[tuple[int, bool, int] | None]) -> Window:
@@ -2582,50 +2438,43 @@ class Recorder:
                                    "beginning and the end may be counted as lost")
         if len(known) < len(marks):
             return ALWAYS
-        step = (known[2][0] - known[0][0]) - (known[2][2] - known[0][2])
+        (start, _, begun), (end, _, _), (stop, _, ended) = known
+        step = (stop - start) - (ended - begun)
         if abs(step) > NANOSECONDS * (1 if exact else 2):
             self._incidents.append(f"the hypervisor's clock was set by about {step / NANOSECONDS:.0f} s during the "
                                    "run: delays across that moment are wrong; measure again")
             return ALWAYS
-        start, end, stop = (mark[0] for mark in known)
         return Window(start, end + (0 if exact else NANOSECONDS), stop - int(HANDED_OVER_SECONDS * NANOSECONDS),
                       int(self._wait * NANOSECONDS))
 
     def _generate(self, command: str, whole: bool) -> dict[str, Any]:
         """Runs the traffic to its end, to the time-out or to an interruption; returns what the report says of it."""
         hosts, begun = self._hosts, time.monotonic()
-        jobs: dict[str, Job] = {}
 
-        def start(name: str) -> None:
-            try:
-                jobs[name] = hosts.sources[name].start(f"exec >/dev/null\n{command}", self._timeout + ANSWER_SECONDS,
-                                                       shown=[command])
-            except HostConnectionError as error:
-                hosts.fail(name, error)
+        def check(name: str) -> None:
+            hosts.sources[name].check_job(jobs[name])
+            check_generator(jobs[name], command)
 
-        in_parallel(*(lambda name=name: start(name) for name in list(hosts.sources)))
-        over = self._watch(begun, lambda: (
+        jobs, errors = attempt_all(lambda name: hosts.sources[name].start(
+            f"exec >/dev/null\n{command}", self._timeout + ANSWER_SECONDS, shown=[command]), hosts.sources)
+        hosts.fail(errors)
+        in_time = self._watch(begun, lambda: (
             (bool(jobs) and all(job.ended for job in jobs.values())) or self._interrupted() or self._job.ended
-            or any(map(self._over, self._numbers))))
+            or any(map(over, self._said()))))
         self._check_captures()
-        for name in [name for name in hosts.sources if name in jobs]:
-            try:
-                hosts.sources[name].check(jobs[name])
-                check_generator(jobs[name], command)
-            except NetWeaverError as error:
-                hosts.fail(name, error)
+        hosts.fail(attempt_all(check, jobs)[1])
         running = [job for job in jobs.values() if not job.ended]
         for job in running:
             job.stop()
-        if running and not over and whole:
+        if running and not in_time and whole:
             self._incidents.append(f"the source command was stopped after {self._timeout:g} s (--timeout)")
         if not self._until(lambda: all(job.ended for job in running), ANSWER_SECONDS):
             raise RemoteCommandError(f"{', '.join(job.name for job in running if not job.ended)}: the source command "
                                      "doesn't end")
         found: dict[str, Any] = {"duration": round(time.monotonic() - begun, 6)}
-        sent = [number for job in jobs.values() if (number := transmitted(job.errors)) is not None]
-        if sent and len(sent) == len(jobs) and not running and not hosts.failed:
-            found["transmitted"] = sum(sent)
+        sent = [transmitted(job.errors) for job in jobs.values()]
+        if sent and None not in sent and not running and not hosts.failed:
+            found["transmitted"] = sum(filter(None, sent))
         return found
 
     def _watch(self, begun: float, done: Callable[[], bool]) -> bool:
@@ -2638,33 +2487,35 @@ class Recorder:
         return self._until(done, 0)
 
 
+def over(said: Sequence[str]) -> bool:
+    """Whether a capture of which these are the lines has ended."""
+    return any(line.startswith("exit ") for line in said[-1:])
+
+
+def ready(said: Sequence[str]) -> bool:
+    """Whether it listens, or has ended."""
+    return over(said) or any("listening on" in line for line in said)
+
+
 def check_generator(job: Job, command: str) -> None:
     """Raises what is wrong with a source command that has ended; exit status 1 for "no reply" is no failure."""
     program = os.path.basename((command.split() or [""])[0])
     unanswered = transmitted(job.errors) is not None or program in ("ping", "ping6")
-    if job.ended and not job.stopped and job.status is None:
-        raise RemoteCommandError(f"{job.name}: the source command could not be run: {last_line(job.errors)}"
-                                 f"{SUDO_HINT if 'sudo' in job.errors else ''}")
-    if job.ended and not job.stopped and job.status and not (job.status == 1 and unanswered):
-        hint = " (install it there, or choose another --source-command)" if job.status == 127 else ""
-        raise RemoteCommandError(f"{job.name}: {command}: exit status {job.status}: {last_line(job.errors)}{hint}")
+    if not job.ended or job.stopped or job.status == 0 or (job.status == 1 and unanswered):
+        return
+    hint = (SUDO_HINT if job.status is None and "sudo" in job.errors else
+            " (install it there, or choose another --source-command)" if job.status == 127 else "")
+    what = ("the source command could not be run" if job.status is None else f"{command}: exit status {job.status}")
+    raise RemoteCommandError(f"{job.name}: {what}: {last_line(job.errors)}{hint}")
 
 
 def fetch_captures(host: Host, recording: Recording, directory: str, paths: dict[str, list[str]]) -> None:
     """Copies the captures into a local directory and removes them there; adds their paths by side."""
-    for number, (side, interface, _) in enumerate(recording.plan.captures, 1):
+    for number, (side, _, _) in enumerate(recording.plan.captures, 1):
         local = os.path.join(directory, f"{side}{len(paths[side]) or ''}.pcap")
         host.fetch(recording.sftp, f"{recording.job.directory}/{number}.pcap", local, recording.plan.largest_file)
-        captured = tcpdump_counts(recording.job.said(number)).get("captured", 0)
-        if captured and os.path.getsize(local) < PCAP_HEADER:
-            raise not_written(recording.job, interface, captured, 0)
         paths[side].append(local)
     recording.job.leave()
-
-
-def not_written(job: Job, interface: str, captured: int, records: int) -> CaptureError:
-    return CaptureError(f"{job.name}: tcpdump captured {captured} packets on {interface} and {records} are in the "
-                        f"file: is the disk under {job.directory} full?")
 
 
 def check_interface(host: Host, plan: Plan, find_vif: Callable[[], str]) -> None:
@@ -2683,27 +2534,23 @@ def check_interface(host: Host, plan: Plan, find_vif: Callable[[], str]) -> None
 
 def format_source_command(template: str, count: int, destination: str) -> str:
     """The source command with {count} and {destination} filled in; UsageError for any other placeholder."""
-    from string import Formatter
-    try:
-        for _, name, spec, conversion in Formatter().parse(template):
-            if name is not None and (name not in ("count", "destination") or spec or conversion):
-                raise ValueError(f"unknown placeholder {{{name}}}; there are {{count}} and {{destination}}")
-    except ValueError as error:
-        raise UsageError(f"--source-command: {error}; write {{{{ or }}}} for a brace") from None
-    return template.format(count=count, destination=destination)
+    values = {"{{": "{", "}}": "}", "{count}": str(count), "{destination}": destination}
+
+    def fill(found: re.Match[str]) -> str:
+        if found[0] not in values:
+            raise UsageError(f"--source-command: unknown placeholder {found[0]}; there are {{count}} and "
+                             "{destination}; write {{ or }} for a brace")
+        return values[found[0]]
+
+    return re.sub(r"\{\{|}}|\{[^{}]*}?|}", fill, template)
 
 
 # ---- Measurement: analysing what was captured ----------------------------------------------------------------
 
-class Analysis:
-    """What came of two captures: the packets of each direction, and what was in the files of each side.
-
-    `results` are in the order of the selection's directions, `guest` is what `guest_times` found if both were measured.
-    """
-
-    def __init__(self, results: Sequence[Result], counts: Mapping[str, Mapping[str, Any]], warnings: Sequence[str],
-                 guest: tuple[list[int], dict[str, int]] | None = None) -> None:
-        self.results, self.counts, self.warnings, self.guest = results, counts, warnings, guest
+# What came of two captures: the result of each direction, by side what was in the files, what was odd, and what
+# `guest_times` found if both directions were measured.
+Analysis = namedtuple("Analysis", "results counts warnings guest")
+SavedRun = namedtuple("SavedRun", "report paths selection window limit")
 
 
 def analyze_captures(paths: Mapping[str, Sequence[str]], selection: Selection, window: Window = ALWAYS,
@@ -2715,18 +2562,21 @@ def analyze_captures(paths: Mapping[str, Sequence[str]], selection: Selection, w
     """
     from contextlib import ExitStack
     warnings: list[str] = []
+    sides: dict[tuple[int, int], str] = {}           # by what is the same of a file under any name
+    captures: dict[str, list[Capture]] = {"pif": [], "vif": []}
     with ExitStack() as stack:
-        files = {side: {path: open_capture(path, stack) for path in names} for side, names in paths.items()}
-        pif, vif = ({(status.st_dev, status.st_ino): path for path, file in files[side].items()
-                     for status in [os.fstat(file.fileno())]} for side in ("pif", "vif"))
-        for same in pif.keys() & vif.keys():
-            raise UsageError(f"{vif[same]} is given for the pif and for the vif: two captures are compared")
-        captures = {side: [Capture(files[side][path], path) for path in names.values()]
-                    for side, names in (("pif", pif), ("vif", vif))}
+        for side, path in [(point, name) for point in captures for name in paths[point]]:
+            file = open_capture(path, stack)
+            status = os.fstat(file.fileno())
+            known = sides.setdefault((status.st_dev, status.st_ino), "")
+            if known not in ("", side):
+                raise UsageError(f"{path} is given for the pif and for the vif: two captures are compared")
+            sides[status.st_dev, status.st_ino] = side
+            captures[side] += [] if known else [Capture(file, path)]
         traffic = read(captures, selection)
-    ends = [capture.last for found in captures.values() for capture in found if limit and capture.records >= limit]
+    ends = [capture.last for each in captures.values() for capture in each if limit and capture.records >= limit]
     if ends:
-        window = Window(window.start, min(window.end, *ends), min(window.watched_until, *ends), window.wait)
+        window = window._replace(end=min(window.end, *ends), watched_until=min(window.watched_until, *ends))
         warnings.append(f"a capture has reached its limit of {limit} packets (--max-capture-size, or half of the "
                         "hypervisor's free space): what came later is in no count")
     counts = {side: file_counts(side, found, warnings) for side, found in captures.items()}
@@ -2734,8 +2584,7 @@ def analyze_captures(paths: Mapping[str, Sequence[str]], selection: Selection, w
     if pif_unit != vif_unit:
         warnings.append(f"the time stamps of the pif are in {pif_unit}, and those of the vif in {vif_unit}: all were "
                         "brought to the coarser unit")
-    matchings = [match(each, window) for each in traffic]
-    del traffic                                      # its table of identities is large
+    matchings = [match(traffic.pop(0), window) for _ in selection.directions]        # its table of identities is large
     results = [classify(matching, window) for matching in matchings]
     return Analysis(results, counts, warnings, guest_times(results[0], matchings[1]) if len(results) > 1 else None)
 
@@ -2786,66 +2635,61 @@ def analyze_text(pif_path: str, vif_path: str, direction: Direction, *columns: A
                 for side, capture in captures.items() if capture.skipped]
     if len(set(result.matching.numbers)) < len(result.matching.numbers):
         warnings.append("are the sequence numbers really in column seq_no_col?")
-    return Analysis([result], {side: {"records": len(capture.times), "skipped": capture.skipped}
-                               for side, capture in captures.items()}, warnings)
+    counts = {side: {"records": len(capture.times), "skipped": capture.skipped} for side, capture in captures.items()}
+    return Analysis([result], counts, warnings, None)
 
 
-def selection_of(config: Mapping[str, Any]) -> Selection:
+def selection_of(config: Report) -> Selection:
     """The packets that count, by the report's account of what ran."""
     return Selection(DIRECTIONS[config["direction"]], **config["selection"], translated=config["match_nat"])
 
 
-class SavedRun:
-    """A run that `NetWeaver.save` has kept: its captures, and what its report says of how to read them."""
-
-    def __init__(self, directory: str) -> None:
-        import json
-        try:
-            with open(os.path.join(directory, "report.json"), encoding="utf-8") as file:
-                self.report: dict[str, Any] = json.load(file)
-            config = self.config = self.report["config"]
-            times, self.limit = config.get("window"), config["capture_limit"]
-            self.selection = selection_of(config)
-            self.window = ALWAYS
-            if times:
-                start, end, watched_until = (parse_time(times[name]) for name in ("start", "end", "watched_until"))
-                self.window = Window(start, end, watched_until, int(config["wait"] * NANOSECONDS))
-            self.paths = {side: [os.path.join(directory, name) for name in sorted(os.listdir(directory))
-                                 if re.fullmatch(rf"{side}\d*\.pcap", name)] for side in ("pif", "vif")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            why = getattr(error, "strerror", None) or f"it says too little: {error}"
-            raise UsageError(f"{directory}: not a directory that --save made: report.json: {why}") from None
-        if not all(self.paths.values()):
+def load_run(directory: str) -> SavedRun:
+    """A run that `keep_run` has kept: its report, its captures, and how to read them."""
+    import json
+    try:
+        with open(os.path.join(directory, "report.json"), encoding="utf-8") as file:
+            report = json.load(file)
+        config, window = report["config"], ALWAYS
+        if times := config.get("window"):
+            start, end, watched_until = (parse_time(times[name]) for name in ("start", "end", "watched_until"))
+            window = Window(start, end, watched_until, int(config["wait"] * NANOSECONDS))
+        paths = {side: [os.path.join(directory, name) for name in sorted(os.listdir(directory))
+                        if re.fullmatch(rf"{side}\d*\.pcap", name)] for side in ("pif", "vif")}
+        if not all(paths.values()):
             raise UsageError(f"{directory}: its captures are missing")
+        return SavedRun(report, paths, selection_of(config), window, config["capture_limit"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = getattr(error, "strerror", None) or f"it says too little: {error}"
+        raise UsageError(f"{directory}: not a directory that --save made: report.json: {why}") from None
 
 
-def keep_run(directory: str, name: str, files: Iterable[str], report: Mapping[str, Any]) -> str:
+def keep_run(directory: str, name: str, files: Iterable[str], report: Report) -> str:
     """Makes a directory of that name, or one like it, with copies of the files and the report; returns its path."""
     import json
     import shutil
-    import tempfile
-    temporary, number = "", 1
+    made = ""
     try:
         os.makedirs(directory, exist_ok=True)
-        temporary = tempfile.mkdtemp(prefix=".netweaver-", dir=directory)
-        for file in files:
-            shutil.copyfile(file, os.path.join(temporary, os.path.basename(file)))
-        os.chmod(temporary, unmasked(0o777))
-        while True:
+        for number in count(1):
             path = os.path.join(directory, f"{name}{f'-{number}' if number > 1 else ''}")
-            with open(os.path.join(temporary, "report.json"), "w", encoding="utf-8") as text:
-                text.write(json.dumps({**report, "saved": path}) + "\n")
             try:
-                os.rename(temporary, path)           # fails if another run of this second has that name
-                return path
-            except OSError:
-                if not os.path.exists(path) or number > 999:
-                    raise
-                number += 1
-    except OSError as error:
+                os.mkdir(path)
+                made = path
+                break
+            except FileExistsError:                  # another run of this second
+                continue
+        for file in files:
+            shutil.copyfile(file, os.path.join(made, os.path.basename(file)))
+        with open(os.path.join(made, "report.json"), "w", encoding="utf-8") as text:
+            json.dump({**report, "saved": made}, text)
+        return made
+    except BaseException as error:
+        if made:
+            shutil.rmtree(made, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise UsageError(f"can't save in {directory}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def iso_time(nanoseconds: int) -> str:
@@ -2866,17 +2710,10 @@ class NetWeaver:
     """Measures the time that packets take between a hypervisor's physical interface and a VM's virtual one.
 
     `source_ip` (one, several or none) and `destination_host_ip` are `[user@]host[:port]`; `destination_name_label` is
-    the VM's name in the `toolstack` (one of TOOLSTACKS), `destination_ip` its address, `vif_number` the number of its
-    interface.  `vif` names that itself, and `host_interface` the physical one, or several (the slaves of a bond), or
-    "auto".  `direction` is in (pif to vif), out (vif to pif) or both; `overlay` that the traffic is inside a tunnel
-    there; `filters` are pcap-filter(7) expressions by side, instead of our own.
-
-    `host_key_checking`, `known_hosts` and `ask` are those of Access, which looks for keys as ssh does where there is no
-    `ssh_key_path`; with `sudo` commands run as root by sudo.  `timeout` bounds the traffic (seconds), `duration` is
-    how long to measure (needed without sources), `wait` for how long to wait for the last packets, and
-    `max_capture_size` bounds each capture (bytes).  With `match_nat` addresses take no part in the matching, and
-    `slowest` is how many of the slowest packets to list.  `labels` go into the report.  `progress` and `log` are called
-    with lines for people: the steps, and each command run; `tick` once a second while traffic runs, with the seconds.
+    the VM's name in the `toolstack` (one of TOOLSTACKS), `destination_ip` its address.  The other parameters are the
+    command line's options, times in seconds, sizes in bytes; `filters` are by side (pif, vif).  `progress` and `log`
+    are called with lines for people (the steps, and each command run), `tick` once a second while traffic runs with
+    the seconds so far, and `ask` with a question for the passphrase of a key.
 
     Use it as a context manager, or call `close`.  The methods are meant to be called in the order in which they
     stand here; each raises a NetWeaverError that says what happened and where.  For a hypervisor with another
@@ -2912,7 +2749,7 @@ class NetWeaver:
         access = Access(ssh_key_path, host_key_checking, known_hosts, ask)
         self._progress, self._tick, self._changed = progress, tick, threading.Condition()
         self._settings, _ = in_parallel(lambda: [access.settings(target) for target in targets], import_paramiko)
-        self._connect = lambda settings: Host(access.connect(settings), self._changed, log, sudo)
+        self._connect = lambda settings: access.connect(settings, self._changed, log, sudo)
         self._reportable, self._directory = False, ""
         self._paths: dict[str, list[str]] = {"pif": [], "vif": []}
         self._hosts: Hosts | None = None
@@ -2958,17 +2795,18 @@ class NetWeaver:
             return self.vif or self._located(self.determine_vif_number)
 
         def find_facts() -> Facts:
-            hosts.hypervisor.check_sftp()
+            quietly(hosts.hypervisor.open_sftp().close)      # that there is one should be known before the traffic
             return Facts(hosts.hypervisor.run(FACTS_COMMAND).output)
 
         ours = hosts.sources.values() if len(self.filters) < 2 else ()
-        addresses, vif, facts = in_parallel(
-            lambda: addresses_in_traffic(ours, self.destination_ip), find_vif, find_facts)
-        pifs, tunnel = self._physical_interfaces(vif)
-        flows = Flows(addresses, self.destination_ip, DIRECTIONS[self.direction])
+        vif, facts, *found = in_parallel(find_vif, find_facts, *(
+            lambda host=host: addresses_in_traffic(host, self.destination_ip) for host in ours))
+        addresses = list(dict.fromkeys(address for each in found for address in each))
+        pifs, tunnel = (self._located(lambda: bridge_uplinks(self.run_command, vif))
+                        if "auto" in self.host_interfaces else (self.host_interfaces, False))
         plan = self._located(lambda: make_plan(
-            facts, vif, pifs, self.overlay or tunnel, flows, self.filters,
-            {"pif": dest_pif_cmd, "vif": dest_vif_cmd}, self.max_capture_size))
+            facts, vif, pifs, self.overlay or tunnel, Flows(addresses, self.destination_ip, DIRECTIONS[self.direction]),
+            self.filters, {"pif": dest_pif_cmd, "vif": dest_vif_cmd}, self.max_capture_size))
         select = self.direction == "both" or (plan.overlay and not self.match_nat)   # else the filter has done it
         config = {
             "version": __version__, "hypervisor": hosts.hypervisor.name,
@@ -2982,14 +2820,14 @@ class NetWeaver:
                for side in self._paths},
             "capture_limit": plan.limit, "wait": self.wait, "labels": self.labels,
             "platform": plan.facts.platform(plan.pifs, vif)}
-        self._progress("Spawning packet captures...")
-        recorder = Recorder(hosts, plan, self._changed, self.timeout, self.wait, lambda: self.interrupted, self._tick)
-        self._reportable = True
 
         def after() -> paramiko.SFTPClient:
             check_interface(hosts.hypervisor, plan, find_vif)
             return hosts.hypervisor.open_sftp()
 
+        self._progress("Spawning packet captures...")
+        recorder = Recorder(hosts, plan, self._changed, self.timeout, self.wait, lambda: self.interrupted, self._tick)
+        self._reportable = True
         self._recording = recorder.record(source_command, self.duration is None, config, after)
         self._progress("Captures finished, waiting for files to flush.")
 
@@ -3018,13 +2856,12 @@ class NetWeaver:
         sequence number's, of which part `seq_no_split_index` counts after a split by `seq_no_split_by`.
         """
         recording = self._recorded()
-        config, plan = recording.config, recording.plan
+        config = recording.config
         if seq_no_col is None or timestamp_col is None:
-            analysis = analyze_captures(self._paths, selection_of(config), recording.window, plan.limit)
-            for side, counts in recording.counts.items():
-                records = analysis.counts[side]["records"]
-                if counts.get("captured", 0) > records:
-                    raise not_written(recording.job, config[side], counts["captured"], records)
+            self._check_written({side: 0 for side, paths in self._paths.items()
+                                 if min(map(os.path.getsize, paths)) < PCAP_HEADER})
+            analysis = analyze_captures(self._paths, selection_of(config), recording.window, recording.plan.limit)
+            self._check_written({side: counts["records"] for side, counts in analysis.counts.items()})
         else:
             analysis = analyze_text(self._paths["pif"][0], self._paths["vif"][0], DIRECTIONS[self.direction][0],
                                     seq_no_col, timestamp_col, seq_no_split_by, seq_no_split_index)
@@ -3034,7 +2871,7 @@ class NetWeaver:
             report["failed_sources"] = {name: str(error) for name, error in failed.items()}
         return {**report, "interrupted": True} if recording.interrupted else report
 
-    def save(self, directory: str, report: Mapping[str, Any]) -> str:
+    def save(self, directory: str, report: Report) -> str:
         """Keeps the captures and the report in a new directory there, whole or not at all; returns its path."""
         config = self._recorded().config
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", self.destination_name_label or config["vif"])
@@ -3088,7 +2925,7 @@ class NetWeaver:
             raise CaptureError("nothing is recorded yet: generate_and_record does that")
         return self._recording
 
-    def _located(self, look_up: Callable[[], Answer]) -> Answer:
+    def _located(self, look_up: Callable[[], Any]) -> Any:
         """What a look-up returns; its error has the hypervisor's name in front."""
         place = f"{self._settings[0].name}: "
         try:
@@ -3096,13 +2933,15 @@ class NetWeaver:
         except (RemoteCommandError, CaptureError) as error:
             raise error if str(error).startswith(place) else type(error)(f"{place}{error}") from None
 
-    def _physical_interfaces(self, vif: str) -> tuple[Sequence[str], bool]:
-        """Those of the pif's side, and whether the traffic is found in a tunnel there."""
-        if "auto" not in self.host_interfaces:
-            return self.host_interfaces, False
-        if self.vif or self.toolstack != "xe":
-            return self._located(lambda: bridge_uplinks(self.run_command, vif))
-        return self._located(lambda: xe_uplinks(self.run_command, self.destination_name_label, self.vif_number))
+    def _check_written(self, records: Mapping[str, int]) -> None:
+        """CaptureError if tcpdump says it has captured more packets of a side than there are."""
+        recording = self._recorded()
+        for side, number in records.items():
+            captured = recording.counts[side].get("captured", 0)
+            if captured > number:
+                raise CaptureError(f"{recording.job.name}: tcpdump captured {captured} packets on "
+                                   f"{recording.config[side]} and {number} are in the file: is the disk under "
+                                   f"{recording.job.directory} full?")
 
 
 # ---- Report: the figures -------------------------------------------------------------------------------------
@@ -3130,31 +2969,33 @@ FIGURES: list[tuple[str, tuple[str, ...], str, str]] = [
     ("loss", ("loss_ratio",), "ratio", "lost / (first point - undecided) (RFC 7680)"),
     ("reordering", ("reordering", "ratio"), "ratio", "reordered / packets with a delay (RFC 4737)"),
 ]
-PATHS = {name: path for name, path, _, _ in FIGURES}
 
 
-def figure_of(part: Mapping[str, Any] | None, path: Iterable[str]) -> Any:
-    """A figure in the report of a direction; None if it isn't known."""
-    value: Any = part
-    for key in path:
-        value = value.get(key) if value else None
-    return value
+def figures_in(part: Report | None) -> dict[str, Any]:
+    """The figures that the report of a direction has, by name."""
+    found = {}
+    for name, path, _, _ in FIGURES:
+        value: Any = part
+        for key in path:
+            value = value.get(key) if value else None
+        if value is not None:
+            found[name] = value
+    return found
 
 
-def parts_of(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
+def parts_of(report: Report) -> dict[str, Report | None]:
     """The parts of a report that have figures: in or out, or both of them and the guest."""
     if report["config"].get("direction") != "both":
         return {report["config"].get("direction", "in"): report}
     return {"in": report, "out": report.get("outbound"), "guest": report.get("guest")}
 
 
-def figures_of(result: Result, warnings: list[str], reordered: Mapping[int, int]) -> dict[str, Any]:
+def figures_of(result: Result, warnings: list[str]) -> dict[str, Any]:
     """The figures of one direction, of which at least one packet has a delay; what is wrong goes to the warnings."""
-    figures = statistics(result.samples())
-    ipdv, delays = variation(result.delays), result.matched - result.ambiguous
+    figures, reordered = statistics(result.samples()), reordering(result)
+    ipdv, direction = variation(result.delays), result.matching.direction
+    warnings += quality_warnings(result, figures)
     pdv, negative, zero = (figures.pop(name) for name in ("pdv", "negative", "zero"))
-    warnings += quality_warnings(result, {**figures, "negative": negative, "zero": zero})
-    direction = result.matching.direction
     return {
         **figures,
         "unit": "microseconds",
@@ -3164,7 +3005,8 @@ def figures_of(result: Result, warnings: list[str], reordered: Mapping[int, int]
             "duplicated": result.duplicated, "reordered": len(reordered),
             f"{direction.second}_only": result.second_only},
         "loss_ratio": result.lost / (result.first - result.undecided),
-        "reordering": {"ratio": len(reordered) / delays, "maximum_extent": max(reordered.values(), default=0)},
+        "reordering": {"ratio": len(reordered) / (result.matched - result.ambiguous),
+                       "maximum_extent": max(reordered.values(), default=0)},
         "pdv": pdv,
         "ipdv": None if ipdv is None else ipdv / 1000,
         "negative": negative,
@@ -3176,43 +3018,35 @@ DISTINCT = ("to make packets distinct, send TCP SYNs or pings, or vary the paylo
             "source at a time")
 
 
-def quality_warnings(result: Result, figures: Mapping[str, Any]) -> list[str]:
+def quality_warnings(result: Result, figures: Report) -> list[str]:
     """What speaks against the numbers of a direction, with what to do about it."""
-    warnings, matching = [], result.matching
-    first, second = matching.direction.first, matching.direction.second
-    if result.ambiguous:
-        warnings.append(f"{result.ambiguous} matched packets share all that identifies them with others of which some "
-                        f"are missing: they are counted, but have no delay; {DISTINCT}")
-    if result.undecided:
-        warnings.append(f"{result.undecided} packets were not seen on the {second}, but watched for less time than "
-                        "others took: they count neither as lost nor as matched; wait longer (--wait)")
-    merged = resized(result)
-    if merged:
-        warnings.append(f"{merged} packets have another length on the {second} than on the {first}, so they "
-                        "are in neither's matches: segments were merged or split (GRO, TSO); measure with small "
-                        "packets, or switch it off (ethtool -K)")
-    if 2 * result.matched < min(result.first, result.second) and not merged:
-        warnings.append("most packets of each interface were not seen on the other: is there address translation "
-                        "(--match-nat), a tunnel of an unknown kind, or other traffic?")
-    if figures["negative"]:
-        warnings.append(f"{figures['negative']} delays are negative (down to {figures['minimum']:g} µs): the stamps of "
-                        "two CPU cores disagree, or the clock was set")
-    if figures["zero"]:
-        warnings.append(f"{figures['zero']} delays are exactly 0: the time stamps are too coarse for them, or the "
-                        "clock stood still between two CPUs (Xen's does, where dom0 has several)")
-    if figures["maximum"] * 1000 > LONGEST_WAIT:
-        absurd = sum(delay > LONGEST_WAIT for delay in result.delays)
-        warnings.append(f"{absurd} delays are longer than {LONGEST_WAIT / NANOSECONDS:g} s (up to "
-                        f"{figures['maximum']:g} µs): was the clock set meanwhile?")
-    delays = result.matched - result.ambiguous
+    _, first, second = result.matching.direction
+    merged, delays = resized(result), result.matched - result.ambiguous
+    absurd = figures["maximum"] * 1000 > LONGEST_WAIT and sum(delay > LONGEST_WAIT for delay in result.delays)
     few = [percent for percent, enough in (("90", 5), ("95", 10), ("99", 50), ("99.9", 500)) if delays < enough]
-    if few:
-        warnings.append(f"too few packets matched ({delays}) for the percentiles {', '.join(few)}, which are "
-                        "hardly more than the maximum: send more (-c)")
-    return warnings
+    warnings = {
+        f"{result.ambiguous} matched packets share all that identifies them with others of which some are missing: "
+        f"they are counted, but have no delay; {DISTINCT}": result.ambiguous,
+        f"{result.undecided} packets were not seen on the {second}, but watched for less time than others took: they "
+        "count neither as lost nor as matched; wait longer (--wait)": result.undecided,
+        f"{merged} packets have another length on the {second} than on the {first}, so they are in neither's matches: "
+        "segments were merged or split (GRO, TSO); measure with small packets, or switch it off (ethtool -K)": merged,
+        "most packets of each interface were not seen on the other: is there address translation (--match-nat), a "
+        "tunnel of an unknown kind, or other traffic?":
+            2 * result.matched < min(result.first, result.second) and not merged,
+        f"{figures['negative']} delays are negative (down to {figures['minimum']:g} µs): the stamps of two CPU cores "
+        "disagree, or the clock was set": figures["negative"],
+        f"{figures['zero']} delays are exactly 0: the time stamps are too coarse for them, or the clock stood still "
+        "between two CPUs (Xen's does, where dom0 has several)": figures["zero"],
+        f"{absurd} delays are longer than {LONGEST_WAIT / NANOSECONDS:g} s (up to {figures['maximum']:g} µs): was the "
+        "clock set meanwhile?": absurd,
+        f"too few packets matched ({delays}) for the percentiles {', '.join(few)}, which are hardly more than the "
+        "maximum: send more (-c)": few,
+    }
+    return [warning for warning, holds in warnings.items() if holds]
 
 
-def traffic_warnings(result: Result, config: Mapping[str, Any]) -> list[str]:
+def traffic_warnings(result: Result, config: Report) -> list[str]:
     """What the source commands say they have sent against what passed the pif."""
     sent = config.get("transmitted")
     if sent is None or result.matching.direction is not IN or config.get("filters"):
@@ -3229,8 +3063,7 @@ def traffic_warnings(result: Result, config: Mapping[str, Any]) -> list[str]:
 
 # ---- Report: the document ------------------------------------------------------------------------------------
 
-def build_report(analysis: Analysis, config: Mapping[str, Any], capture: Mapping[str, Mapping[str, Any]],
-                 slowest: int = 0) -> dict[str, Any]:
+def build_report(analysis: Analysis, config: Report, capture: Mapping[str, Report], slowest: int = 0) -> dict[str, Any]:
     """The JSON document on an analysis, as the README describes it; NoMatchError if no packet has a delay.
 
     `config` is what ran (`pif` and `vif` name the interfaces or files, `incidents` are what went wrong) and `capture`,
@@ -3244,53 +3077,48 @@ def build_report(analysis: Analysis, config: Mapping[str, Any], capture: Mapping
     warnings += [f"{side}: the kernel dropped {counts['dropped']} packets before tcpdump read them, so \"lost\" can't "
                  "be trusted: generate less traffic, or give the hypervisor more CPU"
                  for side, counts in captured.items() if counts.get("dropped")]
-    report = figures_of(result, warnings, reordering(result))
+    report = figures_of(result, warnings)
     for outbound in back:
         why = no_delay(outbound, config, 0)
         theirs: list[str] = [why] if why else []
-        report["outbound"] = None if why else figures_of(outbound, theirs, reordering(outbound))
+        report["outbound"] = None if why else figures_of(outbound, theirs)
         warnings += [f"outbound: {warning}" for warning in theirs]
-    if analysis.guest is not None:
-        report["guest"] = guest_figures(*analysis.guest, warnings)
+    if analysis.guest:
+        times, packets = analysis.guest
+        if packets["ambiguous"]:
+            warnings.append(f"guest: {packets['ambiguous']} probes were sent more than once (retransmissions?) and are "
+                            "left out: which of them was answered is not known")
+        kept = {name: value for name, value in (statistics(times) if times else {}).items()
+                if name not in ("pdv", "negative", "zero")}
+        report["guest"] = {**kept, **({"unit": "microseconds"} if kept else {}), "packets": packets}
     report |= {"capture": captured, "warnings": warnings, "config": dict(config), "schema_version": SCHEMA_VERSION}
     return {**report, "slowest": slowest_packets(result, slowest)} if slowest else report
 
 
-def guest_figures(times: Sequence[int], counts: Mapping[str, int], warnings: list[str]) -> dict[str, Any]:
-    """The numbers of `guest_times`; what is wrong goes to the warnings."""
-    if counts["ambiguous"]:
-        warnings.append(f"guest: {counts['ambiguous']} probes were sent more than once (retransmissions?) and are left "
-                        "out: which of them was answered is not known")
-    figures = statistics(times) if times else {}
-    kept = {name: value for name, value in figures.items() if name not in ("pdv", "negative", "zero")}
-    return {**kept, **({"unit": "microseconds"} if kept else {}), "packets": dict(counts)}
-
-
-def no_delay(result: Result, config: Mapping[str, Any], cut: int) -> str:
+def no_delay(result: Result, config: Report, cut: int) -> str:
     """Why two captures have no delay in common, or none that can be true; empty if they have."""
-    first, second = result.matching.direction.first, result.matching.direction.second
-    pif, vif, outward = str(config["pif"]), str(config["vif"]), result.matching.direction is OUT
+    direction, first, second = result.matching.direction
+    pif, vif, outward = str(config["pif"]), str(config["vif"]), direction == "out"
     seen = {first: result.first, second: result.second}
     if result.ambiguous and result.ambiguous == result.matched:
         return (f"{result.matched} packets were seen on both interfaces, and no delay is certain: they share all that "
                 f"identifies them with others of which some are missing; {DISTINCT}")
     if result.matched:
-        shortest, longest = min(result.samples()), max(result.samples())
+        longest = max(result.delays)
         return "" if longest >= 0 else (
-            f"all {result.matched} delays are negative ({shortest / 1000:g} to {longest / 1000:g} µs): are pif and vif "
-            f"swapped? The packets pass {second} before {first}")
+            f"all {result.matched} delays are negative ({min(result.samples()) / 1000:g} to {longest / 1000:g} µs): "
+            f"are pif and vif swapped? The packets pass {second} before {first}")
+    emulated = f"{vif}-emu" if config.get("toolstack") == "xl" else re.sub("^vif", "tap", vif)
     if cut:
         cause = f"{cut} packets were cut by the snap length before what identifies them: capture more (tcpdump -s)"
-    elif not any(seen.values()) and outward:
-        cause = "the VM sent nothing: is DESTINATION its address, does it answer this traffic?"
     elif not any(seen.values()):
-        cause = ("the traffic passes neither: is DESTINATION the address of this VM, do the packets carry SOURCE's "
+        cause = ("the VM sent nothing: is DESTINATION its address, does it answer this traffic?" if outward else
+                 "the traffic passes neither: is DESTINATION the address of this VM, do the packets carry SOURCE's "
                  "address, does a firewall drop them earlier?")
     elif not seen["pif"]:
         cause = (f"the traffic doesn't {'go out' if outward else 'come in'} by {pif}: try another -i, or -i auto; "
                  "inside a tunnel it is found with --overlay")
     elif not seen["vif"]:
-        emulated = EMULATED.get(config.get("toolstack") or "", EMULATED["xe"])(vif)
         cause = (f"none is on {vif}: does a firewall drop them, is the VM's address on another interface (--num), "
                  f"does an HVM guest use its emulated one (--vif {emulated})?")
     elif resized(result):
@@ -3303,49 +3131,39 @@ def no_delay(result: Result, config: Mapping[str, Any], cut: int) -> str:
 def slowest_packets(result: Result, number: int) -> list[dict[str, Any]]:
     """The packets with the largest delays, the slowest first: times, delay in microseconds, and identity."""
     from heapq import nlargest
-    matching, (first, second) = result.matching, (result.matching.direction.first, result.matching.direction.second)
+    matching, (_, first, second) = result.matching, result.matching.direction
     ranks = nlargest(number, result.arrivals(), key=result.delays.__getitem__)
     return [{f"t_{first}": iso_time(matching.sent[rank]),
              f"t_{second}": iso_time(matching.sent[rank] + result.delays[rank]),
              "delay": result.delays[rank] / 1000, **describe(matching.identity(rank))} for rank in ranks]
 
 
-CSV_FIELDS = ("source", "destination", "protocol", "source_port", "destination_port", "sequence", "acknowledgment",
-              "icmp_type", "icmp_code", "identifier", "ip_id", "fragment_offset", "length")
-CLASS_NAMES = {AMBIGUOUS: "ambiguous", LOST: "lost", UNDECIDED: "undecided"}
-
-
-def csv_rows(result: Result) -> Iterator[Sequence[Any]]:
-    """A table of the packets that count: time, identity, delay in microseconds (empty if there is none) and flags."""
-    yield "time", *CSV_FIELDS, "delay_us", "flags"
-    matching, reordered = result.matching, reordering(result)
-    for rank in result.ranks():
-        delay, fields = result.delays[rank], describe(matching.identity(rank))
-        flags = [CLASS_NAMES.get(result.classes[rank], ""), "reordered" if rank in reordered else "",
-                 "duplicated" if rank in matching.extra_copies else ""]
-        yield (iso_time(matching.sent[rank]), *(fields.get(name, "") for name in CSV_FIELDS),
-               "" if delay == NO_DELAY else f"{delay / 1000:.3f}", " ".join(filter(None, flags)))
-
-
 # ---- Report: files -------------------------------------------------------------------------------------------
 
+CSV_FIELDS = ("source", "destination", "protocol", "source_port", "destination_port", "sequence", "acknowledgment",
+              "icmp_type", "icmp_code", "identifier", "ip_id", "fragment_offset", "length")
+
+
 def write_csv(result: Result, path: str) -> None:
-    """Writes the table of `csv_rows`."""
+    """Writes a table of the packets that count: time, identity, delay in µs (empty if there is none) and flags."""
     import csv
     import io
+    matching, reordered = result.matching, reordering(result)
+    names = {AMBIGUOUS: ["ambiguous"], LOST: ["lost"], UNDECIDED: ["undecided"], MATCHED: []}
 
     def write(file: BinaryIO) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="", write_through=True)
-        csv.writer(text, lineterminator="\n").writerows(csv_rows(result))
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(("time", *CSV_FIELDS, "delay_us", "flags"))
+        for rank in result.ranks(*names):
+            delay, fields = result.delays[rank], describe(matching.identity(rank))
+            flags = [*names[result.classes[rank]], *(["reordered"] if rank in reordered else []),
+                     *(["duplicated"] if rank in matching.extra_copies else [])]
+            table.writerow((iso_time(matching.sent[rank]), *(fields.get(name, "") for name in CSV_FIELDS),
+                            "" if delay == NO_DELAY else f"{delay / 1000:.3f}", " ".join(flags)))
         text.detach()
 
     write_file(path, write)
-
-
-def unmasked(mode: int) -> int:
-    """The mode that a new file or directory would have."""
-    os.umask(mask := os.umask(0))
-    return mode & ~mask
 
 
 def real_path(path: str) -> str | int:
@@ -3374,25 +3192,21 @@ def write_file(path: str, write: Callable[[Any], object]) -> None:
             with open(os.dup(place) if isinstance(place, int) else place, "wb") as file:
                 write(file)
             return
-        import tempfile
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(place) or ".", prefix=".netweaver-", delete=False) as new:
-            temporary = new.name
-            write(new)
+        temporary = os.path.join(os.path.dirname(place), f".netweaver-{os.urandom(6).hex()}")
+        with open(temporary, "xb") as file:
             if os.path.exists(place):
                 status = os.stat(place)
                 os.chmod(temporary, status.st_mode & 0o7777)
                 if os.geteuid() == 0:
                     os.chown(temporary, status.st_uid, status.st_gid)
-            else:
-                os.chmod(temporary, unmasked(0o666))
+            write(file)
         os.replace(temporary, place)
-        temporary = ""
     except BrokenPipeError:
         raise ReaderGone from None
     except OSError as error:
         raise UsageError(f"can't write {shown}: {error.strerror}") from error
     finally:
-        if temporary:
+        if temporary and os.path.exists(temporary):
             os.unlink(temporary)
 
 
@@ -3423,10 +3237,6 @@ def duration_text(microseconds: float) -> str:
     return f"{microseconds * 1000:.0f} ns"
 
 
-def percent(ratio: float) -> str:
-    return f"{100 * ratio:.3g} %"
-
-
 def histogram(delays: Sequence[int], fancy: bool = True) -> list[str]:
     """Lines that show how the delays (ns) are distributed, up to their 99th percentile, and how many are above it."""
     ranked = sorted(delays)
@@ -3447,48 +3257,41 @@ def histogram(delays: Sequence[int], fancy: bool = True) -> list[str]:
     return lines
 
 
-def side_names(config: Mapping[str, Any]) -> dict[str, str]:
+def side_names(config: Report) -> dict[str, str]:
     """The interfaces, or the files' names without their directories, by side."""
     return {side: ",".join(map(os.path.basename, str(config[side]).split(","))) for side in ("pif", "vif")}
 
 
-def summary(report: Mapping[str, Any], delays: Sequence[int], fancy: bool = True) -> list[str]:
+def summary(report: Report, delays: Sequence[int], fancy: bool = True) -> list[str]:
     """Lines for people on what was measured; `delays` are the samples (ns)."""
     names, lines = side_names(report["config"]), []
     for way, part in parts_of(report).items():
-        if not part:
-            continue
-        packets = part["packets"]
-        if way == "guest":
-            lines += [f"the VM itself: {packets['answered']} probes answered, {packets['unanswered']} not",
-                      *(_delay_lines(part) if "median" in part else ())]
-            continue
-        direction, = DIRECTIONS[way]
-        first, second = direction.first, direction.second
-        more = "".join(f"   {name} {packets[name]}" for name in ("ambiguous", "undecided") if packets[name])
-        lines += [f"{names[first]} -> {names[second]}: {packets['matched']} packets matched of {packets[first]}",
-                  *_delay_lines(part),
-                  f"  lost {packets['lost']} ({percent(part['loss_ratio'])})   duplicated {packets['duplicated']}   "
-                  f"reordered {packets['reordered']} ({percent(part['reordering']['ratio'])})   "
-                  f"on {names[second]} alone {packets[f'{second}_only']}{more}"]
+        packets, figures, last = (part or {}).get("packets", {}), figures_in(part), ""
+        if way == "guest" and part:
+            lines.append(f"the VM itself: {packets['answered']} probes answered, {packets['unanswered']} not")
+        elif part:
+            _, first, second = DIRECTIONS[way][0]
+            lines.append(f"{names[first]} -> {names[second]}: {packets['matched']} packets matched of {packets[first]}")
+            more = "".join(f"   {name} {packets[name]}" for name in ("ambiguous", "undecided") if packets[name])
+            last = (f"  lost {packets['lost']} ({100 * figures['loss']:.3g} %)   duplicated {packets['duplicated']}   "
+                    f"reordered {packets['reordered']} ({100 * figures['reordering']:.3g} %)   "
+                    f"on {names[second]} alone {packets[f'{second}_only']}{more}")
+        for row in (("median", "average", "stdev", "minimum", "maximum"), ("p90", "p95", "p99", "p99.9")):
+            if "median" in figures:
+                lines.append("  " + "   ".join(f"{name:<8}{duration_text(figures[name]):>9}" for name in row))
+        lines += filter(None, [last])
     if report.get("comparison"):
         lines.append(comparison_text(report["comparison"]))
     return [*lines, *(f"  {line}" for line in histogram(delays, fancy))]
 
 
-def _delay_lines(part: Mapping[str, Any]) -> list[str]:
-    named = ("median", "average", "stdev", "minimum", "maximum"), ("p90", "p95", "p99", "p99.9")
-    return ["  " + "   ".join(f"{name:<8}{duration_text(figure_of(part, PATHS[name])):>9}" for name in names)
-            for names in named]
-
-
-def comparison_text(comparison: Mapping[str, Any]) -> str:
+def comparison_text(comparison: Report) -> str:
     """A line on what has changed since the baseline."""
     parts = []
     for name, label in (("median", "median"), ("p99", "p99"), ("loss_ratio", "loss")):
         part = comparison[name]
-        shift, *ends = [f"{100 * value:+.3g} %" if name == "loss_ratio" else _signed(value)
-                        for value in (part["shift"], *(part["interval"] or ()))]
+        shift, *ends = [f"{'-' if value < 0 else '+'}{duration_text(abs(value))}" if name != "loss_ratio" else
+                        f"{100 * value:+.3g} %" for value in (part["shift"], *(part["interval"] or ()))]
         sure = " to ".join(ends) or "too few packets to tell"
         parts.append(f"{label} {shift} ({sure}{', changed' if part['distinguishable'] else ''})")
     verdict = {True: "different from", False: "no difference to be seen from",
@@ -3496,44 +3299,36 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
     return f"{verdict} {comparison['path']}: {', '.join(parts)}"
 
 
-def _signed(microseconds: float) -> str:
-    return f"{'-' if microseconds < 0 else '+'}{duration_text(abs(microseconds))}"
-
-
-def prometheus(report: Mapping[str, Any]) -> str:
+def prometheus(report: Report) -> str:
     """The numbers of a report for node_exporter's textfile collector, in Prometheus' base units (seconds)."""
-    config = report["config"]
+    config, samples = report["config"], []           # type: Any, list[tuple[str, dict[str, str], float]]
     common = {name: config.get(name) or "" for name in ("hypervisor", "name_label", "destination", "pif", "vif")}
     common |= {re.sub(r"^(?=\d)|[^A-Za-z0-9_]", "_", key): value for key, value in config.get("labels", {}).items()}
-    families: dict[str, tuple[str, list[tuple[dict[str, str], float]]]] = {
-        "delay_seconds": ("Time from one interface to the other; guest: time that the VM took to answer.", []),
-        "packets": ("Packets by what became of them.", [])}
+    units = {name: unit for name, _, unit, _ in FIGURES}
+    helps = {f"{name}_{unit}": f"{text[0].upper()}{text[1:]}." for name, _, unit, text in FIGURES} | {
+        "delay_seconds": "Time from one interface to the other; guest: time that the VM took to answer.",
+        "packets": "Packets by what became of them.", "warnings": "How many warnings speak against these numbers.",
+        "measured_timestamp_seconds": "When the traffic started."}
     for way, part in parts_of(report).items():
-        for name, path, unit, text in FIGURES:
-            value = figure_of(part, path)
-            if value is None or unit == "packets":
-                continue
-            family = "delay_seconds" if unit == "µs" else f"{name}_{unit}"
-            labels = {"direction": way, **({"statistic": name} if unit == "µs" else {})}
-            families.setdefault(family, (f"{text[0].upper()}{text[1:]}.", []))[1].append(
-                (labels, value / 1e6 if unit == "µs" else value))
-        families["packets"][1].extend(({"direction": way, "kind": kind}, number)
-                                      for kind, number in (part or {"packets": {}})["packets"].items())
-    families["warnings"] = ("How many warnings speak against these numbers.", [({}, len(report["warnings"]))])
+        for name, value in figures_in(part).items():
+            if units[name] == "µs":
+                samples.append(("delay_seconds", {"direction": way, "statistic": name}, value / 1e6))
+            elif units[name] != "packets":
+                samples.append((f"{name}_{units[name]}", {"direction": way}, value))
+        samples += [("packets", {"direction": way, "kind": kind}, number)
+                    for kind, number in (part or {}).get("packets", {}).items()]
+    samples.append(("warnings", {}, len(report["warnings"])))
     if "started" in config:
-        families["measured_timestamp_seconds"] = ("When the traffic started.",
-                                                  [({}, parse_time(config["started"]) // NANOSECONDS)])
-    lines = []
-    for name, (text, samples) in families.items():
-        lines += [f"# HELP netweaver_{name} {text}", f"# TYPE netweaver_{name} gauge"]
-        for own, value in samples:
-            pairs = ",".join(f'{key}="{_label_value(text)}"' for key, text in {**common, **own}.items())
-            lines.append(f"netweaver_{name}{{{pairs}}} {value!r}")
+        samples.append(("measured_timestamp_seconds", {}, parse_time(config["started"]) // NANOSECONDS))
+    lines, before = [], ""
+    for name, own, value in sorted(samples, key=lambda sample: sample[0]):
+        if name != before:
+            lines += [f"# HELP netweaver_{name} {helps[name]}", f"# TYPE netweaver_{name} gauge"]
+        pairs = ",".join('{}="{}"'.format(key, text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"))
+                         for key, text in {**common, **own}.items())
+        lines.append(f"netweaver_{name}{{{pairs}}} {value!r}")
+        before = name
     return "\n".join(lines) + "\n"
-
-
-def _label_value(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 LIMIT_ALIASES = {"avg": "average", "mean": "average", "min": "minimum", "max": "maximum", "stddev": "stdev",
@@ -3545,46 +3340,41 @@ class Limit:
     """A condition such as "p99>200" (µs), "loss>0.1%" or "outbound.median>=50us"; UsageError if it can't be one."""
 
     def __init__(self, text: str, direction: str) -> None:
-        def error(why: str) -> UsageError:
-            return UsageError(f"--fail-if {text!r}: {why}")
-
         parts = re.fullmatch(r"\s*(?:([a-z]+)\.)?([a-z_]+[\d.]*)\s*(>=|<=|>|<)\s*(\d+\.?\d*(?:e-?\d+)?)\s*(\S*)\s*",
                              text.replace("\u03bc", "µ"))               # the Greek letter, too
-        if not parts:
-            raise error("give NAME>NUMBER (or >=, <, <=) with a unit if you like, such as 'p99>200us' or 'loss>0.1%'")
-        part, name, self._sign, number, self._unit = parts.groups()
-        name, figures = LIMIT_ALIASES.get(name, name), {name: (path, unit) for name, path, unit, _ in FIGURES}
-        if name not in figures:
-            raise error(f"there is no figure {name!r}; there are {', '.join(figures)}")
-        self._path, unit = figures[name]
-        self._units = LIMIT_UNITS.get(unit, {"": 1.0})
-        if self._unit not in self._units:
-            units = ", ".join(filter(None, self._units)) or "it has none"
-            raise error(f"{self._unit!r} is no unit of {name} ({units})")
-        if part not in (None, "outbound", "guest"):
-            raise error(f"there is no part {part!r}; there are outbound and guest")
-        if part and direction != "both":
-            raise error(f"{part} is known with --direction both alone")
-        if part == "guest" and (unit != "µs" or name in ("pdv", "ipdv")):
-            raise error(f"the guest has no {name}")
-        self._number = float(number) * self._units[self._unit]
-        if unit == "ratio" and self._number > 1:
-            raise error(f"{name} is at most 1, or 100 %" + ("" if self._unit else f": do you mean {number}%?"))
+        part, name, self._sign, number, self._unit = parts.groups() if parts else ("", "", "", "0", "")
+        self._name, units = LIMIT_ALIASES.get(name, name), {name: unit for name, _, unit, _ in FIGURES}
+        unit = units.get(self._name, "")
+        self._factors = LIMIT_UNITS.get(unit, {"": 1.0})
+        self._number = float(number) * self._factors.get(self._unit, 1.0)
         self.text, self._part = text.strip(), {"outbound": "out"}.get(part or "", part)
+        mistakes = {
+            "give NAME>NUMBER (or >=, <, <=) with a unit if you like, such as 'p99>200us' or 'loss>0.1%'": not parts,
+            f"there is no figure {name!r}; there are {', '.join(units)}": not unit,
+            f"{self._unit!r} is no unit of {name} ({', '.join(filter(None, self._factors)) or 'it has none'})":
+                self._unit not in self._factors,
+            f"there is no part {part!r}; there are outbound and guest": part not in (None, "outbound", "guest"),
+            f"{part} is known with --direction both alone": part and direction != "both",
+            f"the guest has no {name}": part == "guest" and (unit != "µs" or name in ("pdv", "ipdv")),
+            f"{name} is at most 1, or 100 %" + ("" if self._unit else f": do you mean {number}%?"):
+                unit == "ratio" and self._number > 1}
+        for mistake, made in mistakes.items():
+            if made:
+                raise UsageError(f"--fail-if {text!r}: {mistake}")
 
-    def breach(self, report: Mapping[str, Any]) -> str | None:
+    def breach(self, report: Report) -> str | None:
         """How the report meets the condition; None if it doesn't.  What isn't known meets every condition."""
-        value = figure_of(parts_of(report)[self._part] if self._part else report, self._path)
+        value = figures_in(parts_of(report)[self._part] if self._part else report).get(self._name)
         if value is None:
             return f"{self.text}: not known"
         met = {">": value > self._number, ">=": value >= self._number, "<": value < self._number,
                "<=": value <= self._number}[self._sign]
-        shown = (duration_text(value) if self._units is LIMIT_UNITS["µs"] and not self._unit else
-                 f"{value / self._units[self._unit]:.6g}{' ' * bool(self._unit)}{self._unit}")
+        shown = (duration_text(value) if self._factors is LIMIT_UNITS["µs"] and not self._unit else
+                 f"{value / self._factors[self._unit]:.6g}{' ' * bool(self._unit)}{self._unit}")
         return f"{self.text}: it is {shown}" if met else None
 
 
-def figure_class(path: str) -> type[Figure]:
+def figure_class(path: str) -> Any:
     """Matplotlib's Figure, for a picture of that name; UsageError if it can't be made."""
     if isinstance(real_path(path), str) and not path.lower().endswith((".png", ".svg", ".pdf")):
         raise UsageError(f"--plot {path}: the name must end in .png, .svg or .pdf")
@@ -3595,31 +3385,28 @@ def figure_class(path: str) -> type[Figure]:
     return Figure
 
 
-def plot(path: str, report: Mapping[str, Any], results: Sequence[Result]) -> None:
+def plot(path: str, report: Report, results: Sequence[Result]) -> None:
     """Draws the delay of each packet over time, with the lost ones, beside its distribution; by the path's ending."""
-    config, names = report["config"], side_names(report["config"])
-    figure = figure_class(path)(figsize=(10, 4.8), layout="constrained")
+    figure, names = figure_class(path)(figsize=(10, 4.8), layout="constrained"), side_names(report["config"])
     over_time, distribution = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter
     start = min(min(result.matching.sent) for result in results if result.first)
     # Colours of Okabe and Ito, which everyone tells apart; markers and dashes do it in grey.
-    styles = (("#0072B2", "o", "-"), ("#E69F00", "^", "--"))
-    for result, (color, marker, dashes) in zip(results, styles):
-        samples, sent, direction = result.samples(), result.matching.sent, result.matching.direction
-        if not samples:
-            continue
-        seen = [((sent[rank] - start) / NANOSECONDS, delay / 1000) for rank, delay in enumerate(result.delays)
-                if delay != NO_DELAY]
-        lost = [(sent[rank] - start) / NANOSECONDS for rank, kind in enumerate(result.classes) if kind == LOST]
-        over_time.plot(*zip(*seen), marker, markersize=3, color=color, alpha=0.6, markeredgewidth=0,
-                       rasterized=len(seen) > 5000, label=f"{names[direction.first]} to {names[direction.second]}")
+    for result, (color, marker, dashes) in zip(results, (("#0072B2", "o", "-"), ("#E69F00", "^", "--"))):
+        _, first, second = result.matching.direction
+        times = [(when - start) / NANOSECONDS for when in result.matching.sent]
+        seen, lost = result.ranks(MATCHED), [times[rank] for rank in result.ranks(LOST)]
+        delays = [result.delays[rank] / 1000 for rank in seen]
+        over_time.plot([times[rank] for rank in seen], delays, marker, markersize=3, color=color, alpha=0.6,
+                       markeredgewidth=0, rasterized=len(seen) > 5000, label=f"{names[first]} to {names[second]}")
         if lost:
             over_time.plot(lost, [0.02] * len(lost), "x", markersize=6, color="#D55E00", label=f"lost ({len(lost)})",
                            transform=over_time.get_xaxis_transform())
-        distribution.plot([100 * rank / len(samples) for rank in range(1, len(samples) + 1)],
-                          sorted(delay / 1000 for delay in samples), color=color, linestyle=dashes)
+        distribution.plot([100 * rank / len(seen) for rank in range(1, len(seen) + 1)], sorted(delays), color=color,
+                          linestyle=dashes)
     everything = [delay for result in results for delay in result.samples()]
     if min(everything) > 0 and max(everything) > 5000 * report["median"]:
-        from matplotlib.ticker import LogFormatter
         over_time.set_yscale("log")
         over_time.yaxis.set_major_formatter(LogFormatter())          # 200, not 2e2
         over_time.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
@@ -3628,11 +3415,10 @@ def plot(path: str, report: Mapping[str, Any], results: Sequence[Result]) -> Non
     for axes in (over_time, distribution):
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
-    what = config.get("name_label") or config.get("destination") or "delay"
+    what = report["config"].get("name_label") or report["config"].get("destination") or "delay"
     figure.suptitle(printable(f"{what}: median {duration_text(report['median'])}, 99 % within "
                               f"{duration_text(report['percentiles']['99'])}, {results[0].lost} of {results[0].first} "
                               "packets lost"), fontsize="medium")
-    from matplotlib.text import Text
     for text in figure.findobj(Text):                # a name with $ is no formula
         text.set_parse_math(False)
         text.set_usetex(False)
@@ -3670,10 +3456,12 @@ exit codes:
   4 remote command or look-up   5 capture   6 no packet with a delay   7 a limit of --fail-if
   129, 130, 143 interrupted by a signal   141 the reader of standard output went away   1 anything else
 """
-# What makes no sense with --pcaps: another value than the default is an error.
-MEASURING = ("name_label", "hv", "toolstack", "interface", "num", "vif", "overlay", "filter", "pif_filter",
-             "vif_filter", "count", "source_command", "duration", "timeout", "wait", "max_capture_size", "key", "sudo",
-             "host_key_checking", "known_hosts", "save")
+# What NetWeaver gets as it stands, and what more makes no sense with --pcaps: another value than the default there is
+# an error.
+PARAMETERS = ("toolstack", "host_interface", "vif_number", "vif", "overlay", "count", "duration", "timeout", "wait",
+              "sudo", "host_key_checking", "known_hosts")
+MEASURING = (*PARAMETERS, "name_label", "hv", "key", "filter", "pif_filter", "vif_filter", "source_command", "save",
+             "max_capture_size")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3686,28 +3474,32 @@ def build_parser() -> argparse.ArgumentParser:
         def _print_message(self, message: str, file: object = None) -> None:
             write_file("-", lambda stdout: stdout.write(message.encode()))
 
-    def kind(pattern: str, convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
-        def check(text: str) -> Any:
-            if not re.fullmatch(pattern, text, re.ASCII):
-                raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-            return convert(text)
-        return check
-
-    number = kind(r"0*[1-9]\d{0,8}", int, "a whole number from 1 to 999999999")
-    seconds = kind(r"(?=.*[1-9])\d{1,7}(\.\d{0,9})?", float, "a number of seconds above 0 and below 10000000")
-    interface = kind(r"[^\s/-][^\s/]{0,14}", str, "the name of a network interface")
     columns = min(os.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else 100, 120)
     parser = Parser(
         prog="netweaver", allow_abbrev=False, add_help=False, epilog=EPILOG,
         description="Measure the time that packets take from a hypervisor's physical interface (pif) to a VM's "
                     "virtual interface (vif), in microseconds, as JSON.",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=columns))
-    add_options(parser, number, seconds, interface, kind)
+    add_options(parser)
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, number: Callable[[str], Any], seconds: Callable[[str], Any],
-                interface: Callable[[str], Any], kind: Callable[..., Callable[[str], Any]]) -> None:
+def of_kind(pattern: str, convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
+    """A type of arguments: what matches a pattern, converted."""
+    def check(text: str) -> Any:
+        if re.fullmatch(pattern, text, re.ASCII):
+            return convert(text)
+        from argparse import ArgumentTypeError
+        raise ArgumentTypeError(f"{text!r} is not {what}")
+    return check
+
+
+NUMBER = of_kind(r"0*[1-9]\d{0,8}", int, "a whole number from 1 to 999999999")
+SECONDS = of_kind(r"(?=.*[1-9])\d{1,7}(\.\d{0,9})?", float, "a number of seconds above 0 and below 10000000")
+INTERFACE = of_kind(r"[^\s/-][^\s/]{0,14}", str, "the name of a network interface")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The table of options."""
     add = parser.add_argument_group("what is measured").add_argument
     add("-n", "--name-label", metavar="NAME", help="the destination VM's name in the toolstack, or its UUID")
@@ -3718,12 +3510,12 @@ def add_options(parser: argparse.ArgumentParser, number: Callable[[str], Any], s
     add("--toolstack", choices=tuple(TOOLSTACKS), default="xe",
         help="what the hypervisor is managed with: XenServer's xe, plain Xen's xl, libvirt's virsh or Proxmox's qm "
              "(default: %(default)s)")
-    add("-i", "--interface", metavar="PIF", default=[], action="append", type=interface,
+    add("-i", "--interface", metavar="PIF", dest="host_interface", default=[], action="append", type=INTERFACE,
         help="the hypervisor's physical interface; auto finds it; may be repeated, for the slaves of a bond (default: "
              "eth0)")
-    add("--num", metavar="N", default=0, type=kind(r"\d{1,4}", int, "the number of an interface"),
+    add("--num", metavar="N", dest="vif_number", default=0, type=of_kind(r"\d{1,4}", int, "the number of an interface"),
         help="the number of the VM's interface, N in vif5.N (default: %(default)s)")
-    add("--vif", metavar="NAME", type=interface,
+    add("--vif", metavar="NAME", type=INTERFACE,
         help="the virtual interface itself: the toolstack is not asked, and -n not needed")
     add("--direction", choices=tuple(DIRECTIONS),
         help="from pif to vif, from vif to pif, or both, with the VM's own time in between (default: in)")
@@ -3733,18 +3525,18 @@ def add_options(parser: argparse.ArgumentParser, number: Callable[[str], Any], s
     add("--pif-filter", metavar="EXPR", help="the same for the physical interface alone")
     add("--vif-filter", metavar="EXPR", help="the same for the virtual interface alone")
     add = parser.add_argument_group("traffic").add_argument
-    add("-c", "--count", metavar="N", default=1000, type=number, help="packets to send (default: %(default)s)")
+    add("-c", "--count", metavar="N", default=1000, type=NUMBER, help="packets to send (default: %(default)s)")
     add("--source-command", metavar="TEMPLATE", default=DEFAULT_SOURCE_COMMAND,
         help="shell command that generates the traffic and ends; {count} and {destination} are filled in, {{ and }} "
              "are braces (default: %(default)s)")
-    add("--duration", metavar="SECONDS", type=seconds,
+    add("--duration", metavar="SECONDS", type=SECONDS,
         help="measure for this many seconds; without -s nothing is generated, and whatever traffic reaches "
              "DESTINATION is measured")
-    add("--timeout", metavar="SECONDS", type=seconds,
+    add("--timeout", metavar="SECONDS", type=SECONDS,
         help="stop the traffic after this many seconds (default: 600, or COUNT / 5 if that is more)")
-    add("--wait", metavar="SECONDS", type=seconds, default=SHORTEST_WAIT,
+    add("--wait", metavar="SECONDS", type=SECONDS, default=SHORTEST_WAIT,
         help="wait this many seconds for the last packets (default: %(default)s)")
-    add("--max-capture-size", metavar="MB", default=256, type=number,
+    add("--max-capture-size", metavar="MB", default=256, type=NUMBER,
         help="the most that each capture may take on the hypervisor (default: %(default)s)")
     add = parser.add_argument_group("analysis").add_argument
     add("--pcaps", nargs="+", metavar="FILE",
@@ -3752,7 +3544,7 @@ def add_options(parser: argparse.ArgumentParser, number: Callable[[str], Any], s
              "is standard input), instead of measuring; several files of one side are separated by commas; -s and -d "
              "then select by address")
     add("--match-nat", action="store_true", help="leave addresses out of the matching, where the path translates them")
-    add("--slowest", metavar="N", default=0, type=number, help="list the N slowest packets in the JSON")
+    add("--slowest", metavar="N", default=0, type=NUMBER, help="list the N slowest packets in the JSON")
     add = parser.add_argument_group("judging").add_argument
     add("--fail-if", metavar="EXPR", default=[], action="append",
         help="exit with status 7 when the condition holds, such as 'p99>200us' or 'loss>0.1%%'; may be repeated")
@@ -3767,13 +3559,14 @@ def add_options(parser: argparse.ArgumentParser, number: Callable[[str], Any], s
     add("--known-hosts", metavar="FILE", help="the file of known host keys (default: as ssh)")
     add = parser.add_argument_group("output").add_argument
     add("--csv", metavar="FILE", help="write a table of the packets that came in, a line each")
-    add("--output", metavar="FILE", help="write the result there, whole or not at all, instead of to standard output")
+    add("--output", metavar="FILE", default="-", help="write the result there, whole or not at all, instead of to "
+        "standard output")
     add("--format", choices=("json", "prometheus"), default="json",
         help="of the result: JSON, or a file for node_exporter's textfile collector (default: %(default)s)")
     add("--save", metavar="DIR", help="keep the captures and the JSON in a new directory under DIR")
     add("--plot", metavar="FILE", help="draw the delays, as .png, .svg or .pdf (needs matplotlib)")
     add("--label", metavar="KEY=VALUE", default=[], action="append", help="add this to config.labels; may be repeated",
-        type=kind(r"(?s)[^=]+=.*", lambda text: tuple(text.split("=", 1)), "KEY=VALUE"))
+        type=of_kind(r"(?s)[^=]+=.*", lambda text: tuple(text.split("=", 1)), "KEY=VALUE"))
     add("-q", "--quiet", action="store_true", help="no progress on stderr")
     add("-v", "--verbose", action="store_true", help="show the commands that are run")
     add("-h", "--help", action="help", help="show this help and exit")
@@ -3783,9 +3576,11 @@ def add_options(parser: argparse.ArgumentParser, number: Callable[[str], Any], s
 def check_arguments(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """UsageError for what makes no sense, or can't be written, as far as that is known before a long measurement."""
     if arguments.pcaps:
+        options = {"host_interface": "interface", "vif_number": "num"}
         for name in MEASURING:
             if getattr(arguments, name) != parser.get_default(name):
-                raise UsageError(f"--{name.replace('_', '-')} is for measuring, and --pcaps analyses what was captured")
+                raise UsageError(f"--{options.get(name, name).replace('_', '-')} is for measuring, and --pcaps "
+                                 "analyses what was captured")
         if len(arguments.pcaps) > 2:
             raise UsageError("--pcaps takes a directory of --save, or two captures: several files of one side are "
                              "separated by commas")
@@ -3807,51 +3602,34 @@ def check_arguments(arguments: argparse.Namespace, parser: argparse.ArgumentPars
         raise UsageError(f"can't save in {arguments.save}: {existing} is no directory that can be written to")
 
 
-class Outcome:
-    """What came of a measurement or an analysis: the document and the packets, and what went wrong after them."""
-
-    def __init__(self, report: dict[str, Any], results: Sequence[Result]) -> None:
-        self.report, self.results = report, results
-        self.problems: list[NetWeaverError] = []
-
-    def attempt(self, step: Callable[[], object]) -> None:
-        """Makes something of the numbers; if that fails, they are not lost, and the error comes at the end."""
-        try:
-            step()
-        except NetWeaverError as error:
-            self.problems.append(error)
-        except Exception as error:
-            self.problems.append(NetWeaverError(f"unexpected {type(error).__name__}: {error} (please report it)"))
-
-
-def measure(arguments: argparse.Namespace, signals: Signals, screen: Screen,
-            complete: Callable[[Outcome], None]) -> None:
-    """Runs a whole measurement, and completes it before its files go."""
+def new_weaver(arguments: argparse.Namespace, screen: Screen) -> NetWeaver:
+    """A measurement as the arguments say."""
     from getpass import getpass
-    destination = resolve(arguments.destination)
-    source_command = format_source_command(arguments.source_command, arguments.count, destination)
     filters = {"pif": arguments.pif_filter or arguments.filter, "vif": arguments.vif_filter or arguments.filter}
-    of = f" of {arguments.duration:g}" if arguments.duration else ""
-    if not arguments.verbose:                        # paramiko's threads end in tracebacks when a connection does
-        threading.excepthook = lambda _: None
-    with NetWeaver(arguments.source, arguments.name_label or "", destination, arguments.hv, arguments.key,
-                   host_interface=arguments.interface or "eth0", vif_number=arguments.num, vif=arguments.vif,
-                   toolstack=arguments.toolstack, direction=arguments.direction or "in", overlay=arguments.overlay,
-                   filters={side: expression for side, expression in filters.items() if expression},
-                   count=arguments.count, duration=arguments.duration, timeout=arguments.timeout, wait=arguments.wait,
-                   match_nat=arguments.match_nat, slowest=arguments.slowest, labels=dict(arguments.label),
-                   max_capture_size=arguments.max_capture_size * 1_000_000, sudo=arguments.sudo,
-                   host_key_checking=arguments.host_key_checking, known_hosts=arguments.known_hosts,
-                   ask=getpass if sys.stdin is not None and sys.stdin.isatty() else None,
-                   progress=screen.step, log=screen.log,
-                   tick=(lambda elapsed: screen.live(f"{elapsed:.0f}{of} s")) if screen.live_line else None) as weaver:
-        signals.interrupt = weaver.interrupt
-        weaver.generate_and_record(source_command)
-        weaver.pull_generated_files()
-        outcome = Outcome(weaver.analyze(), weaver.results)
-        if arguments.save:
-            outcome.attempt(lambda: outcome.report.update(saved=weaver.save(arguments.save, outcome.report)))
-        complete(outcome)
+    return NetWeaver(
+        arguments.source, arguments.name_label or "", arguments.destination, arguments.hv, arguments.key,
+        **{name: getattr(arguments, name) for name in PARAMETERS} | {
+            "host_interface": arguments.host_interface or "eth0"},
+        direction=arguments.direction or "in", match_nat=arguments.match_nat, slowest=arguments.slowest,
+        filters={side: expression for side, expression in filters.items() if expression},
+        max_capture_size=arguments.max_capture_size * 1_000_000, labels=dict(arguments.label),
+        ask=getpass if sys.stdin is not None and sys.stdin.isatty() else None, progress=screen.step, log=screen.log,
+        tick=screen.ticking(arguments.duration))
+
+
+def saved_run(paths: Sequence[str]) -> SavedRun | None:
+    """The kept run of which these are the directory, or the captures; None if they are other captures."""
+    if len(paths) == 1:
+        if not os.path.isdir(paths[0]):
+            raise UsageError(f"{paths[0]}: give a directory of --save, or the captures of the pif and of the vif")
+        return load_run(paths[0])
+    given = capture_paths(*paths)
+    try:
+        run = load_run(os.path.dirname(given["pif"][0]) or ".")
+    except UsageError:                               # captures alone, or those of another version's run
+        return None
+    same = all(list(map(os.path.abspath, given[side])) == list(map(os.path.abspath, run.paths[side])) for side in given)
+    return run if same else None
 
 
 def capture_paths(pif: str, vif: str) -> dict[str, list[str]]:
@@ -3859,36 +3637,19 @@ def capture_paths(pif: str, vif: str) -> dict[str, list[str]]:
     return {side: [path] if os.path.exists(path) else path.split(",") for side, path in (("pif", pif), ("vif", vif))}
 
 
-def saved_run(paths: Sequence[str]) -> SavedRun | None:
-    """The kept run of which these are the directory, or the captures; None if they are other captures."""
-    if len(paths) == 1 and not os.path.isdir(paths[0]):
-        raise UsageError(f"{paths[0]}: give a directory of --save, or the captures of the pif and of the vif")
-    files = [path for names in capture_paths(*paths).values() for path in names] if len(paths) == 2 else []
-    directory = os.path.dirname(files[0]) or "." if files else paths[0]
-    try:
-        run = SavedRun(directory)
-    except UsageError:
-        if files:                                    # captures alone, or those of another version's run
-            return None
-        raise
-    kept = [path for names in run.paths.values() for path in names]
-    return run if not files or list(map(os.path.abspath, files)) == list(map(os.path.abspath, kept)) else None
-
-
-def analyze_files(arguments: argparse.Namespace, run: SavedRun | None) -> Outcome:
-    """Analyses a kept run, or existing captures."""
-    sources = [resolve(Target(source).host) for source in arguments.source]
-    destinations = [resolve(arguments.destination)] if arguments.destination else []
+def analyze_files(arguments: argparse.Namespace, run: SavedRun | None) -> tuple[dict[str, Any], Sequence[Result]]:
+    """The report on a kept run, or on existing captures, and the results in it."""
+    selection = {"sources": [resolve(Target(source).host) for source in arguments.source],
+                 "destinations": [resolve(arguments.destination)] if arguments.destination else []}
     paths = run.paths if run else capture_paths(*arguments.pcaps)
-    config: dict[str, Any] = dict(run.config) if run else {
-        **{side: ",".join(names) for side, names in paths.items()}, "sources": sources,
-        "destination": "".join(destinations) or None, "direction": "in", "match_nat": False, "labels": {},
-        "selection": {"sources": [], "destinations": []}}
+    config: dict[str, Any] = dict(run.report["config"]) if run else {
+        **{side: ",".join(names) for side, names in paths.items()}, "sources": selection["sources"],
+        "destination": "".join(selection["destinations"]) or None, "direction": "in", "match_nat": False, "labels": {},
+        "selection": selection}
     config |= {"version": __version__, "direction": arguments.direction or config["direction"],
                "match_nat": arguments.match_nat or config["match_nat"],
                "labels": {**config["labels"], **dict(arguments.label)},
-               "selection": {"sources": sources or config["selection"]["sources"],
-                             "destinations": destinations or config["selection"]["destinations"]}}
+               "selection": {ends: given or config["selection"][ends] for ends, given in selection.items()}}
     if config["direction"] == "both" and (config["match_nat"] or not config["selection"]["destinations"]):
         raise UsageError("--direction both tells the directions apart by the VM's address: give it with -d, and not "
                          "--match-nat")
@@ -3896,22 +3657,22 @@ def analyze_files(arguments: argparse.Namespace, run: SavedRun | None) -> Outcom
     report = build_report(analysis, config, run.report["capture"] if run else {"pif": {}, "vif": {}}, arguments.slowest)
     if run:
         report |= {name: run.report[name] for name in ("failed_sources", "interrupted") if name in run.report}
-    return Outcome(report, analysis.results)
+    return report, analysis.results
 
 
 def baseline_result(text: str, direction: Direction, destination: str | None) -> Result:
     """The packets of an earlier measurement: a directory of --save, or two captures, "PIF,VIF"."""
     if os.path.isdir(text):
-        run = SavedRun(text)
+        run = load_run(text)
         if direction not in run.selection.directions:
-            raise UsageError(f"--baseline {text}: it was measured with --direction {run.config['direction']}")
+            raise UsageError(f"--baseline {text}: it was measured with --direction {run.report['config']['direction']}")
         analysis = analyze_captures(run.paths, run.selection, run.window, run.limit)
     elif text.count(",") == 1:
         analysis = analyze_captures(capture_paths(*text.split(",")), Selection(
             [direction], destinations=[resolve(destination)] if destination else []))
     else:
         raise UsageError(f"--baseline {text}: give a directory of --save, or two captures as PIF.pcap,VIF.pcap")
-    result = next(result for result in analysis.results if result.matching.direction is direction)
+    result: Result = next(result for result in analysis.results if result.matching.direction is direction)
     if not result.samples():
         raise UsageError(f"--baseline {text}: no packet is in both of its captures")
     return result
@@ -3942,9 +3703,6 @@ class Signals:
             raise KeyboardInterrupt
 
 
-COLOURS = {"bold": "\x1b[1m", "error": "\x1b[31m", "warning": "\x1b[33m"}
-
-
 class Screen:
     """What a person sees on stderr: lines and, at a terminal, the progress, a live line, colours and a summary.
 
@@ -3954,9 +3712,9 @@ class Screen:
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
         terminal, dumb = sys.stderr is not None and sys.stderr.isatty(), os.environ.get("TERM") == "dumb"
         self._people, self._verbose, self._live = terminal and not quiet, verbose, False
-        self.live_line = self._people and not verbose and not dumb
+        self._ticks = self._people and not verbose and not dumb
         self._colours = terminal and not os.environ.get("NO_COLOR") and not dumb
-        self.fancy = "utf" in (getattr(sys.stderr, "encoding", None) or "").lower()
+        self._fancy = "utf" in (getattr(sys.stderr, "encoding", None) or "").lower()
 
     def _print(self, text: str, end: str = "\n") -> None:
         try:
@@ -3964,18 +3722,21 @@ class Screen:
                 print("\r\x1b[K" * self._live + text, end=end, file=sys.stderr, flush=True)
         except (OSError, ValueError):
             pass
+        self._live = not end
 
     def say(self, line: str, colour: str = "") -> None:
-        """A line that everyone gets."""
+        """A line that everyone gets; the colour is an SGR code."""
         line = printable(line)
-        if not self.fancy:
+        if not self._fancy:
             line = line.replace("µ", "u").encode("ascii", "replace").decode()
-        self._print(f"{COLOURS[colour]}{line}\x1b[0m" if colour and self._colours else line)
-        self._live = False
+        self._print(f"\x1b[{colour}m{line}\x1b[0m" if colour and self._colours else line)
+
+    def warn(self, warning: str) -> None:
+        self.say(f"netweaver: warning: {warning}", "33")
 
     def error(self, error: object) -> None:
         if str(error):                               # with a reader that is gone there is nobody to tell
-            self.say(f"netweaver: error: {error}", "error")
+            self.say(f"netweaver: error: {error}", "31")
 
     def step(self, line: str) -> None:
         """A line on how far the run is."""
@@ -3987,61 +3748,76 @@ class Screen:
         if self._verbose:
             self.say(line)
 
-    def live(self, text: str) -> None:
-        """A line that the next one replaces."""
-        self._live = True
-        self._print(text, end="")
+    def ticking(self, duration: float | None) -> Callable[[float], None] | None:
+        """What shows the seconds so far in a line that the next one replaces; None if nobody sees that."""
+        of = f" of {duration:g}" if duration else ""
+        return (lambda elapsed: self._print(f"{elapsed:.0f}{of} s", "")) if self._ticks else None
 
-    def outcome(self, outcome: Outcome, breaches: Iterable[str]) -> None:
+    def outcome(self, report: Report, results: Sequence[Result]) -> None:
         """The numbers for people, and what is wrong with them for all."""
-        for line in summary(outcome.report, outcome.results[0].samples(), self.fancy) if self._people else ():
-            self.say(line, "" if line.startswith(" ") else "bold")
-        for warning in outcome.report["warnings"]:
-            self.say(f"netweaver: warning: {warning}", "warning")
-        for breach in breaches:
-            self.say(f"netweaver: limit: {breach}", "error")
-        for problem in outcome.problems:
-            self.error(problem)
-
-
-def publish(report: Mapping[str, Any], arguments: argparse.Namespace) -> None:
-    """Writes the document where it is wanted: in UTF-8, whatever the locale is."""
-    import json
-    text = prometheus(report) if arguments.format == "prometheus" else json.dumps(report) + "\n"
-    write_file(arguments.output or "-", lambda file: file.write(text.encode("utf-8", "replace")))
+        for line in summary(report, results[0].samples(), self._fancy) if self._people else ():
+            self.say(line, "" if line.startswith(" ") else "1")
+        for warning in report["warnings"]:
+            self.warn(warning)
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser, signals: Signals, screen: Screen) -> int:
     """Does what the arguments say; returns the exit code."""
+    import json
+    from contextlib import ExitStack
     check_arguments(arguments, parser)
     kept = saved_run(arguments.pcaps) if arguments.pcaps else None
-    direction = arguments.direction or (kept.config["direction"] if kept else "in")
+    direction = arguments.direction or (kept.report["config"]["direction"] if kept else "in")
     limits = [Limit(text, direction) for text in arguments.fail_if]
     if arguments.host_key_checking == "no":
-        screen.say("netweaver: warning: host keys are not checked: anyone in between can read and change what is sent",
-                   "warning")
+        screen.warn("host keys are not checked: anyone in between can read and change what is sent")
     baseline = arguments.baseline and baseline_result(arguments.baseline, DIRECTIONS[direction][0],
                                                       arguments.destination if direction == "both" else None)
-    codes = []
+    problems: list[NetWeaverError] = []
 
-    def complete(outcome: Outcome) -> None:
-        report, first = outcome.report, outcome.results[0]
+    def attempt(step: Callable[[], object]) -> None:
+        """Makes something of the numbers; if that fails, they are not lost, and the error comes at the end."""
+        try:
+            step()
+        except Exception as error:
+            problems.append(error if isinstance(error, NetWeaverError) else unexpected(error))
+
+    def publish() -> None:
+        text = prometheus(report) if arguments.format == "prometheus" else json.dumps(report) + "\n"
+        write_file(arguments.output, lambda file: file.write(text.encode("utf-8", "replace")))
+
+    with ExitStack() as stack:
+        if arguments.pcaps:
+            report, results = analyze_files(arguments, kept)
+        else:
+            command = format_source_command(arguments.source_command, arguments.count, resolve(arguments.destination))
+            if not arguments.verbose:                # paramiko's threads end in tracebacks when a connection does
+                threading.excepthook = lambda _: None
+            weaver = stack.enter_context(new_weaver(arguments, screen))
+            signals.interrupt = weaver.interrupt
+            weaver.generate_and_record(command)
+            weaver.pull_generated_files()
+            report, results = weaver.analyze(), weaver.results
+        if arguments.save:
+            attempt(lambda: report.update(saved=weaver.save(arguments.save, report)))
         if baseline:
-            report["comparison"] = {"path": arguments.baseline, **compare(baseline, first)}
-        outcome.attempt(lambda: publish(report, arguments))
+            report["comparison"] = {"path": arguments.baseline, **compare(baseline, results[0])}
+        attempt(publish)
         if arguments.csv:
-            outcome.attempt(lambda: write_csv(first, arguments.csv))
+            attempt(lambda: write_csv(results[0], arguments.csv))
         if arguments.plot:
-            outcome.attempt(lambda: plot(arguments.plot, report, outcome.results))
+            attempt(lambda: plot(arguments.plot, report, results))
+        screen.outcome(report, results)
         breaches = [breach for limit in limits if (breach := limit.breach(report))]
-        screen.outcome(outcome, breaches)
-        codes.extend([*(problem.exit_code for problem in outcome.problems), 7 if breaches else 0])
+        for breach in breaches:
+            screen.say(f"netweaver: limit: {breach}", "31")
+        for problem in problems:
+            screen.error(problem)
+    return problems[0].exit_code if problems else 7 if breaches else 0
 
-    if arguments.pcaps:
-        complete(analyze_files(arguments, kept))
-    else:
-        measure(arguments, signals, screen, complete)
-    return codes[0]
+
+def unexpected(error: Exception) -> NetWeaverError:
+    return NetWeaverError(f"unexpected {type(error).__name__}: {error} (-v shows where; please report it)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4055,17 +3831,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = parser.parse_args(argv)
             screen, verbose = Screen(arguments.quiet, arguments.verbose), arguments.verbose
             code = run(arguments, parser, signals, screen)
-        except NetWeaverError as error:
-            screen.error(error)
-            code = error.exit_code
         except KeyboardInterrupt:
             screen.error("interrupted")
             code = 130
         except Exception as error:
-            if verbose:
+            known = isinstance(error, NetWeaverError)
+            if verbose and not known:
                 raise
-            screen.error(f"unexpected {type(error).__name__}: {error} (-v shows where; please report it)")
-            code = 1
+            screen.error(error if known else unexpected(error))
+            code = getattr(error, "exit_code", 1)
         return 128 + signals.number if signals.number else code
 
 

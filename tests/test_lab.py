@@ -223,7 +223,7 @@ with ByMac(SOURCE, NAME, DESTINATION, HV, KEY, count=5) as weaver:
 def test_text_captures_by_column(lab: Lab) -> None:
     out = run_code(lab, """
 with netweaver.NetWeaver(SOURCE, NAME, DESTINATION, HV, KEY) as weaver:
-    command = "exec tcpdump -tttt -nnli %s tcp and dst host " + DESTINATION
+    command = "exec tcpdump --time-stamp-precision=nano -tttt -nnli %s tcp and dst host " + DESTINATION
     weaver.generate_and_record("hping3 -c 500 -S -L 0 -i u1000 " + DESTINATION, command % "eth0", command % "vif5.0")
     weaver.pull_generated_files()
     print(json.dumps(weaver.analyze(seq_no_col=9, timestamp_col=1, seq_no_split_by=",", seq_no_split_index=0)))

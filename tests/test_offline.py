@@ -531,7 +531,7 @@ def test_damaged_files_yield_a_report_or_an_error(seed: int) -> None:
                 sides: dict[str, Any] = {"pif": {"records": 0}, "vif": {"records": 0}}
                 json.dumps(netweaver.build_report(netweaver.Analysis(results, sides, [], guest),
                                                   {"pif": "a", "vif": "b", "direction": "both"}, sides, 3))
-                list(netweaver.csv_rows(results[0]))
+                netweaver.write_csv(results[0], "/dev/null")
                 ends["report"] += 1
             except netweaver.NetWeaverError as error:
                 ends[type(error).__name__] += 1

@@ -201,7 +201,8 @@ def test_several_captures_in_one_session(start: Start) -> None:
     """Each has its file; what it says, and how it ends, comes with its number; and one that fails harms no other."""
     lines = [*(f"capture {number} {quote(command)}" for number, command in enumerate((
         "echo one; echo listening >&2; exec sleep 60", "echo oops >&2; exit 3",
-        "trap 'echo flushed; echo counts >&2; exit 7' TERM; echo listening >&2; while :; do sleep 0.1; done"), 1))]
+        "trap 'trap \"\" TERM; echo flushed; echo counts >&2; exit 7' TERM; echo listening >&2; "
+        "while :; do sleep 0.1; done"), 1))]
     started = begun(start("\n".join([netweaver.CAPTURES, *lines, "until wait; do :; done"]), True))
     for wrapped in started:
         wrapped.wait_for_error("1 listening\n", "2 oops\n", "2 exit 3\n", "3 listening\n")

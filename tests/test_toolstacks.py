@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from helpers import FAST, failure, report, run_code
-from lab import HV_UUID, NAME, OTHER_HV_UUID, TESTS, Lab, libvirt_domain, pool, vm, wait_until
+from lab import TESTS, Lab, libvirt_domain, pool, vm, wait_until
 
 import netweaver
 
@@ -27,7 +27,6 @@ class Shell:
         (directory / "pool.json").write_text(json.dumps(description))
 
     def __call__(self, command: str, hint: str = "") -> str:
-        command = command.replace(". /etc/xensource-inventory && echo $INSTALLATION_UUID", f"echo {HV_UUID}")
         done = subprocess.run(["sh", "-c", command], env=self.environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise netweaver.RemoteCommandError(f"{netweaver.last_line(done.stderr)} ({hint})")
@@ -37,57 +36,7 @@ class Shell:
 UUID = "0e3f6f1c-6c59-4b0e-9d0b-2f1d6a3c8b77"
 
 
-# -- xe --
-
-def pif(uuid: str, device: str, network: str = "", **more: str) -> dict[str, str]:
-    return {"uuid": uuid, "device": device, "network-uuid": network, "host-uuid": HV_UUID, "VLAN": "-1", **more}
-
-
-PIFS = [
-    pif("p0", "eth0", "plain"), pif("p9", "eth9", "plain") | {"host-uuid": OTHER_HV_UUID},
-    pif("v7", "eth0", "vlan", VLAN="7"),
-    pif("b", "bond0", "bonded"), pif("s1", "eth1", "slaves", **{"bond-slave-of": "bond"}),
-    pif("s2", "eth2", "slaves", **{"bond-slave-of": "bond"}), pif("v8", "bond0", "vlan on bond", VLAN="8"),
-    pif("t", "tunnel0", "tunnel"), pif("t8", "tunnel1", "tunnel over vlan on bond"),
-    pif("none", "", "nameless") | {"device": ""},
-]
-
-
-@pytest.mark.parametrize(("network", "devices", "overlay"), [
-    ("plain", ["eth0"], False), ("vlan", ["eth0"], False), ("bonded", ["eth1", "eth2"], False),
-    ("vlan on bond", ["eth1", "eth2"], False), ("tunnel", ["eth0"], True),
-    ("tunnel over vlan on bond", ["eth1", "eth2"], True),
-])
-def test_the_uplinks_of_a_network_of_xapi(tmp_path: Path, network: str, devices: list[str], overlay: bool) -> None:
-    run = Shell(tmp_path, pool(
-        vm(), vifs=[{"vm-uuid": f"vm-{NAME}", "device": "0", "network-uuid": "other"},
-                    {"vm-uuid": f"vm-{NAME}", "device": "2", "network-uuid": network}],
-        pifs=PIFS, bonds=[{"uuid": "bond", "master": "b"}],
-        tunnels=[{"access-PIF": "t", "transport-PIF": "p0"}, {"access-PIF": "t8", "transport-PIF": "v8"}]))
-    assert netweaver.xe_uplinks(run, NAME, 2) == (devices, overlay)
-
-
-@pytest.mark.parametrize(("name", "number", "words"), [
-    (NAME, 0, "internal network"), (NAME, 1, "has no interface number 1 (--num; it has: 0, 2)"),
-    (NAME, 2, "names no device"), ("none", 0, "no VMs with the name-label 'none' run on this host"),
-    ("away", 0, "no VMs with the name-label 'away' run on this host"),
-])
-def test_xapi_knows_no_uplink(tmp_path: Path, name: str, number: int, words: str) -> None:
-    run = Shell(tmp_path, pool(
-        vm(), vm("away", 5, OTHER_HV_UUID), pifs=PIFS,
-        vifs=[{"vm-uuid": f"vm-{NAME}", "device": "0", "network-uuid": "internal"},
-              {"vm-uuid": f"vm-{NAME}", "device": "2", "network-uuid": "nameless"}]))
-    with pytest.raises(netweaver.RemoteCommandError) as caught:
-        netweaver.xe_uplinks(run, name, number)
-    assert words in str(caught.value)
-
-
-def test_values_with_commas() -> None:
-    assert netweaver.parse_minimal("a\\,b,c\\\\d,e\n") == ["a,b", "c\\d", "e"]
-    assert netweaver.parse_minimal("\n") == []
-
-
-# -- the others --
+# -- names --
 
 @pytest.mark.parametrize(("toolstack", "name", "number", "found"), [
     ("xl", "web 1", 0, "vif5.0"), ("xl", "-n", 2, "vif6.2"), ("qm", "web 1", 0, "tap105i0"),
@@ -152,15 +101,14 @@ HOSTILE = ["", " " * 64_000, "9" * 5000, "²" * 500, "1 " * 30_000, ", " * 30_00
 def test_hostile_answers_take_no_time_and_are_no_more_than_errors() -> None:
     """Every parser of an answer raises NetWeaverError alone; mixtures of odd answers, cut anywhere."""
     parsers: list[Any] = [
-        lambda text: netweaver.parse_xe_dom_id(text, "web1"), netweaver.parse_minimal,
+        lambda text: netweaver.parse_xe_dom_id(text, "web1"),
         lambda text: netweaver.parse_virsh_domiflist(text, "web1", 0),
         lambda text: netweaver.parse_qm_list(text, "web1"),
         lambda text: netweaver.Links(text).uplinks("vif5.0"), lambda text: netweaver.Facts(text).platform(["a"], "a"),
         lambda text: netweaver.tcpdump_counts(text.splitlines()), netweaver.transmitted,
         *(lambda text, toolstack=toolstack: toolstack(lambda command, hint="": text, "web1", 0)
           for toolstack in netweaver.TOOLSTACKS.values()),
-        lambda text: netweaver.bridge_uplinks(lambda command, hint="": text, "vif5.0"),
-        lambda text: netweaver.xe_uplinks(lambda command, hint="": text[:4000], "web1", 0)]
+        lambda text: netweaver.bridge_uplinks(lambda command, hint="": text, "vif5.0")]
     chance = random.Random(1)
     texts = HOSTILE + ["".join(chance.choice(HOSTILE)[:chance.randrange(3000)] for _ in range(4)) for _ in range(200)]
     for parse in parsers:
@@ -245,6 +193,15 @@ OPEN_VSWITCH = (
     + 'ovs-interfaces {"data":[["eth0","",["map",[]]],["phy-br-ex","patch",["map",[["peer","int-br-ex"]]]],'
       '["int-br-ex","patch",["map",[["peer","phy-br-ex"]]]],["qvoabcdef01-23","",["map",[]]]],'
       '"headings":["name","type","options"]}\n')
+# XenServer's: a bond is no device, and a VLAN a bridge within a bridge.
+XENSERVER = (link(1, "eth0", "openvswitch_slave", "ovs-system") + link(2, "eth1", "openvswitch_slave", "ovs-system")
+             + link(3, "ovs-system", "openvswitch") + link(4, "xapi1", "openvswitch") + link(5, "xapi2", "openvswitch")
+             + link(6, "vif5.0", "", "ovs-system") + link(7, "vif6.1", "", "ovs-system")
+             + "ovs xapi1 eth0 eth1 vif6.1\novs xapi1 vif5.0\novs-interfaces {\"data\":[]}\n")
+LINUX_BRIDGES = (link(1, "eth0", master="bond0") + link(2, "eth1", master="bond0")
+                 + link(3, "bond0", "bond mode active-backup", "xapi1") + link(4, "xapi1", "bridge forward_delay 0")
+                 + link(5, "bond0.8@bond0", "vlan protocol 802.1Q id 8", "xapi2")
+                 + link(6, "xapi2", "bridge forward_delay 0") + link(7, "vif5.0", master="xapi2"))
 OVS_TUNNEL = OPEN_VSWITCH.replace('["qvoabc', '["gnv0","geneve",["map",[["remote_ip","127.0.0.1"]]]],["qvoabc').replace(
     "int-br-ex qvo", "int-br-ex gnv0 qvo")
 
@@ -253,7 +210,8 @@ OVS_TUNNEL = OPEN_VSWITCH.replace('["qvoabc', '["gnv0","geneve",["map",[["remote
     (BRIDGED, "vif5.0", ["eth0"], False), (PROXMOX, "tap100i0", ["eno1", "eno2"], False),
     (PROXMOX, "tap101i0", ["eno1", "eno2"], False), (TUNNEL, "vnet0", ["eth0"], True),
     (ROUTED_TUNNEL, "vnet0", ["lo"], True), (OPEN_VSWITCH, "tapabcdef01-23", ["eth0"], False),
-    (OVS_TUNNEL, "tapabcdef01-23", ["eth0", "lo"], True),
+    (OVS_TUNNEL, "tapabcdef01-23", ["eth0", "lo"], True), (XENSERVER, "vif5.0", ["eth0", "eth1"], False),
+    (XENSERVER, "vif6.1", ["eth0", "eth1"], False), (LINUX_BRIDGES, "vif5.0", ["eth0", "eth1"], False),
 ])
 def test_the_uplinks_of_a_bridge(answer: str, vif: str, devices: list[str], overlay: bool) -> None:
     def run(command: str, hint: str = "") -> str:
@@ -313,7 +271,7 @@ def test_proxmox_by_its_stable_names(lab: Lab) -> None:
     (("--toolstack", "virsh", "-n", "halted"), "the domain 'halted' is shut off"),
     (("--toolstack", "virsh", "--num", "5"), "has 2 interfaces, and none of number 5"),
     (("--toolstack", "qm", "-n", "halted"), "is stopped: start it first (qm start 106)"),
-    (("-i", "auto", "--num", "1"), "is in an internal network"),
+    (("-i", "auto", "--num", "1"), "behind vif5.1: there is no such interface: give it with -i (there are: eth0, "),
     (("-i", "auto", "--vif", "mgmt0"), "it is in no bridge: give it with -i (there are: "),
 ])
 def test_a_look_up_that_fails(lab: Lab, arguments: tuple[str, ...], words: str) -> None:
