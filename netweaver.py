@@ -1095,10 +1095,14 @@ class Job:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def _told(self, word: bytes, stream: bytearray | None = None) -> list[str]:
+    def _told(self, word: bytes) -> list[str]:
         """What the wrapper has told of something."""
-        pattern = rb"\n%b %b ?(\S*)\n" % (self._token, word)
-        return [found.decode(errors="replace") for found in re.findall(pattern, stream or self._out)]
+        found = re.findall(rb"\n%b %b ?(\S*)\n" % (self._token, word), self._out)
+        return [text.decode(errors="replace") for text in found]
+
+    def _complete(self) -> bool:
+        """Whether all of its standard error has come."""
+        return b"\n%b end " % self._token in self._errors
 
     @property
     def directory(self) -> str:
@@ -1135,7 +1139,7 @@ class Job:
         Nothing is sent when the host is about to close the channel: what paramiko sends on a channel just as it closes
         makes sshd end the whole connection.
         """
-        over = self.ended or self._told(b"end", self._errors)
+        over = self.ended or self._complete()
         with self._speaking:
             if not self._left and not (over and self.directory in ("", "-")):
                 self._left = word == "bye"
@@ -1183,7 +1187,7 @@ class Job:
             self.flooded = self.flooded or len(self._out) > LARGEST_ANSWER
             del self._errors[:-LARGEST_ANSWER]
             # It has ended when both streams say so: they may come in any order.
-            self.ended = self.ended or bool(self.status is not None and self._told(b"end", self._errors))
+            self.ended = self.ended or (self._complete() and self.status is not None)
             self._changed.notify_all()
         if self.flooded:
             quietly(self._channel.close)

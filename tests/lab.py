@@ -31,7 +31,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 TESTS = Path(__file__).resolve().parent
 NETWEAVER = TESTS.parent / "netweaver.py"
@@ -70,15 +73,19 @@ def passwd_with_home(home: Path) -> str:
                       *(line for line in lines if not line.startswith("root:")), ""])
 
 
-def pool(*vms: Mapping[str, str], fault: str | None = None, **tables: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """What the stand-ins for xe, xl and qm answer from; the tables are xapi's vifs, pifs, bonds and tunnels."""
-    return {"fault": fault, "vms": list(vms), **tables}
+def pool(*vms: Mapping[str, str], fault: str | None = None) -> dict[str, Any]:
+    """What the stand-ins for xe, xl and qm answer from."""
+    return {"fault": fault, "vms": list(vms)}
 
 
 def vm(name: str = NAME, dom_id: int = 5, host: str = HV_UUID, **more: str) -> dict[str, str]:
     """A VM's record in xapi; a halted one has dom-id -1 and no host."""
     state = {"power-state": "halted", "resident-on": "<not in database>"} if dom_id < 0 else {"resident-on": host}
     return {"uuid": f"vm-{name}", "name-label": name, "dom-id": str(dom_id), **state, **more}
+
+
+def generate_key(path: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "lab", "-f", str(path)], check=True)
 
 
 def libvirt_domain(name: str, *interfaces: str, running: bool = True) -> str:
@@ -99,11 +106,8 @@ class Host:
     namespace: str
     address: str
     directory: Path
+    address6: str = ""
     sshd: subprocess.Popen[bytes] | None = None
-
-    @property
-    def address6(self) -> str:
-        return f"{MANAGEMENT6}:{self.address.rpartition('.')[2]}"
 
     def command(self, *words: str) -> list[str]:
         """The words that run a command on the host."""
@@ -129,39 +133,34 @@ class Host:
         return self.run("sh", "-c", "find /tmp /root -mindepth 1 2>/dev/null || :").split()
 
 
-class Lab:
-    """The lab, built; use it as a context manager.
+class Network:
+    """What all labs have: a client, hosts with a sshd, and a guard that removes it all; a context manager.
 
-    `forwarder` are the options of tests/forwarder.py, which then stands between pif and vif; None for the kernel's
-    bridge.  `sources` is the number of source VMs.  With `tags` (VLANs, outermost first; needs a forwarder) the frames
-    on the pif are tagged, and with `overlay` they are inside VXLAN there.
+    A lab sets `hv`, `sources`, `destination` and `name`, and builds itself in `_build`.
     """
+    hv: Host
+    sources: list[Host]
+    destination: str
+    name = NAME
 
-    def __init__(self, forwarder: Sequence[str] | None = None, sources: int = 1, *, tags: Sequence[int] = (),
-                 overlay: bool = False) -> None:
+    def __init__(self) -> None:
         self.prefix = f"nw{os.getpid() % 100000:x}{os.urandom(2).hex()}"
         self.directory = Path(tempfile.mkdtemp(prefix="netweaver-lab-", dir="/var/tmp"))
         self.home = self.directory / "home"
         self.key = self.directory / "key"
-        self.log = self.directory / "truth.json"
-        self._tags, self._overlay = [str(tag) for tag in tags], overlay
-        self._tagger: subprocess.Popen[bytes] | None = None
-        self._forwarder_options = forwarder
-        self._forwarder: subprocess.Popen[bytes] | None = None
-        self._guard = self._start_guard()
         self.client = f"{self.prefix}-client"
-        self.hv = self._host("hv", 2)
-        self.sources = [self._host(f"src{number}", 2 + number) for number in range(1, sources + 1)]
-        self.source = self.sources[0]
-        self.destination = f"{DATA}.100"
-        self._dst = f"{self.prefix}-dst"
+        self._guard = self._start_guard()
         try:
+            self.home.mkdir()
             self._build()
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self) -> Lab:
+    def _build(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -172,6 +171,10 @@ class Lab:
         self._guard.communicate()
         if self._guard.returncode:
             raise RuntimeError(f"the lab's guard failed with status {self._guard.returncode}")
+
+    @property
+    def source(self) -> Host:
+        return self.sources[0]
 
     @property
     def hosts(self) -> list[Host]:
@@ -193,10 +196,8 @@ class Lab:
         return subprocess.Popen(["sh", "-c", script, "guard", self.prefix, str(self.directory)],
                                 stdin=subprocess.PIPE, start_new_session=True)
 
-    def _host(self, name: str, number: int) -> Host:
-        return Host(name, f"{self.prefix}-{name}", f"{MANAGEMENT}.{number}", self.directory / name)
-
-    # -- building --
+    def _host(self, name: str, address: str, address6: str = "") -> Host:
+        return Host(name, f"{self.prefix}-{name}", address, self.directory / name, address6)
 
     def _ip(self, *words: str, namespace: str | None = None) -> None:
         where = ["-n", namespace] if namespace else []
@@ -218,7 +219,124 @@ class Lab:
             self._ip("link", "set", port, "master", name, namespace=namespace)
         self._ip("link", "set", name, "up", namespace=namespace)
 
+    def _start_sshd(self, host: Host, *environment: str) -> None:
+        host.directory.mkdir()
+        shutil.copytree("/etc", host.directory / "etc", symlinks=True)
+        for name in ("tmp", "root", "bin"):
+            (host.directory / name).mkdir()
+        for name in ("passwd", "shadow"):
+            path = host.directory / "etc" / name
+            lines = path.read_text().splitlines(keepends=True)
+            fields = {"passwd": "root:x:0:0:root:/root:/bin/sh\n", "shadow": "root:*:19000:0:99999:7:::\n"}
+            path.write_text("".join(fields[name] if line.startswith("root:") else line for line in lines))
+        generate_key(host.directory / "host_key")
+        addresses = [host.address, *([host.address6] if host.address6 else [])]
+        (host.directory / "sshd_config").write_text("\n".join([
+            *(f"ListenAddress {address}" for address in addresses), f"HostKey {host.directory / 'host_key'}",
+            "PidFile none", "UsePAM no", "StrictModes no", f"AuthorizedKeysFile {self.key}.pub",
+            "PasswordAuthentication no", "KbdInteractiveAuthentication no", "PermitRootLogin prohibit-password",
+            "UseDNS no", "Subsystem sftp internal-sftp",
+            " ".join([f"SetEnv PATH={host.directory / 'bin'}:{os.environ['PATH']}", *environment]), ""]))
+        self.restart_sshd(host)
+
+    def restart_sshd(self, host: Host) -> None:
+        """Starts a host's sshd, in a mount namespace of its own."""
+        own = "\n".join(f"mount --bind {shlex.quote(str(host.directory / name))} /{name} || exit 1"
+                        for name in ("tmp", "root", "etc"))
+        config = shlex.quote(str(host.directory / "sshd_config"))
+        script = f"{own}\nmount -t tmpfs none /run && mkdir /run/sshd && exec /usr/sbin/sshd -D -e -f {config}"
+        with open(host.directory / "sshd.log", "ab") as log:
+            host.sshd = subprocess.Popen(
+                ["ip", "netns", "exec", host.namespace, "unshare", "--mount", "--propagation", "private",
+                 "sh", "-c", script], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        wait_until(lambda: b"Server listening" in (host.directory / "sshd.log").read_bytes(), f"sshd on {host.name}")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        (self.directory / "client-tmp").mkdir(exist_ok=True)
+        return {**{key: value for key, value in os.environ.items() if not key.startswith("SSH_")},
+                "HOME": str(self.home), "TMPDIR": str(self.directory / "client-tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def on_client(self, *words: str) -> list[str]:
+        """The words that run a command on the client, where ssh's own files are in the lab's home, and nowhere else.
+
+        ssh takes the home directory from /etc/passwd, and not from HOME.
+        """
+        passwd = self.directory / "client-passwd"
+        if not passwd.exists():
+            passwd.write_text(passwd_with_home(self.home))
+            passwd.with_name("client-ssh_config").write_text("")
+        own = 'mount --bind "$0" /etc/passwd && mount --bind "${0%passwd}ssh_config" /etc/ssh/ssh_config && exec "$@"'
+        return ["ip", "netns", "exec", self.client, "sh", "-c", own, str(passwd), *words]
+
+    def arguments(self, *more: str, name: str | None = None, source: str | None = None) -> list[str]:
+        """The seed's command line for this lab."""
+        sources = [source] if source else [host.address for host in self.sources]
+        return ["-n", name or self.name, "--hv", self.hv.address, *(word for host in sources for word in ("-s", host)),
+                "-d", self.destination, "-k", str(self.key), *more]
+
+    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        """netweaver on the client."""
+        return subprocess.Popen(self.on_client(PYTHON, str(NETWEAVER), *arguments), env=self.environment,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                **options)
+
+    def netweaver(self, *arguments: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
+        """netweaver on the client, to its end."""
+        process = self.start(*arguments)
+        try:
+            out, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise
+        return subprocess.CompletedProcess(arguments, process.returncode, out, errors)
+
+    def leftovers(self) -> list[str]:
+        """Processes and files which a run has left, on the hosts and on the client."""
+        found = [f"{host.name}: process {pid}: {line}" for host in self.hosts for pid, line in host.processes().items()
+                 if pid not in self._ours()]
+        found += [f"{host.name}: file {path}" for host in self.hosts for path in host.files()]
+        temporary = self.directory / "client-tmp"
+        return found + [f"client: file {path}" for path in (temporary.rglob("*") if temporary.exists() else ())]
+
+    def _ours(self) -> list[int]:
+        """The lab's own processes on the hosts."""
+        return []
+
+    def wait_clean(self, seconds: float = 15) -> None:
+        """Waits until a run has left nothing; the last orphaned `sleep 1` of a watchdog takes a second to go."""
+        try:
+            wait_until(lambda: not self.leftovers(), "no leftovers", seconds)
+        except TimeoutError:
+            raise AssertionError("left behind:\n" + "\n".join(self.leftovers())) from None
+
+
+class Lab(Network):
+    """A lab of namespaces alone, where the hypervisor is one, too.
+
+    `forwarder` are the options of tests/forwarder.py, which then stands between pif and vif; None for the kernel's
+    bridge.  `sources` is the number of source VMs.  With `tags` (VLANs, outermost first; needs a forwarder) the frames
+    on the pif are tagged, and with `overlay` they are inside VXLAN there.
+    """
+
+    def __init__(self, forwarder: Sequence[str] | None = None, sources: int = 1, *, tags: Sequence[int] = (),
+                 overlay: bool = False) -> None:
+        self._tags, self._overlay = [str(tag) for tag in tags], overlay
+        self._tagger: subprocess.Popen[bytes] | None = None
+        self._forwarder_options, self._number = forwarder, sources
+        self._forwarder: subprocess.Popen[bytes] | None = None
+        self.destination = f"{DATA}.100"
+        super().__init__()
+
+    def _ours(self) -> list[int]:
+        return [self._forwarder.pid] if self._forwarder else []
+
     def _build(self) -> None:
+        self.log, self._dst = self.directory / "truth.json", f"{self.prefix}-dst"
+        self.hv = self._host("hv", f"{MANAGEMENT}.2", f"{MANAGEMENT6}:2")
+        self.sources = [self._host(f"src{number}", f"{MANAGEMENT}.{2 + number}", f"{MANAGEMENT6}:{2 + number}")
+                        for number in range(1, self._number + 1)]
         for namespace in (self.client, self._dst, *(host.namespace for host in self.hosts)):
             self._ip("netns", "add", namespace)
             self._ip("link", "set", "lo", "up", namespace=namespace)
@@ -243,17 +361,21 @@ class Lab:
             self._tagger = self._forward(self.client, "d-hv", "t-hv", "0.0.0.0", self.directory / "tagger.json", [])
         self._ip("link", "set", "t-data" if self._tags else "d-hv", "master", "data", namespace=self.client)
         self._link(self._dst, "eth0", self.hv.namespace, "vif5.0", [f"{self.destination}/24", f"{DATA6}:100/64"])
-        self.home.mkdir()
-        self._generate_key(self.key)
-        for host in self.hosts:
+        generate_key(self.key)
+        for host in self.sources:
             self._start_sshd(host)
+        self._start_sshd(self.hv, f"POOL={self.directory / 'pool.json'}",
+                         f"LIBVIRT_DEFAULT_URI=test://{self.directory / 'libvirt.xml'}")
+        for toolstack in ("xe", "xl", "qm", "xenstore-read"):
+            shutil.copy(TESTS / "standins" / toolstack, self.hv.directory / "bin" / toolstack)
+        (self.directory / "libvirt.xml").write_text(
+            "<node>" + libvirt_domain(NAME, "vif5.0", "vif5.1") + libvirt_domain("halted", "", running=False)
+            + libvirt_domain("1") + "</node>")
+        (self.hv.directory / "etc" / "xensource-inventory").write_text(
+            f"PRODUCT_BRAND='XCP-ng'\nINSTALLATION_UUID='{HV_UUID}'\n")
         self.set_pool(pool(
             vm(vmid="105"), vm("halted", -1, vmid="106"), vm("twins", 5, vmid="107"), vm("twins", 6, vmid="108"),
-            vm("elsewhere", 5, OTHER_HV_UUID), vm("dom0", 0, **{"is-control-domain": "true"}),
-            vifs=[{"vm-uuid": f"vm-{NAME}", "device": "0", "network-uuid": "net0"},
-                  {"vm-uuid": f"vm-{NAME}", "device": "1", "network-uuid": "internal"}],
-            pifs=[{"uuid": "pif0", "network-uuid": "net0", "host-uuid": HV_UUID, "device": "eth0", "VLAN": "-1"},
-                  {"uuid": "pif9", "network-uuid": "net0", "host-uuid": OTHER_HV_UUID, "device": "eth9"}]))
+            vm("elsewhere", 5, OTHER_HV_UUID), vm("dom0", 0, **{"is-control-domain": "true"})))
         if self._overlay:
             self._vxlan(self.hv.namespace, f"{OUTER}.1", [])
             self._bridge(self.hv.namespace, "xenbr0", "vxlan7", "vif5.0")
@@ -261,54 +383,6 @@ class Lab:
             self._bridge(self.hv.namespace, "xenbr0", "eth0", "vif5.0")
         else:
             self.start_forwarder(self._forwarder_options)
-
-    @staticmethod
-    def _generate_key(path: Path) -> None:
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "lab", "-f", str(path)], check=True)
-
-    def _start_sshd(self, host: Host) -> None:
-        host.directory.mkdir()
-        binaries = host.directory / "bin"
-        shutil.copytree("/etc", host.directory / "etc", symlinks=True)
-        for name in ("tmp", "root"):
-            (host.directory / name).mkdir()
-        binaries.mkdir()
-        environment = f"PATH={binaries}:{os.environ['PATH']}"
-        if host is self.hv:
-            for toolstack in ("xe", "xl", "qm", "xenstore-read"):
-                shutil.copy(TESTS / "standins" / toolstack, binaries / toolstack)
-            (self.directory / "libvirt.xml").write_text(
-                "<node>" + libvirt_domain(NAME, "vif5.0", "vif5.1") + libvirt_domain("halted", "", running=False)
-                + libvirt_domain("1") + "</node>")
-            (host.directory / "etc" / "xensource-inventory").write_text(
-                f"PRODUCT_BRAND='XCP-ng'\nINSTALLATION_UUID='{HV_UUID}'\n")
-            environment += (f" POOL={self.directory / 'pool.json'}"
-                            f" LIBVIRT_DEFAULT_URI=test://{self.directory / 'libvirt.xml'}")
-        for name in ("passwd", "shadow"):
-            path = host.directory / "etc" / name
-            lines = path.read_text().splitlines(keepends=True)
-            fields = {"passwd": "root:x:0:0:root:/root:/bin/sh\n", "shadow": "root:*:19000:0:99999:7:::\n"}
-            path.write_text("".join(fields[name] if line.startswith("root:") else line for line in lines))
-        self._generate_key(host.directory / "host_key")
-        (host.directory / "sshd_config").write_text("\n".join([
-            f"ListenAddress {host.address}", f"ListenAddress {host.address6}",
-            f"HostKey {host.directory / 'host_key'}", "PidFile none", "UsePAM no",
-            "StrictModes no", f"AuthorizedKeysFile {self.key}.pub", "PasswordAuthentication no",
-            "KbdInteractiveAuthentication no", "PermitRootLogin prohibit-password", "UseDNS no",
-            "Subsystem sftp internal-sftp", f"SetEnv {environment}", ""]))
-        self.restart_sshd(host)
-
-    def restart_sshd(self, host: Host) -> None:
-        """Starts a host's sshd, in a mount namespace of its own."""
-        own = "\n".join(f"mount --bind {shlex.quote(str(host.directory / name))} /{name} || exit 1"
-                        for name in ("tmp", "root", "etc"))
-        config = shlex.quote(str(host.directory / "sshd_config"))
-        script = f"{own}\nmount -t tmpfs none /run && mkdir /run/sshd && exec /usr/sbin/sshd -D -e -f {config}"
-        with open(host.directory / "sshd.log", "ab") as log:
-            host.sshd = subprocess.Popen(
-                ["ip", "netns", "exec", host.namespace, "unshare", "--mount", "--propagation", "private",
-                 "sh", "-c", script], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        wait_until(lambda: b"Server listening" in (host.directory / "sshd.log").read_bytes(), f"sshd on {host.name}")
 
     def _vxlan(self, namespace: str, remote: str, addresses: Sequence[str]) -> None:
         self._ip("link", "add", "vxlan7", "type", "vxlan", "id", "7", "remote", remote, "dstport", "4789",
@@ -331,8 +405,6 @@ class Lab:
     def start_forwarder(self, options: Sequence[str]) -> None:
         self._forwarder = self._forward(self.hv.namespace, "eth0", "vif5.0", self.destination, self.log, options)
 
-    # -- using --
-
     def set_pool(self, description: Mapping[str, Any]) -> None:
         (self.directory / "pool.json").write_text(json.dumps(description))
 
@@ -345,62 +417,6 @@ class Lab:
         self._forwarder = None
         packets: list[dict[str, Any]] = json.loads(self.log.read_text())["packets"]
         return packets
-
-    @property
-    def environment(self) -> dict[str, str]:
-        (self.directory / "client-tmp").mkdir(exist_ok=True)
-        return {**{key: value for key, value in os.environ.items() if not key.startswith("SSH_")},
-                "HOME": str(self.home), "TMPDIR": str(self.directory / "client-tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
-
-    def on_client(self, *words: str) -> list[str]:
-        """The words that run a command on the client, where ssh's own files are in the lab's home, and nowhere else.
-
-        ssh takes the home directory from /etc/passwd, and not from HOME.
-        """
-        passwd = self.directory / "client-passwd"
-        if not passwd.exists():
-            passwd.write_text(passwd_with_home(self.home))
-            passwd.with_name("client-ssh_config").write_text("")
-        own = 'mount --bind "$0" /etc/passwd && mount --bind "${0%passwd}ssh_config" /etc/ssh/ssh_config && exec "$@"'
-        return ["ip", "netns", "exec", self.client, "sh", "-c", own, str(passwd), *words]
-
-    def arguments(self, *more: str, name: str = NAME, source: str | None = None) -> list[str]:
-        """The seed's command line for this lab."""
-        sources = [source] if source else [host.address for host in self.sources]
-        return ["-n", name, "--hv", self.hv.address, *(word for host in sources for word in ("-s", host)),
-                "-d", self.destination, "-k", str(self.key), *more]
-
-    def start(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-        """netweaver on the client."""
-        return subprocess.Popen(self.on_client(PYTHON, str(NETWEAVER), *arguments), env=self.environment,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                **options)
-
-    def netweaver(self, *arguments: str, seconds: float = 120) -> subprocess.CompletedProcess[str]:
-        """netweaver on the client, to its end."""
-        process = self.start(*arguments)
-        try:
-            out, errors = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            raise
-        return subprocess.CompletedProcess(arguments, process.returncode, out, errors)
-
-    def leftovers(self) -> list[str]:
-        """Processes and files which a run has left, on the hosts and on the client."""
-        found = [f"{host.name}: process {pid}: {line}" for host in self.hosts for pid, line in host.processes().items()
-                 if self._forwarder is None or pid != self._forwarder.pid]
-        found += [f"{host.name}: file {path}" for host in self.hosts for path in host.files()]
-        temporary = self.directory / "client-tmp"
-        return found + [f"client: file {path}" for path in (temporary.rglob("*") if temporary.exists() else ())]
-
-    def wait_clean(self, seconds: float = 15) -> None:
-        """Waits until a run has left nothing; the last orphaned `sleep 1` of a watchdog takes a second to go."""
-        try:
-            wait_until(lambda: not self.leftovers(), "no leftovers", seconds)
-        except TimeoutError:
-            raise AssertionError("left behind:\n" + "\n".join(self.leftovers())) from None
 
 
 @contextlib.contextmanager
