@@ -2024,11 +2024,8 @@ class Links:
 
     def bottom(self, device: str, depth: int = 8) -> set[str]:
         """The physical interfaces of which a VLAN, a bond or a bridge is made; the device itself if it is none."""
-        kind, below = self.kinds.get(device, ""), []         # type: str, list[str]
-        if kind == "vlan" and device in self.peers:
-            below = [self.peers[device]]
-        elif kind in ("bond", "team", "bridge", "openvswitch"):
-            below = self.ports(f"ovs {device}" if kind == "openvswitch" else device)
+        below = ([self.peers[device]] if self.kinds.get(device) == "vlan" and device in self.peers else
+                 self.ports(device) + self.ports(f"ovs {device}"))
         below = [port for port in below if not VM_INTERFACE.fullmatch(port) and self.kinds.get(port) != "tun"
                  and port != device]
         return {found for port in below for found in self.bottom(port, depth - 1)} if depth and below else {device}

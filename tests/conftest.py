@@ -3,17 +3,31 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import kvm
 import lab as laboratory
+import machines
+import openvswitch
 import pytest
+import xen as xen_laboratory
+
+REQUIRED = os.environ.get("NETWEAVER_REQUIRE_LAB") == "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = laboratory.missing()
-    if reason and os.environ.get("NETWEAVER_REQUIRE_LAB") == "1":
-        pytest.exit(f"NETWEAVER_REQUIRE_LAB=1, and the lab can't be built: {reason}", returncode=1)
-    for item in items:
-        if reason and item.get_closest_marker("lab"):
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips what can't be built here, and selects by the phase: some tests need the machine for themselves."""
+    for marker, reason in (("lab", laboratory.missing()), ("openvswitch", openvswitch.missing()),
+                           ("hypervisor", machines.missing() or kvm.missing())):
+        wanted = [item for item in items if item.get_closest_marker(marker)]
+        if reason and wanted and REQUIRED:
+            pytest.exit(f"NETWEAVER_REQUIRE_LAB=1, and the lab can't be built: {reason}", returncode=1)
+        for item in wanted if reason else ():
             item.add_marker(pytest.mark.skip(reason=f"the lab can't be built: {reason}"))
+    phase = os.environ.get("NETWEAVER_PHASE")
+    alone = [item for item in items if item.get_closest_marker("alone") or item.get_closest_marker("hypervisor")]
+    if phase:
+        chosen = [item for item in items if (item in alone) == (phase == "alone")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
 
 @pytest.fixture(scope="session")
@@ -34,4 +48,11 @@ def lab(shared_lab: laboratory.Lab) -> Iterator[laboratory.Lab]:
 def own_lab() -> Iterator[laboratory.Lab]:
     """A lab of the test's own, which it may break."""
     with laboratory.Lab() as built:
+        yield built
+
+
+@pytest.fixture(scope="session")
+def shared_xen() -> Iterator[xen_laboratory.XenLab]:
+    """Xen, booted once."""
+    with xen_laboratory.XenLab() as built:
         yield built

@@ -20,7 +20,7 @@ from typing import Any
 import numpy
 import pytest
 from frames import ethernet, icmp, ipv4, ipv6, pcap, tcp, udp, write
-from lab import NAME, NETWEAVER, Lab
+from lab import NAME, NETWEAVER, Lab, Network
 
 import netweaver
 
@@ -70,7 +70,7 @@ def finished(process: subprocess.Popen[str], seconds: float = 30) -> subprocess.
     return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
-def sending(lab: Lab) -> bool:
+def sending(lab: Network) -> bool:
     return all(any("hping3" in line for line in host.processes().values()) for host in lab.sources)
 
 

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,11 @@ class Host:
         return ["nsenter", "-t", str(self.sshd.pid), "-m", "-n", *words]
 
     def run(self, *words: str) -> str:
-        return subprocess.run(self.command(*words), check=True, capture_output=True, text=True).stdout
+        """What a command prints that succeeds."""
+        done = subprocess.run(self.command(*words), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{self.name}: {' '.join(words)}: status {done.returncode}: {done.stderr.strip()}")
+        return done.stdout
 
     def processes(self) -> dict[int, str]:
         """pid and command line of what runs there beside sshd itself."""
@@ -319,6 +323,7 @@ class Lab(Network):
     bridge.  `sources` is the number of source VMs.  With `tags` (VLANs, outermost first; needs a forwarder) the frames
     on the pif are tagged, and with `overlay` they are inside VXLAN there.
     """
+    libvirt_uri = ""                                 # a made pool of domains
 
     def __init__(self, forwarder: Sequence[str] | None = None, sources: int = 1, *, tags: Sequence[int] = (),
                  overlay: bool = False) -> None:
@@ -360,12 +365,12 @@ class Lab(Network):
             self._link(self.client, "t-data", self.client, "t-hv")
             self._tagger = self._forward(self.client, "d-hv", "t-hv", "0.0.0.0", self.directory / "tagger.json", [])
         self._ip("link", "set", "t-data" if self._tags else "d-hv", "master", "data", namespace=self.client)
-        self._link(self._dst, "eth0", self.hv.namespace, "vif5.0", [f"{self.destination}/24", f"{DATA6}:100/64"])
+        self._guest()
         generate_key(self.key)
         for host in self.sources:
             self._start_sshd(host)
         self._start_sshd(self.hv, f"POOL={self.directory / 'pool.json'}",
-                         f"LIBVIRT_DEFAULT_URI=test://{self.directory / 'libvirt.xml'}")
+                         f"LIBVIRT_DEFAULT_URI={self.libvirt_uri or f'test://{self.directory}/libvirt.xml'}")
         for toolstack in ("xe", "xl", "qm", "xenstore-read"):
             shutil.copy(TESTS / "standins" / toolstack, self.hv.directory / "bin" / toolstack)
         (self.directory / "libvirt.xml").write_text(
@@ -376,6 +381,14 @@ class Lab(Network):
         self.set_pool(pool(
             vm(vmid="105"), vm("halted", -1, vmid="106"), vm("twins", 5, vmid="107"), vm("twins", 6, vmid="108"),
             vm("elsewhere", 5, OTHER_HV_UUID), vm("dom0", 0, **{"is-control-domain": "true"})))
+        self._switch()
+
+    def _guest(self) -> None:
+        """The destination VM."""
+        self._link(self._dst, "eth0", self.hv.namespace, "vif5.0", [f"{self.destination}/24", f"{DATA6}:100/64"])
+
+    def _switch(self) -> None:
+        """What connects its interface with the physical one."""
         if self._overlay:
             self._vxlan(self.hv.namespace, f"{OUTER}.1", [])
             self._bridge(self.hv.namespace, "xenbr0", "vxlan7", "vif5.0")
@@ -385,7 +398,8 @@ class Lab(Network):
             self.start_forwarder(self._forwarder_options)
 
     def _vxlan(self, namespace: str, remote: str, addresses: Sequence[str]) -> None:
-        self._ip("link", "add", "vxlan7", "type", "vxlan", "id", "7", "remote", remote, "dstport", "4789",
+        # veth leaves checksums to a card that isn't there, and Open vSwitch's own datapath checks that of UDP.
+        self._ip("link", "add", "vxlan7", "type", "vxlan", "id", "7", "remote", remote, "dstport", "4789", "noudpcsum",
                  "dev", "eth0", namespace=namespace)
         for address in addresses:
             usable_at_once = ["nodad"] if ":" in address else []
@@ -419,10 +433,16 @@ class Lab(Network):
         return packets
 
 
-@contextlib.contextmanager
-def lab(forwarder: Sequence[str] | None = None, sources: int = 1) -> Iterator[Lab]:
-    with Lab(forwarder, sources) as built:
-        yield built
+def run_in(lab: Network, words: Sequence[str]) -> int:
+    """Runs a command, or a shell, on a lab's client, which finds the lab's addresses in its environment."""
+    variables = {**lab.environment, "LAB_NAME": lab.name, "LAB_HV": lab.hv.address, "LAB_SOURCE": lab.source.address,
+                 "LAB_DESTINATION": lab.destination, "LAB_KEY": str(lab.key)}
+    if not words:
+        print("In the lab, on the client. For example:\n  "
+              f"python {NETWEAVER} -n $LAB_NAME --hv $LAB_HV -s $LAB_SOURCE -d $LAB_DESTINATION -k $LAB_KEY",
+              file=sys.stderr)
+        words = [os.environ.get("SHELL", "/bin/sh")]
+    return subprocess.run(lab.on_client(*words), env=variables, check=False).returncode
 
 
 def main() -> int:
@@ -430,16 +450,7 @@ def main() -> int:
         print(f"lab: {reason}", file=sys.stderr)
         return 1
     with Lab() as built:
-        words = sys.argv[1:]
-        variables = {**built.environment, "LAB_NAME": NAME, "LAB_HV": built.hv.address,
-                     "LAB_SOURCE": built.source.address, "LAB_DESTINATION": built.destination,
-                     "LAB_KEY": str(built.key)}
-        if not words:
-            print("In the lab, on the client. For example:\n  "
-                  f"python {NETWEAVER} -n $LAB_NAME --hv $LAB_HV -s $LAB_SOURCE -d $LAB_DESTINATION -k $LAB_KEY",
-                  file=sys.stderr)
-            words = [os.environ.get("SHELL", "/bin/sh")]
-        return subprocess.run(built.on_client(*words), env=variables, check=False).returncode
+        return run_in(built, sys.argv[1:])
 
 
 if __name__ == "__main__":

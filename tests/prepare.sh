@@ -16,9 +16,12 @@ prepare() {
     fi
     if [ "$1" = tests ]; then
         command -v sudo >/dev/null || packages="$packages sudo"
-        command -v virsh >/dev/null || packages="$packages libvirt-clients"
         command -v iperf3 >/dev/null || packages="$packages iperf3"
-        command -v busybox >/dev/null || packages="$packages busybox"
+        command -v mmdebstrap >/dev/null || packages="$packages mmdebstrap busybox-static cpio kmod e2fsprogs"
+        command -v qemu-system-x86_64 >/dev/null || packages="$packages qemu-system-x86 ipxe-qemu"
+        command -v ovs-vswitchd >/dev/null || packages="$packages openvswitch-switch"
+        [ -x /usr/sbin/libvirtd ] && command -v virsh >/dev/null || packages="$packages libvirt-daemon-system
+            libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients"
         command -v tshark >/dev/null || packages="$packages tshark"
         command -v tcsh >/dev/null || packages="$packages tcsh"
         command -v fish >/dev/null || packages="$packages fish"

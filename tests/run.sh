@@ -8,13 +8,16 @@ system=nothing
 if [ "$(id -u)" = 0 ] && [ "$(uname)" = Linux ]; then system=tests; fi
 prepare $system test
 
-# Most tests wait for something most of the time, so several run at once; those that measure come after, alone.
+# Most tests wait for something most of the time, so several run at once; those that measure, or for which a whole
+# machine is emulated, come after, one by one.
 run() {
     status=0
+    NETWEAVER_PHASE=$1 && shift
+    export NETWEAVER_PHASE
     .venv/bin/python -m pytest --basetemp .venv/tmp "$@" || status=$?
     if [ $status = 5 ]; then none=$((none + 1)); elif [ $status != 0 ]; then exit $status; fi       # 5: none selected
 }
 none=0
-run -n 4 -m "not alone" "$@"
-run -m alone "$@"
+run together -n 6 "$@"
+run alone "$@"
 [ $none -lt 2 ] || exit 5

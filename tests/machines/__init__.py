@@ -1,0 +1,49 @@
+"""Machines that QEMU emulates for the labs with real hypervisors: their images, and running them."""
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+NEEDED = ("qemu-system-x86_64", "mmdebstrap", "cpio", "modprobe", "mke2fs", "apt-get", "dpkg")
+
+
+def missing() -> str | None:
+    """Why the machines can't be built here; None if they can."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    lacking = [tool for tool in NEEDED if not shutil.which(tool, path=path)]
+    busybox = Path("/bin/busybox")
+    if not busybox.exists() or b"/ld-linux" in busybox.read_bytes()[:4096]:          # where its interpreter stands
+        lacking.append("busybox-static")
+    return f"not installed: {', '.join(lacking)}" if lacking else None
+
+
+def images() -> Path:
+    """The directory of what build.sh makes, which is done once for all sessions, outside the tree.
+
+    It is keyed by what goes into it; those of other keys are removed.
+    """
+    parts = [path.read_bytes() for path in sorted(HERE.iterdir()) if path.is_file() and path.suffix != ".py"]
+    key = hashlib.sha256(b"\0".join([*parts, Path("/etc/os-release").read_bytes()])).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "/var/cache") / "netweaver-tests"
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (cache / key).exists():
+            for old in cache.iterdir():
+                if old.is_dir():
+                    shutil.rmtree(old)
+            new = cache / f"{key}.new"
+            new.mkdir()
+            with open(cache / "build.log", "w") as log:
+                done = subprocess.run(["sh", str(HERE / "build.sh"), str(new)], stdin=subprocess.DEVNULL, stdout=log,
+                                      stderr=log, check=False)
+            if done.returncode:
+                lines = (cache / "build.log").read_text().splitlines()[-10:]
+                raise RuntimeError("the machines' images can't be built:\n" + "\n".join(lines))
+            new.rename(cache / key)
+    return cache / key
