@@ -2953,9 +2953,9 @@ FIGURES: list[tuple[str, tuple[str, ...], str, str]] = [
     ("average", ("average",), "µs", "mean delay (RFC 7679)"),
     ("minimum", ("minimum",), "µs", "shortest delay"),
     ("maximum", ("maximum",), "µs", "longest delay"),
-    ("stdev", ("stdev",), "µs", "standard deviation of the delays, the population's"),
-    ("median", ("median",), "µs", "delay that half of the packets don't exceed"),
-    *((f"p{percent}", ("percentiles", percent), "µs", f"delay that {percent} % of the packets don't exceed")
+    ("stdev", ("stdev",), "µs", "standard deviation (the population's)"),
+    ("median", ("median",), "µs", "delay that half don't exceed"),
+    *((f"p{percent}", ("percentiles", percent), "µs", f"delay that {percent} % don't exceed")
       for percent in ("90", "95", "99", "99.9")),
     ("pdv", ("pdv",), "µs", "delay variation: p99 minus the minimum (RFC 5481)"),
     ("ipdv", ("ipdv",), "µs", "mean absolute difference of successive delays (RFC 3393)"),

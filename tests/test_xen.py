@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import analyzed, failure, finished, report, sending
 from lab import wait_until
-from xen import NAME, XenLab
+from xen import NAME, VIFNAME, XenLab
 
 pytestmark = [pytest.mark.lab, pytest.mark.hypervisor]
 STEADY = "hping3 -c {count} -S -L 0 -Q -i u4000 {destination}"
@@ -24,15 +24,15 @@ def xen(shared_xen: XenLab) -> Iterator[XenLab]:
     shared_xen.wait_clean(30)
 
 
-@pytest.mark.parametrize(("toolstack", "number"), [("xl", 0), ("xe", 1)])
-def test_both_toolstacks_and_both_switches(xen: XenLab, toolstack: str, number: int) -> None:
+@pytest.mark.parametrize(("toolstack", "number", "vif"), [("xe", 0, "vif{}.0"), ("xl", 1, VIFNAME)])
+def test_both_toolstacks_and_both_switches(xen: XenLab, toolstack: str, number: int, vif: str) -> None:
     """Every count is what the source has sent and the guest has answered, by the guest's own counters."""
     before = xen.counters()["Tcp.OutRsts"]
     found = report(xen.netweaver(*xen.arguments(
         "-c", "300", "--source-command", STEADY, "--direction", "both", "-i", "auto", "--num", str(number),
         "--toolstack", toolstack, "-d", xen.destinations[number])))
     assert xen.counters()["Tcp.OutRsts"] - before == 300 == found["config"]["transmitted"]
-    assert (found["config"]["pif"], found["config"]["vif"]) == (f"eth{number}", f"vif{xen.domain()}.{number}")
+    assert (found["config"]["pif"], found["config"]["vif"]) == (f"eth{number}", vif.format(xen.domain()))
     assert found["config"]["platform"]["switch"].split(" 3")[0] == ("bridge", "Open vSwitch")[number]
     for part, first, second in ((found, "pif", "vif"), (found["outbound"], "vif", "pif")):
         reordered = part["packets"].pop("reordered")     # Open vSwitch does that: each SYN is a new flow
@@ -116,14 +116,14 @@ def test_a_guest_that_is_paused(xen: XenLab) -> None:
 
 def test_open_vswitchs_database_hangs(xen: XenLab) -> None:
     """The interfaces are found by the kernel's own account, and what is measured is true."""
-    xen.hv.shell("kill -STOP `pidof ovsdb-server`")
+    xen.hv.run("kill -STOP `pidof ovsdb-server`")
     try:
         found = report(xen.netweaver(*xen.arguments(
             "-c", "100", "--source-command", STEADY, "-i", "auto", "--num", "1", "--toolstack", "xl", "-d",
             xen.destinations[1])))
     finally:
-        xen.hv.shell("kill -CONT `pidof ovsdb-server`")
-    assert found["config"]["pif"] == "eth1"
+        xen.hv.run("kill -CONT `pidof ovsdb-server`")
+    assert (found["config"]["pif"], found["config"]["vif"]) == ("eth1", VIFNAME)
     assert found["packets"]["matched"] == 100
 
 
@@ -133,11 +133,11 @@ def destroy(lab: XenLab) -> None:
 
 def restart(lab: XenLab) -> None:
     destroy(lab)
-    lab.create_guest(wait=False)
+    lab.create_guest()
 
 
 def save_and_restore(lab: XenLab) -> None:
-    lab.hv.shell(f"xl save {NAME} /var/tmp/saved && xl restore /var/tmp/saved; rm /var/tmp/saved")
+    lab.hv.run(f"xl save {NAME} /var/tmp/saved && xl restore /var/tmp/saved; rm /var/tmp/saved")
 
 
 def detach(lab: XenLab) -> None:
@@ -166,17 +166,14 @@ def test_what_happens_to_the_vm_meanwhile(xen: XenLab, act: Callable[[XenLab], N
         xen.hv.run("xl", "rename", "another", NAME)
 
 
-def test_names_of_ones_own_and_a_guest_that_does_not_run_yet(shared_xen: XenLab) -> None:
-    """`vifname` in xl.cfg; and a vif without a carrier, on which nothing can pass."""
+def test_a_guest_that_does_not_run_yet(shared_xen: XenLab) -> None:
+    """Its vif has no carrier, so that nothing can pass."""
     xen = shared_xen
     xen.hv.run("xl", "destroy", NAME)
-    xen.create_guest(more=(",vifname=web1net", ""))
-    found = report(xen.netweaver(*xen.arguments("-c", "100", "--source-command", STEADY, "--toolstack", "xl")))
-    assert (found["config"]["vif"], found["packets"]["matched"]) == ("web1net", 100)
-    xen.hv.run("xl", "destroy", NAME)
-    xen.hv.run("xl", "create", "-p", "/guest/xl.cfg")
+    xen.create_guest(paused=True)
     xen.source.run("ip", "neigh", "replace", xen.destination, "lladdr", "00:16:3e:85:00:64", "dev", "eth0")
     line = failure(xen.netweaver(*xen.arguments("-c", "20", "--source-command", STEADY, "--toolstack", "xl")), 6)
-    assert "(20 on eth0, 0 on web1net): none is on web1net" in line
+    vif = f"vif{xen.domain()}.0"
+    assert f"(20 on eth0, 0 on {vif}): none is on {vif}" in line
     xen.source.run("ip", "neigh", "del", xen.destination, "dev", "eth0")
     xen.wait_clean(30)

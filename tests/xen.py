@@ -6,7 +6,7 @@
 
       client 10.85.0.1 ---+
       src1   10.85.0.3 ---+-- lan0 -- eth0 - xenbr0 (Linux)        - vif<n>.0 -- 10.85.0.100 guest
-             10.85.1.3 ------ lan1 -- eth1 - ovsbr0 (Open vSwitch) - vif<n>.1 -- 10.85.1.100
+             10.85.1.3 ------ lan1 -- eth1 - ovsbr0 (Open vSwitch) - web1net  -- 10.85.1.100
                                       `------- dom0 10.85.0.2 --------'
 
 Open vSwitch has the kernel's datapath there.  dom0 has one processor: with two, Xen's clock stands still between them.
@@ -19,13 +19,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import machines
 from lab import Host, Network, missing, run_in, wait_until
 
 NAME = "instance-3b1f6c1e-52f4-4c55-8f4e-8f0c5d0a7a11"
+VIFNAME = "web1net"                                  # of the guest's second interface, as xl.cfg may say
 LAN, LAN6 = ("10.85.0", "10.85.1"), "fd85:0:"
 
 
@@ -43,9 +43,6 @@ class Dom0(Host):
                 "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "BatchMode=yes",
                 "ConnectTimeout=5", "ControlMaster=auto", f"ControlPath={self.directory}/ssh", "ControlPersist=600")),
             f"root@{self.address}", *words]
-
-    def shell(self, script: str) -> str:
-        return self.run(script)
 
     def settle(self) -> None:
         """What runs and is there now is no leftover."""
@@ -94,6 +91,7 @@ class XenLab(Network):
         self._start_sshd(self.source)
         self._boot(images)
         self.create_guest()
+        self.wait_for_guest()
         self.hv.settle()
 
     def _boot(self, images: Path) -> None:
@@ -134,22 +132,21 @@ class XenLab(Network):
         for domain in domains:
             self.hv.run("xl", "destroy", domain)
         self.create_guest()
+        self.wait_for_guest()
 
     def _answers(self, address: str) -> bool:
         return subprocess.run(self.source.command("ping", "-c", "1", "-W", "1", address), capture_output=True,
                               check=False).returncode == 0
 
-    def create_guest(self, name: str = NAME, more: Sequence[str] = ("", ""), wait: bool = True) -> None:
-        """Starts a guest; `more` is added to what xl.cfg says of its interfaces."""
-        vifs = ", ".join(f'"mac=00:16:3e:85:0{number}:64,{bridge}{words}"' for number, (bridge, words) in enumerate(
-            zip(("bridge=xenbr0", "bridge=ovsbr0,script=vif-openvswitch"), more)))
-        config = (f'name = "{name}"\ntype = "pv"\nkernel = "/guest/vmlinux"\nramdisk = "/guest/guest.initrd"\n'
+    def create_guest(self, paused: bool = False) -> None:
+        """Starts a guest; `paused` is before it does anything."""
+        vifs = ", ".join(f'"mac=00:16:3e:85:0{number}:64,{words}"' for number, words in enumerate(
+            ("bridge=xenbr0", f"bridge=ovsbr0,script=vif-openvswitch,vifname={VIFNAME}")))
+        config = (f'name = "{NAME}"\ntype = "pv"\nkernel = "/guest/vmlinux"\nramdisk = "/guest/guest.initrd"\n'
                   f'memory = 192\nvcpus = 1\non_crash = "preserve"\nvif = [{vifs}]\nextra = "console=hvc0 quiet '
                   f"mitigations=off address0={self.destinations[0]}/24 address1={self.destinations[1]}/24 "
                   f'address6={self.destination6}/64"\n')
-        self.hv.shell(f"cat >/guest/xl.cfg <<'END'\n{config}END\nxl create /guest/xl.cfg")
-        if wait:
-            self.wait_for_guest()
+        self.hv.run(f"cat >/guest/xl.cfg <<'END'\n{config}END\nxl create {'-p' if paused else ''} /guest/xl.cfg")
 
     def wait_for_guest(self, seconds: float = 60) -> None:
         for address in (*self.destinations, self.destination6):
