@@ -113,6 +113,8 @@ def test_an_interface_that_does_not_exist(lab: Lab) -> None:
     line = failure(lab.netweaver(*lab.arguments("--num", "7"), seconds=15), 5)
     assert "vif5.7: No such device exists" in line
     assert line.endswith("(the VM has: vif5.0)")
+    line = failure(lab.netweaver(*lab.arguments("--vif", "enp9s0v1"), seconds=15), 5)
+    assert line.endswith("): a VM's interface that is an SR-IOV function has no device here")
 
 
 def test_hosts_that_can_not_be_used(lab: Lab, tmp_path: Path) -> None:
@@ -128,6 +130,8 @@ def test_hosts_that_can_not_be_used(lab: Lab, tmp_path: Path) -> None:
     assert "not a private key" in failure(lab.netweaver(*lab.arguments("-k", str(tmp_path / "text")), seconds=15), 3)
     line = failure(lab.netweaver(*lab.arguments("--hv", "10.83.0.99"), seconds=15), 3)
     assert "root@10.83.0.99: can't reach port 22: " in line
+    line = failure(lab.netweaver(*lab.arguments("--hv", f"{lab.hv.address}:2222"), seconds=15), 3)
+    assert line.endswith("Connection refused: is sshd running there? (XenServer 9 starts without: xe host-enable-ssh)")
     assert "Connection refused" in failure(lab.netweaver(*lab.arguments("--hv", f"{lab.hv.address}:23"), seconds=15), 3)
 
 

@@ -21,10 +21,14 @@ def switched(request: pytest.FixtureRequest) -> Iterator[OpenVSwitchLab]:
     ("patch", "eth0", False), ("bond", "eth0,eth1", False), ("tag", "eth0", False), ("vxlan", "eth0", True),
 ], indirect=["switched"])
 def test_auto_finds_the_pif_behind_open_vswitch(switched: OpenVSwitchLab, pifs: str, overlay: bool) -> None:
+    """And all that is lost there, as its datapath may do on a busy machine, is told."""
     for direction in ("in", "both"):
         found = report(switched.netweaver(*switched.arguments(
             "-c", "600", "--source-command", FAST, "-i", "auto", "--direction", direction)))
         assert (found["config"]["pif"], found["config"]["vif"]) == (pifs, "vif5.0")
         assert found["config"]["overlay"] is overlay
-        assert found["packets"]["pif"] == found["packets"]["vif"] == found["packets"]["matched"] == 600
-    assert found["outbound"]["packets"]["matched"] == found["guest"]["packets"]["answered"] == 600
+        packets = found["packets"]
+        assert packets["pif"] == 600
+        assert packets["matched"] == packets["vif"] == 600 - packets["lost"] >= 590
+    assert found["guest"]["packets"]["answered"] == found["outbound"]["packets"]["vif"] == packets["vif"]
+    assert found["outbound"]["packets"]["lost"] < 10
