@@ -78,6 +78,10 @@ class RemoteCommandError(NetWeaverError):
     exit_code = 4
 
 
+class UnknownVMError(RemoteCommandError):
+    """A toolstack has no VM of that name: another one may have it."""
+
+
 class CaptureError(NetWeaverError):
     """A capture could not be made, fetched or read."""
     exit_code = 5
@@ -1065,6 +1069,7 @@ capture() {
   (trap 'kill -s TERM $c 2>/dev/null' TERM; c=
    sh -c "$2" >"$1.pcap" & c=$!
    until wait $c; s=$?; ! kill -s 0 $c 2>/dev/null; do :; done
+   wait $c 2>/dev/null; t=$?; [ $t = 127 ] || s=$t   # a signal may have cut the last one short
    echo "exit $s" >&2) 2>"$1.err" &
   all="$all $!"
 }
@@ -1874,7 +1879,7 @@ def parse_xe_dom_id(answer: str, name: str) -> int:
         why = (f"{len(here)} VMs have the name-label {name!r} (dom-ids {','.join(here)}): make the name unique, or "
                "give the VM's UUID")
     if why:
-        raise RemoteCommandError(why)
+        raise (RemoteCommandError if everywhere else UnknownVMError)(why)
     return int(here[0])
 
 
@@ -1937,8 +1942,8 @@ def parse_qm_list(answer: str, name: str) -> int:
     named = [vm for vm in vms if vm[1] == " ".join(name.split())] or [vm for vm in vms if vm[0] == name]
     running = [vmid for vmid, _, status in named if status == "running"]
     if not named:
-        raise RemoteCommandError(f"there is no VM {name!r} on this host (qm list shows them; a container's interface "
-                                 "is given with --vif veth<id>i<n>)")
+        raise UnknownVMError(f"there is no VM {name!r} on this host (qm list shows them; a container's interface is "
+                             "given with --vif veth<id>i<n>)")
     if not running:
         vmid, _, status = named[0]
         raise RemoteCommandError(f"the VM {name!r} (VMID {vmid}) is {status}: start it first (qm start {vmid})")
@@ -1948,7 +1953,27 @@ def parse_qm_list(answer: str, name: str) -> int:
     return int(running[0])
 
 
-TOOLSTACKS = {"xe": xe_vif, "xl": xl_vif, "virsh": virsh_vif, "qm": qm_vif}
+TOOLSTACKS = {"xe": xe_vif, "qm": qm_vif, "virsh": virsh_vif, "xl": xl_vif}
+
+
+def find_toolstack(run: Run, name: str, number: int) -> str:
+    """The first toolstack that is there and knows a VM; else raises the first one's error.
+
+    What xe or qm say of a VM that they do know (it is halted, or there are two) is the last word.
+    """
+    tools = " ".join(TOOLSTACKS)
+    there = run(f"for tool in {tools}; do command -v $tool >/dev/null && echo $tool; done; :").split()
+    errors = [RemoteCommandError(f"none of {', '.join(TOOLSTACKS)} is there: name the VM's interface with --vif")]
+    for toolstack in filter(TOOLSTACKS.__contains__, there):
+        try:
+            TOOLSTACKS[toolstack](run, name, number)
+            return toolstack
+        except RemoteCommandError as error:
+            if toolstack in ("xe", "qm") and not isinstance(error, UnknownVMError):
+                raise
+            errors.append(error)
+    raise [*errors[1:], *errors][0]
+
 
 LINKS_COMMAND = """\
 ip -o -d link || exit; command -v ovs-vsctl >/dev/null || exit 0; ask() { ovs-vsctl --timeout=5 "$@" 2>/dev/null; }
@@ -2047,6 +2072,18 @@ def bridge_uplinks(run: Run, vif: str) -> tuple[list[str], bool]:
         raise RemoteCommandError(f"can't find the physical interface behind {vif}: {why}: give it with -i (there are: "
                                  f"{', '.join(sorted(name for name in links.kinds if name != 'lo'))})")
     return sorted(devices), bool(tunnels)
+
+
+def physical_interfaces(run: Run, asked: Sequence[str], vif: str, known: Iterable[str]) -> tuple[Sequence[str], bool]:
+    """Those to capture on, and whether they carry a tunnel; eth0 if none is asked for, and none leads to the vif."""
+    if asked and "auto" not in asked:
+        return asked, False
+    try:
+        return bridge_uplinks(run, vif)
+    except RemoteCommandError:
+        if asked or vif == "eth0" or "eth0" not in known:
+            raise
+        return ["eth0"], False
 
 
 def word_after(word: str, text: str) -> str:
@@ -2723,16 +2760,16 @@ class NetWeaver:
 
     def __init__(self, source_ip: str | Sequence[str], destination_name_label: str, destination_ip: str,
                  destination_host_ip: str, ssh_key_path: str | None = None, *,
-                 host_interface: str | Sequence[str] = "eth0", vif_number: int = 0, vif: str | None = None,
-                 toolstack: str = "xe", direction: str = "in", overlay: bool = False,
+                 host_interface: str | Sequence[str] = (), vif_number: int = 0, vif: str | None = None,
+                 toolstack: str = "auto", direction: str = "in", overlay: bool = False,
                  filters: Mapping[str, str] | None = None, count: int = 1000, duration: float | None = None,
                  timeout: float | None = None, wait: float = SHORTEST_WAIT, match_nat: bool = False, slowest: int = 0,
                  max_capture_size: int = 256_000_000, labels: Mapping[str, str] | None = None, sudo: bool = False,
                  host_key_checking: str | None = None, known_hosts: str | None = None,
                  ask: Callable[[str], str] | None = None, progress: Callable[[str], None] = lambda line: None,
                  log: Callable[[str], None] = lambda line: None, tick: Callable[[float], None] | None = None) -> None:
-        if toolstack not in TOOLSTACKS or direction not in DIRECTIONS:
-            raise UsageError(f"toolstack must be one of {', '.join(TOOLSTACKS)} and direction in, out or both")
+        if toolstack not in ("auto", *TOOLSTACKS) or direction not in DIRECTIONS:
+            raise UsageError(f"toolstack must be auto, {', '.join(TOOLSTACKS)}, and direction in, out or both")
         if direction == "both" and match_nat:
             raise UsageError("with address translation the two directions can't be told apart: measure in and out "
                              "one after the other")
@@ -2776,8 +2813,10 @@ class NetWeaver:
     def determine_vif_number(self) -> str:
         """The name of the destination VM's interface on the hypervisor, such as vif5.0.
 
-        Asks the toolstack; override it for another one (`run_command` is at hand).
+        Asks the toolstack, after it has found one; override it for another (`run_command` is at hand).
         """
+        if self.toolstack == "auto":
+            self.toolstack = find_toolstack(self.run_command, self.destination_name_label, self.vif_number)
         return TOOLSTACKS[self.toolstack](self.run_command, self.destination_name_label, self.vif_number)
 
     def generate_and_record(self, source_command: str | None = None, dest_pif_cmd: str | None = None,
@@ -2803,8 +2842,8 @@ class NetWeaver:
         vif, facts, *found = in_parallel(find_vif, find_facts, *(
             lambda host=host: addresses_in_traffic(host, self.destination_ip) for host in ours))
         addresses = list(dict.fromkeys(address for each in found for address in each))
-        pifs, tunnel = (self._located(lambda: bridge_uplinks(self.run_command, vif))
-                        if "auto" in self.host_interfaces else (self.host_interfaces, False))
+        pifs, tunnel = self._located(
+            lambda: physical_interfaces(self.run_command, self.host_interfaces, vif, facts.links))
         plan = self._located(lambda: make_plan(
             facts, vif, pifs, self.overlay or tunnel, Flows(addresses, self.destination_ip, DIRECTIONS[self.direction]),
             self.filters, {"pif": dest_pif_cmd, "vif": dest_vif_cmd}, self.max_capture_size))
@@ -2812,7 +2851,7 @@ class NetWeaver:
         config = {
             "version": __version__, "hypervisor": hosts.hypervisor.name,
             "sources": [settings.name for settings in self._settings[1:]], "destination": self.destination_ip,
-            "name_label": self.destination_name_label, "toolstack": None if self.vif else self.toolstack,
+            "name_label": self.destination_name_label, "toolstack": None if vif == self.vif else self.toolstack,
             "direction": self.direction, "match_nat": self.match_nat, "overlay": plan.overlay, "filters": self.filters,
             "selection": {"sources": addresses if select and not self.filters else [],
                           "destinations": [self.destination_ip] if select else []},
@@ -3441,8 +3480,6 @@ examples:
   one packet a millisecond, through a bond, to the VM's second interface:
     netweaver -n web1 --hv root@hv:2222 -s 10.0.0.2 -d 10.0.0.1 -i bond0 --num 1 \\
       --source-command 'hping3 -c {count} -S -i u1000 {destination}'
-  another toolstack, and the physical interface found by itself:
-    netweaver --toolstack virsh -n web1 -i auto --hv HV_IP -s SOURCE_IP -d DESTINATION_IP
   a known interface, without asking the toolstack; the traffic that there is, both ways, for a minute:
     netweaver --vif vif5.0 --hv HV_IP -d DESTINATION_IP --duration 60 --direction both
   keep a run, and compare another one with it later, as a cron job that fails when it gets slow:
@@ -3508,12 +3545,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-s", "--source", metavar="SOURCE", default=[], action="append",
         help="a VM that generates traffic, as [user@]host[:port]; may be repeated")
     add("-d", "--destination", metavar="DESTINATION", help="the destination VM's address")
-    add("--toolstack", choices=tuple(TOOLSTACKS), default="xe",
-        help="what the hypervisor is managed with: XenServer's xe, plain Xen's xl, libvirt's virsh or Proxmox's qm "
-             "(default: %(default)s)")
+    add("--toolstack", choices=("auto", *TOOLSTACKS), default="auto",
+        help="what the hypervisor is managed with: XenServer's xe, Proxmox's qm, libvirt's virsh or plain Xen's xl "
+             "(default: the first of them that is there and knows the VM)")
     add("-i", "--interface", metavar="PIF", dest="host_interface", default=[], action="append", type=INTERFACE,
-        help="the hypervisor's physical interface; auto finds it; may be repeated, for the slaves of a bond (default: "
-             "eth0)")
+        help="the hypervisor's physical interface; may be repeated, for the slaves of a bond (default: auto, which "
+             "finds what leads to the VM; eth0 where nothing does)")
     add("--num", metavar="N", dest="vif_number", default=0, type=of_kind(r"\d{1,4}", int, "the number of an interface"),
         help="the number of the VM's interface, N in vif5.N (default: %(default)s)")
     add("--vif", metavar="NAME", type=INTERFACE,
@@ -3609,8 +3646,7 @@ def new_weaver(arguments: argparse.Namespace, screen: Screen) -> NetWeaver:
     filters = {"pif": arguments.pif_filter or arguments.filter, "vif": arguments.vif_filter or arguments.filter}
     return NetWeaver(
         arguments.source, arguments.name_label or "", arguments.destination, arguments.hv, arguments.key,
-        **{name: getattr(arguments, name) for name in PARAMETERS} | {
-            "host_interface": arguments.host_interface or "eth0"},
+        **{name: getattr(arguments, name) for name in PARAMETERS},
         direction=arguments.direction or "in", match_nat=arguments.match_nat, slowest=arguments.slowest,
         filters={side: expression for side, expression in filters.items() if expression},
         max_capture_size=arguments.max_capture_size * 1_000_000, labels=dict(arguments.label),

@@ -442,22 +442,23 @@ def test_no_argument_gets_out_of_its_place(lab: Lab, place: str, tmp_path: Path)
 
 def test_what_a_host_says_reaches_no_terminal(own_lab: Lab) -> None:
     (own_lab.hv.directory / "bin" / "xe").write_text("#!/bin/sh\nprintf '\\033[2J\\033]0;x\\007oops\\n' >&2; exit 1\n")
-    line = failure(own_lab.netweaver(*own_lab.arguments(), seconds=15), 4)
+    line = failure(own_lab.netweaver(*own_lab.arguments("--toolstack", "xe"), seconds=15), 4)
     assert "\\x1b[2J\\x1b]0;x\\x07oops" in line
     (own_lab.hv.directory / "bin" / "xe").write_text("#!/bin/sh\nprintf '\\033[2J7'\n")
-    assert "which are no dom-ids" in failure(own_lab.netweaver(*own_lab.arguments(), seconds=15), 4)
+    assert "which are no dom-ids" in failure(own_lab.netweaver(*own_lab.arguments("--toolstack", "xe"), seconds=15), 4)
 
 
 @pytest.mark.parametrize("stream", ["", ">&2"])
 def test_a_host_that_talks_without_end(own_lab: Lab, stream: str) -> None:
     (own_lab.hv.directory / "bin" / "xe").write_text(f"#!/bin/sh\nexec yes 'a long line, again and again' {stream}\n")
-    failure(own_lab.netweaver(*own_lab.arguments(), seconds=30), 4)
+    failure(own_lab.netweaver(*own_lab.arguments("--toolstack", "xe"), seconds=30), 4)
     own_lab.wait_clean()
 
 
 def test_a_host_that_says_nothing(own_lab: Lab) -> None:
     (own_lab.hv.directory / "bin" / "xe").write_text("#!/bin/sh\nexec sleep 1000\n")
-    assert "did not answer in time" in failure(own_lab.netweaver(*own_lab.arguments(), seconds=20), 4)
+    line = failure(own_lab.netweaver(*own_lab.arguments("--toolstack", "xe"), seconds=20), 4)
+    assert "did not answer in time" in line
     own_lab.wait_clean()
 
 

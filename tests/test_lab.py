@@ -101,7 +101,7 @@ def test_a_toolstack_that_does_not_answer(lab: Lab, fault: str, words: str) -> N
     before = json.loads((lab.directory / "pool.json").read_text())
     lab.set_pool(pool(vm(), fault=fault))
     try:
-        assert words in failure(lab.netweaver(*lab.arguments(), seconds=15), 4)
+        assert words in failure(lab.netweaver(*lab.arguments("--toolstack", "xe"), seconds=15), 4)
     finally:
         lab.set_pool(before)
 

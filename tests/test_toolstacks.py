@@ -5,7 +5,9 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -249,6 +251,43 @@ def test_auto_finds_the_pif(lab: Lab, toolstack: str) -> None:
     assert (found["config"]["pif"], found["config"]["vif"]) == ("eth0", "vif5.0")
     assert (found["config"]["toolstack"], found["config"]["overlay"]) == (toolstack, False)
     assert found["packets"]["matched"] == 500
+
+
+@pytest.mark.parametrize(("vms", "there", "found"), [
+    ([vm()], ["xe", "qm", "xl"], "xe"), ([vm("web1", vmid="105")], ["qm", "xl"], "qm"), ([vm("web1")], ["xl"], "xl"),
+    ([vm("web1", 5), vm("web1", 6)], ["xe", "xl"], None), ([], ["xl", "qm"], None), ([], [], None)])
+def test_the_toolstack_is_found(tmp_path: Path, vms: list[dict[str, str]], there: list[str], found: str | None) -> None:
+    """The first that is there and knows the VM; else the error of the first that is there.
+
+    What xe says of a VM that it knows is the last word, whatever xl would make of the name.
+    """
+    run, name = Shell(tmp_path, pool(*vms)), vms[0]["name-label"] if vms else "web1"
+    (tmp_path / "bin").mkdir()
+    for tool in (*there, "xenstore-read"):
+        (tmp_path / "bin" / tool).symlink_to(TESTS / "standins" / tool)
+    for tool, program in (("sh", shutil.which("sh")), ("env", shutil.which("env")), ("python3", sys.executable)):
+        (tmp_path / "bin" / tool).symlink_to(os.path.realpath(str(program)))
+    run.environment["PATH"] = str(tmp_path / "bin")
+    if found:
+        assert netweaver.find_toolstack(run, name, 0) == found
+        return
+    words = {"xe": "2 VMs have the name-label", "xl": "there is no VM 'web1' on this host (qm list",
+             "": "none of xe, qm, virsh, xl is there: name the VM's interface with --vif"}
+    with pytest.raises(netweaver.RemoteCommandError) as caught:
+        netweaver.find_toolstack(run, name, 0)
+    assert words[there[0] if there else ""] in str(caught.value)
+
+
+@pytest.mark.lab
+def test_nothing_leads_to_the_vm_but_eth0_is_there(own_lab: Lab) -> None:
+    """As with a switch that isn't known: then it is measured from eth0, unless what leads there was asked for."""
+    own_lab.hv.run("sh", "-ec", "ip link set vif5.0 nomaster; sysctl -qw net.ipv4.ip_forward=1 "
+                                "net.ipv4.conf.all.proxy_arp=1; ip addr add 10.83.1.250/24 dev eth0; "
+                                f"ip route add {own_lab.destination} dev vif5.0; ip link set eth0 nomaster")
+    found = report(own_lab.netweaver(*own_lab.arguments("-c", "300", "--source-command", FAST)))
+    assert (found["config"]["pif"], found["config"]["toolstack"]) == ("eth0", "xe")
+    assert found["packets"]["pif"] == found["packets"]["matched"] >= 295
+    assert "it is in no bridge" in failure(own_lab.netweaver(*own_lab.arguments("-i", "auto")), 4)
 
 
 @pytest.mark.lab
