@@ -1779,9 +1779,9 @@ class Access:
         tried, unusable, why, advice = [], [], "", ""        # type: list[str], list[str], str, str
         for name, key in self._candidates(settings, unusable):
             tried.append(name)
-            # A server of before OpenSSH 7.2 doesn't say what it knows, and knows RSA with SHA-1 alone.
+            # A server of before OpenSSH 7.2 doesn't say what it knows, and may hang up on RSA with anything but SHA-1.
             old = key.get_name() == "ssh-rsa" and "server-sig-algs" not in getattr(transport, "server_extensions", {})
-            for disabled in ((), RSA_WITH_SHA2) if old else ((),):
+            for disabled in (RSA_WITH_SHA2, ()) if old else ((),):
                 transport.disabled_algorithms = {"pubkeys": disabled}
                 try:
                     more = transport.auth_publickey(settings.user, key)
@@ -1956,8 +1956,8 @@ def parse_qm_list(answer: str, name: str) -> int:
 TOOLSTACKS = {"xe": xe_vif, "qm": qm_vif, "virsh": virsh_vif, "xl": xl_vif}
 
 
-def find_toolstack(run: Run, name: str, number: int) -> str:
-    """The first toolstack that is there and knows a VM; else raises the first one's error.
+def find_toolstack(run: Run, name: str, number: int) -> tuple[str, str]:
+    """The first toolstack that is there and knows a VM, and the VM's interface; else raises the first one's error.
 
     What xe or qm say of a VM that they do know (it is halted, or there are two) is the last word.
     """
@@ -1966,8 +1966,7 @@ def find_toolstack(run: Run, name: str, number: int) -> str:
     errors = [RemoteCommandError(f"none of {', '.join(TOOLSTACKS)} is there: name the VM's interface with --vif")]
     for toolstack in filter(TOOLSTACKS.__contains__, there):
         try:
-            TOOLSTACKS[toolstack](run, name, number)
-            return toolstack
+            return toolstack, TOOLSTACKS[toolstack](run, name, number)
         except RemoteCommandError as error:
             if toolstack in ("xe", "qm") and not isinstance(error, UnknownVMError):
                 raise
@@ -2056,9 +2055,8 @@ class Links:
         return {found for port in below for found in self.bottom(port, depth - 1)} if depth and below else {device}
 
 
-def bridge_uplinks(run: Run, vif: str) -> tuple[list[str], bool]:
+def bridge_uplinks(run: Run, vif: str, links: Links) -> tuple[list[str], bool]:
     """The physical interfaces behind the bridge (or Open vSwitch) of a vif, and whether it leads into a tunnel."""
-    links = Links(run(LINKS_COMMAND, "name the physical interface with -i"))
     devices, tunnels = links.uplinks(vif)
     for tunnel in tunnels:
         carrier, remote = links.peers.get(tunnel), links.remotes.get(tunnel, "")
@@ -2074,14 +2072,17 @@ def bridge_uplinks(run: Run, vif: str) -> tuple[list[str], bool]:
     return sorted(devices), bool(tunnels)
 
 
-def physical_interfaces(run: Run, asked: Sequence[str], vif: str, known: Iterable[str]) -> tuple[Sequence[str], bool]:
-    """Those to capture on, and whether they carry a tunnel; eth0 if none is asked for, and none leads to the vif."""
-    if asked and "auto" not in asked:
+def physical_interfaces(run: Run, asked: Sequence[str], vif: str, links: Links | None) -> tuple[Sequence[str], bool]:
+    """Those to capture on, and whether they carry a tunnel; eth0 if none is asked for, and none leads to the vif.
+
+    Without `links` they are those that are asked for.
+    """
+    if links is None:
         return asked, False
     try:
-        return bridge_uplinks(run, vif)
+        return bridge_uplinks(run, vif, links)
     except RemoteCommandError:
-        if asked or vif == "eth0" or "eth0" not in known:
+        if asked or vif == "eth0" or "eth0" not in links.kinds:
             raise
         return ["eth0"], False
 
@@ -2816,7 +2817,8 @@ class NetWeaver:
         Asks the toolstack, after it has found one; override it for another (`run_command` is at hand).
         """
         if self.toolstack == "auto":
-            self.toolstack = find_toolstack(self.run_command, self.destination_name_label, self.vif_number)
+            self.toolstack, vif = find_toolstack(self.run_command, self.destination_name_label, self.vif_number)
+            return vif
         return TOOLSTACKS[self.toolstack](self.run_command, self.destination_name_label, self.vif_number)
 
     def generate_and_record(self, source_command: str | None = None, dest_pif_cmd: str | None = None,
@@ -2834,16 +2836,19 @@ class NetWeaver:
         def find_vif() -> str:
             return self.vif or self._located(self.determine_vif_number)
 
-        def find_facts() -> Facts:
+        def find_facts() -> tuple[Facts, Links | None]:
             quietly(hosts.hypervisor.open_sftp().close)      # that there is one should be known before the traffic
-            return Facts(hosts.hypervisor.run(FACTS_COMMAND).output)
+            facts = Facts(hosts.hypervisor.run(FACTS_COMMAND).output)
+            if self.host_interfaces and "auto" not in self.host_interfaces:
+                return facts, None
+            return facts, Links(self.run_command(LINKS_COMMAND, "name the physical interface with -i"))
 
         ours = hosts.sources.values() if len(self.filters) < 2 else ()
-        vif, facts, *found = in_parallel(find_vif, find_facts, *(
+        vif, (facts, links), *found = in_parallel(find_vif, find_facts, *(
             lambda host=host: addresses_in_traffic(host, self.destination_ip) for host in ours))
         addresses = list(dict.fromkeys(address for each in found for address in each))
         pifs, tunnel = self._located(
-            lambda: physical_interfaces(self.run_command, self.host_interfaces, vif, facts.links))
+            lambda: physical_interfaces(self.run_command, self.host_interfaces, vif, links))
         plan = self._located(lambda: make_plan(
             facts, vif, pifs, self.overlay or tunnel, Flows(addresses, self.destination_ip, DIRECTIONS[self.direction]),
             self.filters, {"pif": dest_pif_cmd, "vif": dest_vif_cmd}, self.max_capture_size))

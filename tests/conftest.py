@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in wanted if reason else ():
             item.add_marker(pytest.mark.skip(reason=f"the lab can't be built: {reason}"))
     phase = os.environ.get("NETWEAVER_PHASE")
-    alone = [item for item in items if item.get_closest_marker("alone") or item.get_closest_marker("hypervisor")]
+    alone = [item for item in items if item.get_closest_marker("alone")]
     if phase:
         chosen = [item for item in items if (item in alone) == (phase == "alone")]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

@@ -8,8 +8,8 @@ system=nothing
 if [ "$(id -u)" = 0 ] && [ "$(uname)" = Linux ]; then system=tests; fi
 prepare $system test
 
-# Most tests wait for something most of the time, so several run at once; those that measure, or for which a whole
-# machine is emulated, come after, one by one.
+# Most tests wait for something most of the time, so several run at once; those that measure, or need a whole emulated
+# machine's time, come after, one by one.
 run() {
     status=0
     NETWEAVER_PHASE=$1 && shift
@@ -18,6 +18,6 @@ run() {
     if [ $status = 5 ]; then none=$((none + 1)); elif [ $status != 0 ]; then exit $status; fi       # 5: none selected
 }
 none=0
-run together -n 6 "$@"
+run together -n 6 --dist loadgroup "$@"
 run alone "$@"
 [ $none -lt 2 ] || exit 5

@@ -110,7 +110,7 @@ def test_hostile_answers_take_no_time_and_are_no_more_than_errors() -> None:
         lambda text: netweaver.tcpdump_counts(text.splitlines()), netweaver.transmitted,
         *(lambda text, toolstack=toolstack: toolstack(lambda command, hint="": text, "web1", 0)
           for toolstack in netweaver.TOOLSTACKS.values()),
-        lambda text: netweaver.bridge_uplinks(lambda command, hint="": text, "vif5.0")]
+        lambda text: netweaver.bridge_uplinks(lambda command, hint="": text, "vif5.0", netweaver.Links(text))]
     chance = random.Random(1)
     texts = HOSTILE + ["".join(chance.choice(HOSTILE)[:chance.randrange(3000)] for _ in range(4)) for _ in range(200)]
     for parse in parsers:
@@ -131,7 +131,8 @@ def test_open_vswitch_is_stopped(tmp_path: Path) -> None:
         (tmp_path / name).chmod(0o755)
     run = Shell(tmp_path, {})
     run.environment["PATH"] = f"{tmp_path}:{run.environment['PATH']}"
-    assert netweaver.bridge_uplinks(run, "vif5.0") == (["eth0"], False)
+    links = netweaver.Links(run(netweaver.LINKS_COMMAND))
+    assert netweaver.bridge_uplinks(run, "vif5.0", links) == (["eth0"], False)
 
 
 def test_a_proxmox_host_without_vms(tmp_path: Path) -> None:
@@ -215,11 +216,9 @@ LINUX_BRIDGES = (link(1, "eth0", master="bond0") + link(2, "eth1", master="bond0
 ])
 def test_the_uplinks_of_a_bridge(answer: str, vif: str, devices: list[str], overlay: bool) -> None:
     def run(command: str, hint: str = "") -> str:
-        if command == netweaver.LINKS_COMMAND:
-            return answer
         return subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True).stdout
 
-    assert netweaver.bridge_uplinks(run, vif) == (devices, overlay)
+    assert netweaver.bridge_uplinks(run, vif, netweaver.Links(answer)) == (devices, overlay)
 
 
 @pytest.mark.parametrize(("vif", "words"), [
@@ -229,7 +228,7 @@ def test_the_uplinks_of_a_bridge(answer: str, vif: str, devices: list[str], over
 def test_a_bridge_without_an_uplink(vif: str, words: str) -> None:
     answer = BRIDGED + link(4, "eth1") + link(5, "vif5.1", master="br1") + link(6, "tap5.1", "tun", master="br1")
     with pytest.raises(netweaver.RemoteCommandError) as caught:
-        netweaver.bridge_uplinks(lambda command, hint="": answer, vif)
+        netweaver.bridge_uplinks(lambda command, hint="": answer, vif, netweaver.Links(answer))
     assert words in str(caught.value)
     assert "(there are: br0, eth0, eth1, tap5.1, vif5.0, vif5.1)" in str(caught.value)
 
@@ -269,7 +268,7 @@ def test_the_toolstack_is_found(tmp_path: Path, vms: list[dict[str, str]], there
         (tmp_path / "bin" / tool).symlink_to(os.path.realpath(str(program)))
     run.environment["PATH"] = str(tmp_path / "bin")
     if found:
-        assert netweaver.find_toolstack(run, name, 0) == found
+        assert netweaver.find_toolstack(run, name, 0)[0] == found
         return
     words = {"xe": "2 VMs have the name-label", "xl": "there is no VM 'web1' on this host (qm list",
              "": "none of xe, qm, virsh, xl is there: name the VM's interface with --vif"}

@@ -11,7 +11,7 @@ from helpers import analyzed, failure, finished, report, sending
 from lab import wait_until
 from xen import NAME, VIFNAME, XenLab
 
-pytestmark = [pytest.mark.lab, pytest.mark.hypervisor]
+pytestmark = [pytest.mark.lab, pytest.mark.hypervisor, pytest.mark.alone]
 STEADY = "hping3 -c {count} -S -L 0 -Q -i u4000 {destination}"
 ENDLESS = "hping3 -S -i u10000 {destination}"
 
@@ -29,8 +29,8 @@ def test_both_toolstacks_and_both_switches(xen: XenLab, toolstack: str, number: 
     """Every count is what the source has sent and the guest has answered, by the guest's own counters."""
     before = xen.counters()["Tcp.OutRsts"]
     found = report(xen.netweaver(*xen.arguments(
-        "-c", "300", "--source-command", STEADY, "--direction", "both", "-i", "auto", "--num", str(number),
-        "--toolstack", toolstack, "-d", xen.destinations[number])))
+        "-c", "300", "--source-command", STEADY, "--direction", "both", "--num", str(number), "--toolstack", toolstack,
+        "-d", xen.destinations[number])))
     assert xen.counters()["Tcp.OutRsts"] - before == 300 == found["config"]["transmitted"]
     assert (found["config"]["pif"], found["config"]["vif"]) == (f"eth{number}", vif.format(xen.domain()))
     assert found["config"]["platform"]["switch"].split(" 3")[0] == ("bridge", "Open vSwitch")[number]
@@ -166,10 +166,13 @@ def test_what_happens_to_the_vm_meanwhile(xen: XenLab, act: Callable[[XenLab], N
         xen.hv.run("xl", "rename", "another", NAME)
 
 
-def test_a_guest_that_does_not_run_yet(shared_xen: XenLab) -> None:
-    """Its vif has no carrier, so that nothing can pass."""
+def test_a_guest_that_is_destroyed_and_one_that_does_not_run_yet(shared_xen: XenLab) -> None:
+    """The second one's vif has no carrier, so that nothing can pass."""
     xen = shared_xen
-    xen.hv.run("xl", "destroy", NAME)
+    process = xen.start(*xen.arguments("--source-command", ENDLESS, "--num", "1", "-d", xen.destinations[1]))
+    wait_until(lambda: sending(xen), "the traffic", 40)
+    destroy(xen)
+    assert f"the capture on {VIFNAME} ended with status" in failure(finished(process, 60), 5)
     xen.create_guest(paused=True)
     xen.source.run("ip", "neigh", "replace", xen.destination, "lladdr", "00:16:3e:85:00:64", "dev", "eth0")
     line = failure(xen.netweaver(*xen.arguments("-c", "20", "--source-command", STEADY, "--toolstack", "xl")), 6)
