@@ -169,7 +169,8 @@ def test_what_happens_to_the_vm_meanwhile(xen: XenLab, act: Callable[[XenLab], N
 def test_a_guest_that_is_destroyed_and_one_that_does_not_run_yet(shared_xen: XenLab) -> None:
     """The second one's vif has no carrier, so that nothing can pass."""
     xen = shared_xen
-    process = xen.start(*xen.arguments("--source-command", ENDLESS, "--num", "1", "-d", xen.destinations[1]))
+    process = xen.start(*xen.arguments("--source-command", ENDLESS, "--num", "1", "-d", xen.destinations[1],
+                                       "--toolstack", "xl"))
     wait_until(lambda: sending(xen), "the traffic", 40)
     destroy(xen)
     assert f"the capture on {VIFNAME} ended with status" in failure(finished(process, 60), 5)
