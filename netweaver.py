@@ -956,12 +956,12 @@ def compare(baseline: Result, current: Result) -> dict[str, Any]:
     there is no interval and no verdict (None).
     """
     wholes = [[result.delays[rank] for rank in result.ranks(MATCHED, LOST)] for result in (baseline, current)]
-    sides = [[_figures(block) for block in _blocks(whole)] for whole in wholes]
+    sides, totals = [[_figures(block) for block in _blocks(whole)] for whole in wholes], list(map(_figures, wholes))
     enough = min(len(whole) - whole.count(NO_DELAY) for whole in wholes) >= ENOUGH_FOR_P99
     comparison: dict[str, Any] = {}
     for name, (share, least) in RUN_TO_RUN.items():
         columns = [[figures[name] for figures in side if name in figures] for side in sides]
-        before, after = (_figures(whole).get(name, 0.0) for whole in wholes)
+        before, after = (total.get(name, 0.0) for total in totals)
         shift, usual = after - before, max(share * abs(before), least)
         interval = certain = None
         if min(map(len, columns)) >= FEWEST_BLOCKS and (enough or name != "p99"):
@@ -1404,6 +1404,8 @@ class HostSettings:
     """
 
     def __init__(self, target: Target, values: Mapping[str, Sequence[str]]) -> None:
+        import pwd
+
         def value(keyword: str) -> str:
             text = values.get(keyword, ["none"])[0]
             return "" if text.lower() == "none" else text
@@ -1414,16 +1416,16 @@ class HostSettings:
         def expand(text: str) -> str:
             return re.sub(r"%(.)", lambda token: tokens.get(token[1], token[0]), text)
 
-        alias, local, home = value("hostkeyalias"), os.uname().nodename, home_path("~/")[:-1]
+        alias, local, me = value("hostkeyalias"), os.uname().nodename, pwd.getpwuid(os.getuid())
         self.host, self.port, self.user = value("hostname"), int(value("port")), value("user")
         self.name = target.named(self.user, self.port)
         self.place = f"port {self.port}" + ("" if self.host == target.host else f" of {self.host}")
         for keyword in ("revokedhostkeys", "knownhostscommand"):         # better no session than one that ssh refuses
             if value(keyword):
                 raise HostConnectionError(f"{self.name}: ssh_config sets {keyword}, which netweaver can't honour")
-        tokens = {"%": "%", "d": home, "h": self.host, "i": str(os.getuid()), "k": alias or self.host, "l": local,
+        tokens = {"%": "%", "d": me.pw_dir, "h": self.host, "i": str(me.pw_uid), "k": alias or self.host, "l": local,
                   "L": local.partition(".")[0], "n": target.host, "p": str(self.port), "r": self.user,
-                  "u": os.path.basename(home)}
+                  "u": me.pw_name}
         place = self.host if self.port == 22 else f"[{self.host}]:{self.port}"
         self.names = [alias] if alias else list(dict.fromkeys((place, self.host)))
         self.own_files = paths("userknownhostsfile")
@@ -1639,8 +1641,8 @@ class Way:
                         if isinstance(error, ConnectionRefusedError) else "check the address, the network and sshd")
                 raise HostConnectionError(f"{settings.name}: can't reach {settings.place}: {why}: {hint}") from error
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Without this option of Linux a dead peer is noticed after 15 minutes.
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: without it a dead peer is noticed after 15 minutes
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
         self.transport = paramiko.Transport(self._sock)
 
     def words(self) -> str:
@@ -1696,8 +1698,10 @@ class Access:
                   f'Include "{home_path("~/.ssh/config")}"',     # its own ~ would be $HOME
                   "Include /etc/ssh/ssh_config", "Host *", "User root", "StrictHostKeyChecking accept-new", ""]
         # A file that ssh can read, and that is gone when this process is.
-        self._file = tempfile.TemporaryFile("wb", buffering=0)
-        self._config = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+        memory = hasattr(os, "memfd_create")
+        self._file = (open(os.memfd_create("ssh_config"), "wb", buffering=0) if memory else
+                      tempfile.NamedTemporaryFile("wb", buffering=0))
+        self._config = f"/proc/{os.getpid()}/fd/{self._file.fileno()}" if memory else str(self._file.name)
         self._file.write("\n".join(lines).encode(errors="surrogateescape"))
 
     def load(self, path: str) -> paramiko.PKey:
@@ -1834,8 +1838,8 @@ def resolve(name: str) -> str:
 # command on the hypervisor, and raises RemoteCommandError, with the hint, if that fails.
 
 UUID = r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
-VM_INTERFACE = re.compile(r"(vif|tap|emu)\d+\.\d+(-emu)?|(tap|veth|fwln|fwpr|fwbr)\d+[ip]\d+|vnet\d+|veth[0-9a-f]{6,}"
-                          r"|(tap|qvb|qvo|qbr)[0-9a-f-]{9,}")
+VM_INTERFACE = (r"(vif|tap|emu)\d+\.\d+(-emu)?|(tap|veth|fwln|fwpr|fwbr)\d+[ip]\d+|vnet\d+|veth[0-9a-f]{6,}"
+                r"|(tap|qvb|qvo|qbr)[0-9a-f-]{9,}")
 TUNNELS = ("vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "stt")
 
 
@@ -2042,7 +2046,7 @@ class Links:
                 elif kind in ("veth", "patch") and peer in self.bridges:     # on to another bridge of this host
                     seen.add(peer)
                     todo.append(peer)
-                elif kind not in ("tun", "patch", "openvswitch") and not VM_INTERFACE.fullmatch(port):
+                elif kind not in ("tun", "patch", "openvswitch") and not re.fullmatch(VM_INTERFACE, port):
                     devices |= self.bottom(port)
         return devices, tunnels
 
@@ -2050,7 +2054,7 @@ class Links:
         """The physical interfaces of which a VLAN, a bond or a bridge is made; the device itself if it is none."""
         below = ([self.peers[device]] if self.kinds.get(device) == "vlan" and device in self.peers else
                  self.ports(device) + self.ports(f"ovs {device}"))
-        below = [port for port in below if not VM_INTERFACE.fullmatch(port) and self.kinds.get(port) != "tun"
+        below = [port for port in below if not re.fullmatch(VM_INTERFACE, port) and self.kinds.get(port) != "tun"
                  and port != device]
         return {found for port in below for found in self.bottom(port, depth - 1)} if depth and below else {device}
 
@@ -2455,7 +2459,7 @@ class Recorder:
             return " (log in as root, or use --sudo)"
         if "No such device" not in words and "doesn't exist" not in words:
             return ""
-        names = sorted(self._plan.facts.links, key=lambda name: (bool(VM_INTERFACE.fullmatch(name)), name))
+        names = sorted(self._plan.facts.links, key=lambda name: (bool(re.fullmatch(VM_INTERFACE, name)), name))
         own = [name for name in names if re.sub(r"\d+(-emu)?$", "", name) == re.sub(r"\d+(-emu)?$", "", interface)]
         if side == "vif" and own:
             return f" (the VM has: {', '.join(own)})"
@@ -3645,12 +3649,12 @@ def check_arguments(arguments: argparse.Namespace, parser: argparse.ArgumentPars
         raise UsageError(f"can't save in {arguments.save}: {existing} is no directory that can be written to")
 
 
-def new_weaver(arguments: argparse.Namespace, screen: Screen) -> NetWeaver:
+def new_weaver(arguments: argparse.Namespace, destination: str, screen: Screen) -> NetWeaver:
     """A measurement as the arguments say."""
     from getpass import getpass
     filters = {"pif": arguments.pif_filter or arguments.filter, "vif": arguments.vif_filter or arguments.filter}
     return NetWeaver(
-        arguments.source, arguments.name_label or "", arguments.destination, arguments.hv, arguments.key,
+        arguments.source, arguments.name_label or "", destination, arguments.hv, arguments.key,
         **{name: getattr(arguments, name) for name in PARAMETERS},
         direction=arguments.direction or "in", match_nat=arguments.match_nat, slowest=arguments.slowest,
         filters={side: expression for side, expression in filters.items() if expression},
@@ -3832,10 +3836,11 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser, signals:
         if arguments.pcaps:
             report, results = analyze_files(arguments, kept)
         else:
-            command = format_source_command(arguments.source_command, arguments.count, resolve(arguments.destination))
+            destination = resolve(arguments.destination)     # once: a name may have another address the next time
+            command = format_source_command(arguments.source_command, arguments.count, destination)
             if not arguments.verbose:                # paramiko's threads end in tracebacks when a connection does
                 threading.excepthook = lambda _: None
-            weaver = stack.enter_context(new_weaver(arguments, screen))
+            weaver = stack.enter_context(new_weaver(arguments, destination, screen))
             signals.interrupt = weaver.interrupt
             weaver.generate_and_record(command)
             weaver.pull_generated_files()
