@@ -1,11 +1,10 @@
 """A lab whose hypervisor has a real libvirt, with a guest that QEMU emulates."""
 from __future__ import annotations
 
-import shutil
 import subprocess
 
 import machines
-from lab import DATA, DATA6, Lab, wait_until
+from lab import DATA6, Lab, not_installed, wait_until
 
 NEEDED = ("libvirtd", "virsh")
 NAME = "web 1"
@@ -29,8 +28,7 @@ exec libvirtd -f /etc/libvirt/libvirtd.conf -p /run/libvirt/libvirtd.pid
 
 def missing() -> str | None:
     """Why the lab can't be built here; None if it can."""
-    lacking = [tool for tool in NEEDED if not shutil.which(tool, path="/usr/sbin:/sbin:/usr/bin:/bin")]
-    return f"not installed: {', '.join(lacking)}" if lacking else None
+    return not_installed(NEEDED)
 
 
 class KvmLab(Lab):
@@ -49,16 +47,12 @@ class KvmLab(Lab):
         self._bridge(self.hv.namespace, "br1")
         with open(self.directory / "libvirtd.log", "ab") as log:
             subprocess.Popen(self.hv.command("sh", "-c", LIBVIRTD), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        wait_until(lambda: subprocess.run(self._virsh("list"), capture_output=True, check=False).returncode == 0,
-                   "libvirtd")
+        wait_until(lambda: self.hv.succeeds("virsh", "-c", self.libvirt_uri, "list"), "libvirtd")
         for name in (NAME, "halted"):
             (self.hv.directory / "tmp" / "domain.xml").write_text(self._domain(name))
             self.virsh("define", "/tmp/domain.xml")
         (self.hv.directory / "tmp" / "domain.xml").unlink()
         self.start_guest()
-
-    def _virsh(self, *words: str) -> list[str]:
-        return self.hv.command("virsh", "-c", self.libvirt_uri, "-q", *words)
 
     def virsh(self, *words: str) -> str:
         return self.hv.run("virsh", "-c", self.libvirt_uri, "-q", *words)
@@ -76,5 +70,4 @@ class KvmLab(Lab):
 
     def start_guest(self) -> None:
         self.virsh("start", NAME)
-        wait_until(lambda: subprocess.run(self.source.command("ping", "-c", "1", "-W", "1", f"{DATA}.100"),
-                                          capture_output=True, check=False).returncode == 0, "the guest's answer", 60)
+        wait_until(lambda: self.source.answered_by(self.destination), "the guest's answer", 60)

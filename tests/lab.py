@@ -51,7 +51,12 @@ def missing() -> str | None:
         return "network namespaces need Linux"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    lacking = [tool for tool in NEEDED if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
+    return not_installed(NEEDED)
+
+
+def not_installed(tools: Sequence[str]) -> str | None:
+    """Which of the tools are missing, in words; None if all are there."""
+    lacking = [tool for tool in tools if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
     return f"not installed: {', '.join(lacking)}" if lacking else None
 
 
@@ -120,6 +125,13 @@ class Host:
         if done.returncode:
             raise RuntimeError(f"{self.name}: {' '.join(words)}: status {done.returncode}: {done.stderr.strip()}")
         return done.stdout
+
+    def succeeds(self, *words: str) -> bool:
+        return subprocess.run(self.command(*words), capture_output=True, check=False).returncode == 0
+
+    def answered_by(self, address: str) -> bool:
+        """Whether a ping from there is answered."""
+        return self.succeeds("ping", "-c", "1", "-W", "1", address)
 
     def processes(self) -> dict[int, str]:
         """pid and command line of what runs there beside sshd itself."""

@@ -1,18 +1,16 @@
 """A lab whose hypervisor has a real Open vSwitch, with the datapath in its own process: that takes no kernel module."""
 from __future__ import annotations
 
-import shutil
 import subprocess
 
-from lab import OUTER, Lab, wait_until
+from lab import OUTER, Lab, not_installed, wait_until
 
 NEEDED = ("ovs-vsctl", "ovs-appctl", "ovsdb-tool", "ovsdb-server", "ovs-vswitchd")
 
 
 def missing() -> str | None:
     """Why the lab can't be built here; None if it can."""
-    lacking = [tool for tool in NEEDED if not shutil.which(tool, path="/usr/sbin:/sbin:/usr/bin:/bin")]
-    return f"not installed: {', '.join(lacking)}" if lacking else None
+    return not_installed(NEEDED)
 
 
 class OpenVSwitchLab(Lab):
@@ -33,8 +31,7 @@ class OpenVSwitchLab(Lab):
     def _switch(self) -> None:
         self._daemon("ovsdb-tool create /run/openvswitch/conf.db && exec ovsdb-server /run/openvswitch/conf.db "
                      "--remote=punix:/run/openvswitch/db.sock --pidfile")
-        wait_until(lambda: subprocess.run(self.hv.command("ovs-vsctl", "--timeout=5", "--no-wait", "init"),
-                                          capture_output=True, check=False).returncode == 0, "ovsdb-server")
+        wait_until(lambda: self.hv.succeeds("ovs-vsctl", "--timeout=5", "--no-wait", "init"), "ovsdb-server")
         self._daemon("exec ovs-vswitchd --disable-system --pidfile")
         for commands in {
             "patch": ["br-ex eth0", "br-int vif5.0", "add-port br-ex to-int -- set interface to-int type=patch "

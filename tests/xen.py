@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import machines
@@ -117,8 +118,7 @@ class XenLab(Network):
     def _is_up(self) -> bool:
         if self._qemu.poll() is not None:
             raise RuntimeError(f"QEMU ended: {(self.directory / 'qemu.log').read_text()}")
-        asked = subprocess.run(self.hv.command("test", "-e", "/run/is-up"), capture_output=True, check=False)
-        return asked.returncode == 0
+        return self.hv.succeeds("test", "-e", "/run/is-up")
 
     # -- the guest --
 
@@ -134,10 +134,6 @@ class XenLab(Network):
         self.create_guest()
         self.wait_for_guest()
 
-    def _answers(self, address: str) -> bool:
-        return subprocess.run(self.source.command("ping", "-c", "1", "-W", "1", address), capture_output=True,
-                              check=False).returncode == 0
-
     def create_guest(self, paused: bool = False) -> None:
         """Starts a guest; `paused` is before it does anything."""
         vifs = ", ".join(f'"mac=00:16:3e:85:0{number}:64,{words}"' for number, words in enumerate(
@@ -150,8 +146,7 @@ class XenLab(Network):
 
     def wait_for_guest(self, seconds: float = 60) -> None:
         for address in (*self.destinations, self.destination6):
-            wait_until(lambda address=address: self._answers(address),          # type: ignore[misc]
-                       f"the guest's answer from {address}", seconds)
+            wait_until(partial(self.source.answered_by, address), f"the guest's answer from {address}", seconds)
 
     def domain(self, name: str = NAME) -> int:
         return int(self.hv.run("xl", "domid", name))

@@ -8,18 +8,18 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from lab import not_installed
+
 HERE = Path(__file__).resolve().parent
 NEEDED = ("qemu-system-x86_64", "mmdebstrap", "cpio", "modprobe", "mke2fs", "apt-get", "dpkg")
 
 
 def missing() -> str | None:
     """Why the machines can't be built here; None if they can."""
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    lacking = [tool for tool in NEEDED if not shutil.which(tool, path=path)]
     busybox = Path("/bin/busybox")
     if not busybox.exists() or b"/ld-linux" in busybox.read_bytes()[:4096]:          # where its interpreter stands
-        lacking.append("busybox-static")
-    return f"not installed: {', '.join(lacking)}" if lacking else None
+        return "not installed: busybox-static"
+    return not_installed(NEEDED)
 
 
 def images() -> Path:
