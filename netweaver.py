@@ -29,6 +29,7 @@ import time
 from array import array
 from bisect import bisect, bisect_left
 from collections import defaultdict, namedtuple
+from functools import partialmethod
 from itertools import count, islice
 from operator import le, mul
 from shlex import quote
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
 __version__ = "2.0.0"
 
 SCHEMA_VERSION = 2
-DEFAULT_SOURCE_COMMAND = "hping3 -c {count} -S -L 0 -Q --fast {destination}"
 NANOSECONDS = 1_000_000_000
 DAY = 86_400 * NANOSECONDS
 
@@ -263,6 +263,13 @@ def addresses_of(identity: bytes) -> bytes:
 def _transport_of(identity: bytes) -> bytes:
     """What an identity has of the transport header; of a fragment but the first, its offset."""
     return identity[ADDRESSES + len(addresses_of(identity)):]
+
+
+def flow_of(identity: bytes) -> bytes:
+    """What all packets of a flow share: IP version, protocol, addresses and ports."""
+    addresses = addresses_of(identity)
+    ports = 4 if identity[1] in (TCP, UDP) and addresses and not identity[0] & NOT_FIRST else 0
+    return identity[:2] + identity[ADDRESSES:ADDRESSES + len(addresses) + ports]
 
 
 def describe(identity: bytes) -> dict[str, Any]:
@@ -520,14 +527,24 @@ class Selection:
 
     What goes from one of the sources (none: from anywhere) to one of the destinations goes IN, and the opposite OUT.
     Without any address all packets count, as those of the first of the directions.  `translated` says that addresses
-    are translated on the way, so that they are no part of what is the same at both points.
+    are translated on the way, so that they are no part of what is the same at both points.  `probes` are a protocol and
+    a port (None: any), if nothing else counts.
     """
 
     def __init__(self, directions: Sequence[Direction] = (IN,), sources: Iterable[str] = (),
-                 destinations: Iterable[str] = (), translated: bool = False) -> None:
-        self.directions, self.translated = directions, translated
+                 destinations: Iterable[str] = (), translated: bool = False,
+                 probes: tuple[int, int | None] | None = None) -> None:
+        self.directions, self.translated, self._probes = directions, translated, probes
         self._ends = frozenset(map(_packed, sources)), frozenset(map(_packed, destinations))
-        self.everything = not any(self._ends) and not translated
+        self.everything = not any(self._ends) and not translated and not probes
+
+    def is_probe(self, packet: bytes) -> bool:
+        """Whether a packet counts, by its protocol and ports."""
+        if not self._probes:
+            return True
+        protocol, port = self._probes
+        ports = () if port is None or packet[0] & NOT_FIRST else unpack_from(">HH", _transport_of(packet))
+        return packet[1] in ((ICMP, ICMPV6) if protocol == ICMP else (protocol,)) and (port is None or port in ports)
 
     def direction(self, flow: bytes) -> Direction | None:
         """The direction of a packet by its source and destination as they stand in it; None if it doesn't count."""
@@ -618,7 +635,8 @@ def _select(block: Block, selection: Selection, traffic: Sequence[Traffic], poin
             flow = addresses_of(packet)
             if flow not in known:
                 known[flow] = selection.direction(flow)
-            if direction := known[flow]:
+            direction = known[flow] if selection.is_probe(packet) else None
+            if direction:
                 chosen[direction].append((block[1][place], packet))
                 break
         left_out += direction is None
@@ -756,6 +774,10 @@ class Result(namedtuple("Result", "matching classes delays first second matched 
         """Those of the packets of these classes, in order."""
         return [rank for rank, kind in enumerate(self.classes) if kind in classes]
 
+    def outcomes(self) -> Sequence[int]:
+        """The delays in the order of the first point, NO_DELAY for lost packets."""
+        return array("q", map(self.delays.__getitem__, self.ranks(MATCHED, LOST)))
+
 
 def classify(matching: Matching, window: Window = ALWAYS) -> Result:
     """Says which packets count.
@@ -800,23 +822,29 @@ def classify(matching: Matching, window: Window = ALWAYS) -> Result:
 def statistics(delays: Iterable[int]) -> dict[str, Any]:
     """Average, extremes, population standard deviation and percentiles of delays, exact until the last rounding.
 
-    Takes integer nanoseconds, at least one, and returns microseconds; `negative` and `zero` are numbers of delays.
+    Takes integer nanoseconds, at least one, and returns microseconds with three decimals; `negative` and `zero` are
+    numbers of delays.
     """
     ranked = sorted(delays)
     size, total = len(ranked), sum(ranked)
     squares, negative = sum(map(mul, ranked, ranked)), bisect_left(ranked, 0)
-    median, *tail = (percentile(ranked, permille) / 1000 for permille in (500, 900, 950, 990, 999))
+    median, *tail = (percentile(ranked, permille) for permille in (500, 900, 950, 990, 999))
     return {
-        "average": total / size / 1000,
-        "minimum": ranked[0] / 1000,
-        "maximum": ranked[-1] / 1000,
-        "stdev": (size * squares - total * total) ** 0.5 / size / 1000,
-        "median": median,
-        "percentiles": dict(zip(("90", "95", "99", "99.9"), tail)),
-        "pdv": (percentile(ranked, 990) - ranked[0]) / 1000,
+        "average": microseconds(total / size),
+        "minimum": microseconds(ranked[0]),
+        "maximum": microseconds(ranked[-1]),
+        "stdev": microseconds((size * squares - total * total) ** 0.5 / size),
+        "median": microseconds(median),
+        "percentiles": dict(zip(("90", "95", "99", "99.9"), map(microseconds, tail))),
+        "pdv": microseconds(tail[2] - ranked[0]),
         "negative": negative,
         "zero": bisect(ranked, 0) - negative,
     }
+
+
+def microseconds(nanoseconds: float) -> float:
+    """The same to a whole nanosecond, since no stamp knows more."""
+    return round(nanoseconds) / 1000
 
 
 def percentile(ranked: Sequence[int], permille: int) -> float:
@@ -861,6 +889,22 @@ def _tcp(identity: bytes) -> tuple[bytes, bytes]:
     if identity[0] not in (4, 6) or identity[1] != TCP:
         return b"", b""
     return addresses_of(identity), _transport_of(identity)
+
+
+def flows(result: Result) -> dict[str, Any]:
+    """How many flows there are (`count`) and, where there are both, the delays of their first and later packets.
+
+    A switch or a firewall may know a flow only from its first packet on, which takes the slow path.
+    """
+    matching = result.matching
+    ways = map(flow_of, map(matching.identities.__getitem__, reversed(matching.numbers)))
+    first = set(dict(zip(ways, range(len(matching.numbers) - 1, -1, -1))).values())
+    parts: tuple[list[int], list[int]] = [], []
+    for rank, delay in enumerate(result.delays):
+        if delay != NO_DELAY:
+            parts[rank not in first].append(delay)
+    kinds = {name: statistics(delays) for name, delays in zip(("first", "later"), parts) if all(parts)}
+    return {"count": len(first), **kinds}
 
 
 def resized(result: Result) -> int:
@@ -939,39 +983,49 @@ def _exchange(identity: bytes) -> tuple[list[bytes], bytes]:
 # ---- Analysis: comparing two measurements --------------------------------------------------------------------
 
 MOST_BLOCKS, SHORTEST_BLOCK, FEWEST_BLOCKS = 25, 10, 5
-CONFIDENCE = 0.95                                    # of the three intervals together (Bonferroni)
+FEWEST_RUNS = 3                                      # a side, for the runs themselves to be what is compared
+CONFIDENCE = 0.99                                    # of the three intervals together (Bonferroni)
 # Student's quantile for that, as a series in 1 / (degrees of freedom) (Abramowitz and Stegun, 26.7.5).
-STUDENT = 2.394, 4.028, 6.455, 7.917, 6.96
+STUDENT = 2.935, 7.056, 15.65, 26.45, 32.61
 ENOUGH_FOR_P99 = 500                                 # packets; of fewer hardly one is above it
-# By so much equal runs may differ on a busy host: a share of the baseline, and at least so much (µs, but for the loss).
+# By so much equal runs may differ on a busy host, where there are too few to measure that: a share of the baseline, and
+# at least so much (µs, but for the loss).
 RUN_TO_RUN = {"median": (0.1, 1.0), "p99": (0.3, 5.0), "loss_ratio": (0.0, 0.0)}
 
 
-def compare(baseline: Result, current: Result) -> dict[str, Any]:
-    """The shift of median and 99th percentile (µs) and of the loss ratio from one measurement to another.
+def compare(baseline: Sequence[Sequence[int]], current: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The shift of median and 99th percentile (µs) and of the loss ratio from some runs, by their outcomes, to others.
 
-    Each has Student's interval for the difference of two means (Welch), those of blocks of successive packets, since
-    neighbours are not independent.  As one run doesn't tell how much the next one would differ by itself, a shift is
-    distinguishable only if it is also larger than RUN_TO_RUN.  With too few blocks, or packets for the 99th percentile,
-    there is no interval and no verdict (None).
+    Each has Student's interval for the difference of two means (Welch): of FEWEST_RUNS runs or more, those of the runs'
+    own figures.  Of fewer, those of blocks of successive packets, since neighbours are not independent; as such runs
+    don't tell how much the next one would differ by itself, a shift is distinguishable only if it is also larger than
+    RUN_TO_RUN.  With too few blocks, or packets for the 99th percentile, there is no interval and no verdict (None).
     """
-    wholes = [[result.delays[rank] for rank in result.ranks(MATCHED, LOST)] for result in (baseline, current)]
-    sides, totals = [[_figures(block) for block in _blocks(whole)] for whole in wholes], list(map(_figures, wholes))
-    enough = min(len(whole) - whole.count(NO_DELAY) for whole in wholes) >= ENOUGH_FOR_P99
+    sides = [[_figures(run) for run in runs] for runs in (baseline, current)]
+    by_run = min(map(len, sides)) >= FEWEST_RUNS
+    if not by_run:
+        sides = [[_figures(block) for run in runs for block in _blocks(run)] for runs in (baseline, current)]
+    enough = min(len(run) - run.count(NO_DELAY) for runs in (baseline, current) for run in runs) >= ENOUGH_FOR_P99
+    whole = [_figures([outcome for run in runs for outcome in run]) for runs in (baseline, current)]
     comparison: dict[str, Any] = {}
     for name, (share, least) in RUN_TO_RUN.items():
         columns = [[figures[name] for figures in side if name in figures] for side in sides]
-        before, after = (total.get(name, 0.0) for total in totals)
-        shift, usual = after - before, max(share * abs(before), least)
+        before, after = ((sum(column) / len(column) if by_run and column else figures.get(name, 0.0))
+                         for column, figures in zip(columns, whole))
+        shift, usual = after - before, 0.0 if by_run else max(share * abs(before), least)
         interval = certain = None
-        if min(map(len, columns)) >= FEWEST_BLOCKS and (enough or name != "p99"):
+        if min(map(len, columns)) >= (FEWEST_RUNS if by_run else FEWEST_BLOCKS) and (enough or name != "p99"):
             reach = _reach(*columns)
             interval, certain = [shift - reach, shift + reach], abs(shift) > max(reach, usual)
-        comparison[name] = {"baseline": before, "current": after, "shift": shift, "interval": interval,
-                            "run_to_run": usual, "distinguishable": certain}
+        digits = 6 if name == "loss_ratio" else 3
+        comparison[name] = {
+            "baseline": round(before, digits), "current": round(after, digits), "shift": round(shift, digits),
+            "interval": interval and [round(end, digits) for end in interval],
+            "run_to_run": None if by_run else round(usual, digits), "distinguishable": certain}
     verdicts = [figure["distinguishable"] for figure in comparison.values()]
     verdict = True in verdicts if set(verdicts) != {None} else None
-    return {**comparison, "distinguishable": verdict, "confidence": CONFIDENCE, "blocks": list(map(len, sides))}
+    return {**comparison, "distinguishable": verdict, "confidence": CONFIDENCE,
+            "compared": "runs" if by_run else "blocks", "numbers": list(map(len, sides))}
 
 
 def _blocks(outcomes: Sequence[int]) -> list[Sequence[int]]:
@@ -1223,9 +1277,10 @@ class Host:
     with each command that is run.
     """
 
-    def __init__(self, name: str, way: Way, changed: threading.Condition, log: Callable[[str], None],
+    def __init__(self, name: str, way: Way | LocalWay, changed: threading.Condition, log: Callable[[str], None],
                  sudo: bool) -> None:
-        self.name, self._way, self._transport, self._changed, self._log = name, way, way.transport, changed, log
+        self.name, self._way, self._changed, self._log = name, way, changed, log
+        self._transport: Any = way.transport
         self._shell = SUDO_SHELL if sudo else "exec sh"
         self._jobs: list[Job] = []
 
@@ -1249,7 +1304,7 @@ class Host:
         for attempt in range(6):
             self.check()
             try:
-                channel = self._transport.open_session(timeout=CONNECT_SECONDS)
+                channel: paramiko.Channel = self._transport.open_session(timeout=CONNECT_SECONDS)
                 channel.settimeout(CONNECT_SECONDS)
                 return channel
             except ChannelException:
@@ -1300,9 +1355,11 @@ class Host:
             raise RemoteCommandError(f"{self.name}: {command}: {why}")
         return job
 
-    def open_sftp(self) -> paramiko.SFTPClient:
-        """The session in which files are fetched; CaptureError if the host has none."""
+    def open_sftp(self) -> Any:
+        """The session in which files are fetched, an SFTPClient; CaptureError if the host has none."""
         from paramiko import SFTPClient, SFTPError, SSHException
+        if isinstance(self._way, LocalWay):
+            return self._way
         channel = self._session()
         try:
             channel.invoke_subsystem("sftp")
@@ -1311,7 +1368,7 @@ class Host:
             raise CaptureError(f"{self.name}: has no SFTP ({error or 'it ended at once'}): its sshd_config needs a "
                                "line such as 'Subsystem sftp internal-sftp'") from error
 
-    def fetch(self, sftp: paramiko.SFTPClient, path: str, local: str, most: int) -> None:
+    def fetch(self, sftp: Any, path: str, local: str, most: int) -> None:
         """Copies a file of the host, of `most` bytes at the most; CaptureError if it can't be copied whole."""
         from paramiko import SFTPError, SSHException
 
@@ -1375,7 +1432,8 @@ RSA_WITH_SHA2 = ("rsa-sha2-512", "rsa-sha2-256")     # which OpenSSH has since 7
 class Target:
     """Whom to log in as, and where: `[user@]host[:port]`, IPv6 literals in brackets when a port follows.
 
-    `user` and `port` are None where the text doesn't say: then ssh_config does, or they are root and 22.
+    `user` and `port` are None where the text doesn't say: then ssh_config does, or they are root and 22.  "local" is
+    this machine, without SSH.
     """
 
     def __init__(self, text: str) -> None:
@@ -1531,13 +1589,13 @@ def accept(key: paramiko.PKey, settings: HostSettings) -> None:
         return
     if settings.checking not in ("accept-new", "ask") or not settings.own_files:
         why = f"StrictHostKeyChecking is {settings.checking}" if settings.own_files else "UserKnownHostsFile is none"
-        raise HostConnectionError(f"{shown} is not known, and {why}: connect once with ssh, or see --host-key-checking "
-                                  "and --known-hosts")
+        raise HostConnectionError(f"{shown} is not known, and {why}: connect once with ssh, or see -o "
+                                  "StrictHostKeyChecking and -o UserKnownHostsFile")
     try:
         record(settings.own_files[0], key, settings, shown)
     except OSError as error:
         raise HostConnectionError(f"{settings.name}: can't record its host key in {settings.own_files[0]}: "
-                                  f"{error.strerror} (--known-hosts names another file)") from error
+                                  f"{error.strerror} (-o UserKnownHostsFile=FILE names another one)") from error
 
 
 def record(path: str, key: paramiko.PKey, settings: HostSettings, shown: str) -> None:
@@ -1659,6 +1717,88 @@ class Way:
             self._proxy.wait()
 
 
+class LocalSession:
+    """A shell on this machine, with what is used here of a paramiko channel."""
+    closed = False
+
+    def exec_command(self, command: str) -> None:
+        import selectors
+        from subprocess import PIPE, Popen
+        self._process = Popen(["/bin/sh", "-c", command], stdin=PIPE, stdout=PIPE, stderr=PIPE, bufsize=0,
+                              start_new_session=True)
+        self._streams: list[Any] = [self._process.stdout, self._process.stderr]
+        self._open, self._selector = set(self._streams), selectors.DefaultSelector()
+        for stream in self._streams:
+            self._selector.register(stream, selectors.EVENT_READ)
+
+    def settimeout(self, seconds: float) -> None:
+        """A pipe to a shell on this machine doesn't block."""
+
+    def fileno(self) -> int:
+        return self._selector.fileno()
+
+    def sendall(self, data: bytes) -> None:
+        if self._process.stdin:
+            self._process.stdin.write(data)
+
+    @property
+    def eof_received(self) -> bool:
+        return not self._open
+
+    def _ready(self, number: int) -> bool:
+        stream = self._streams[number]
+        return (not self.closed and stream in self._open
+                and any(key.fileobj is stream for key, _ in self._selector.select(0)))
+
+    def _receive(self, number: int, size: int) -> bytes:
+        stream = self._streams[number]
+        data: bytes = stream.read(size)
+        if not data:
+            self._open.remove(stream)
+            if self._open:                           # the last one stays readable, and wakes who polls
+                self._selector.unregister(stream)
+        return data
+
+    recv_ready, recv = partialmethod(_ready, 0), partialmethod(_receive, 0)
+    recv_stderr_ready, recv_stderr = partialmethod(_ready, 1), partialmethod(_receive, 1)
+
+    def get_transport(self) -> LocalSession:
+        return self
+
+    def close(self) -> None:
+        self.closed = True
+        if self._process.stdin:
+            self._process.stdin.close()              # which ends the lease
+        self._process.poll()
+
+
+class LocalWay:
+    """The way to this machine itself, with what is used here of Way, and of paramiko's Transport and SFTPClient."""
+    name, checking = "local", "yes"
+    stat = staticmethod(os.stat)
+
+    def __init__(self) -> None:
+        self.transport = self
+
+    def is_active(self) -> bool:
+        return True
+
+    def getpeername(self) -> tuple[str]:
+        return ("",)
+
+    def open_session(self, timeout: float) -> LocalSession:
+        return LocalSession()
+
+    def getfo(self, path: str, file: BinaryIO, callback: Callable[[int, int], object]) -> None:
+        with open(path, "rb") as source:
+            while data := source.read(CHUNK):
+                file.write(data)
+                callback(file.tell(), 0)
+
+    def close(self) -> None:
+        """There is nothing to close: each shell ends with its job."""
+
+
 def import_paramiko() -> None:
     """Imports what logging in needs; NetWeaverError if it can't be imported."""
     import logging
@@ -1675,25 +1815,24 @@ def import_paramiko() -> None:
 class Access:
     """How to log in: the options as a configuration for ssh, wrapped around the user's own.
 
-    What the options say stands first, and wins; what holds where nobody says anything stands last.  The `ssh` of a
-    jump is given the same.  `checking` is that of StrictHostKeyChecking.  Without `ask`, which gets the passphrase of a
-    key from a person, a protected key can't be used.
+    What the `options` say, as `ssh -o` takes them, stands first, and wins; what holds where nobody says anything stands
+    last.  The `ssh` of a jump is given the same.  Without `ask`, which gets the passphrase of a key from a person, a
+    protected key can't be used.
     """
 
-    def __init__(self, key_path: str | None = None, checking: str | None = None, known_hosts: str | None = None,
+    def __init__(self, key_path: str | None = None, options: Iterable[str] = (),
                  ask: Callable[[str], str] | None = None) -> None:
         import tempfile
-        key, known = (path and os.path.abspath(os.path.expanduser(path)) for path in (key_path, known_hosts))
+        key = key_path and os.path.abspath(os.path.expanduser(key_path))
         if key and key.endswith(".pub") and os.path.exists(key[:-4]):
             key = key[:-4]
         if key and not os.path.exists(key):
             raise HostConnectionError(f"can't use the key {key}: No such file or directory")
         self._key_path, self._ask, self._lock = key, ask, threading.Lock()           # one question at a time
         self._keys: dict[str, paramiko.PKey | HostConnectionError] = {}
-        options = {"IdentityFile": key, "StrictHostKeyChecking": checking, "UserKnownHostsFile": known}
-        if any('"' in text or "\n" in text for text in options.values() if text):
-            raise UsageError("ssh_config can't name a file with a quote or a line break (-k, --known-hosts)")
-        lines = [f'{keyword} "{text.replace("%", "%%")}"' for keyword, text in options.items() if text]
+        if any("\n" in text for text in (key or "", *options)) or '"' in (key or ""):
+            raise UsageError("ssh_config can't hold a line break, or name a file with a quote (-k, -o)")
+        lines = [*options, *([f'IdentityFile "{key.replace("%", "%%")}"'] if key else [])]
         lines += ["BatchMode yes", f"ConnectTimeout {CONNECT_SECONDS}", f"ServerAliveInterval {ALIVE_SECONDS}",
                   f'Include "{home_path("~/.ssh/config")}"',     # its own ~ would be $HOME
                   "Include /etc/ssh/ssh_config", "Host *", "User root", "StrictHostKeyChecking accept-new", ""]
@@ -1717,12 +1856,14 @@ class Access:
             raise key
         return key
 
-    def settings(self, target: Target) -> HostSettings:
-        """What OpenSSH's configuration says of a target.
+    def settings(self, target: Target) -> HostSettings | LocalWay:
+        """What OpenSSH's configuration says of a target, if it isn't this machine.
 
         Where the target names no user, a first answer tells only whom the configuration would log in as: `Match user`
         and %r must then mean the same one.
         """
+        if (target.user, target.host, target.port) == (None, "local", None):
+            return LocalWay()
         values: dict[str, list[str]] = {"user": [target.user] if target.user else []}
         for _ in range(1 if target.user else 2):
             options = [*(f"-l{user}" for user in values["user"]), *([f"-p{target.port}"] if target.port else [])]
@@ -1735,12 +1876,14 @@ class Access:
                 values.setdefault(keyword.lower(), []).append(text)
         return HostSettings(target, values)
 
-    def connect(self, settings: HostSettings, changed: threading.Condition | None = None,
+    def connect(self, settings: HostSettings | LocalWay, changed: threading.Condition | None = None,
                 log: Callable[[str], None] = lambda line: None, sudo: bool = False) -> Host:
         """Logs in to a host; HostConnectionError says where, what failed and what to do."""
         import random
 
         from paramiko.ssh_exception import IncompatiblePeer, SSHException
+        if isinstance(settings, LocalWay):
+            return Host(settings.name, settings, changed or threading.Condition(), log, sudo)
         if self._key_path and not self._key_path.endswith(".pub"):
             self.load(self._key_path)                # a question takes its time
         for attempt in range(1, CONNECT_ATTEMPTS + 1):
@@ -2097,11 +2240,84 @@ def word_after(word: str, text: str) -> str:
     return words[words.index(word) + 1] if word in words[:-1] else ""
 
 
+# ---- Measurement: traffic ------------------------------------------------------------------------------------
+
+# What a source runs for each pattern of traffic, and the protocol by which that is told from a load.  hping3 begins a
+# new flow, from another port, with each packet, unless it is told to keep the port (-k).
+PATTERNS = {
+    "syn": ("hping3 -q -c {count} -i u{interval} -S -d {size} -p {port} {destination}", TCP),
+    "flow": ("hping3 -q -c {count} -i u{interval} -S -k -d {size} -p {port} {destination}", TCP),
+    "udp": ("hping3 -q -c {count} -i u{interval} --udp -k -E /dev/urandom -d {size} -p {port} {destination}", UDP),
+    "ping": ("hping3 -q -c {count} -i u{interval} --icmp -d {size} {destination}", ICMP)}
+PING6 = "ping -q -c {count} -i {interval}e-6 -s {size} -W 1 {destination}"       # hping3 has no IPv6
+RATE, USUAL_SIZE, FASTEST_PING6, ENDLESS = 100, 64, 1000, 999_999_999
+
+
+class Probes(namedtuple("Probes", "pattern rate size port command load",
+                        defaults=("syn", RATE, None, None, None, None))):
+    """What the sources send: packets of one of PATTERNS, `rate` a second, with `size` bytes of payload, to a `port`.
+
+    Or what another `command` sends, in which {count}, {interval} (µs), {size} and {destination} are filled in.  A size
+    or port of None is the usual one.  Beside it the sources may run another command as a `load`, which isn't measured.
+    """
+
+    def template(self, destination: str) -> str:
+        """The command before anything is filled in."""
+        return self.command or (PING6 if self.pattern == "ping" and ":" in destination else PATTERNS[self.pattern][0])
+
+    def source_command(self, count: int, destination: str) -> str:
+        """The command that sends so many packets; UsageError if it can't, or has no place for what is asked for."""
+        template = self.template(destination)
+        chosen = "--source-command" if self.command else f"--traffic {self.pattern}"
+        size = self.size if self.size is not None else 0 if self.pattern in ("syn", "flow") else USUAL_SIZE
+        values = {"count": count, "interval": max(1, round(1_000_000 / self.rate)), "size": size,
+                  "port": self.port or 0, "destination": destination}
+        for option, given in (("rate", self.rate != RATE), ("size", self.size is not None),
+                              ("port", self.port is not None)):
+            if given and f"{{{'interval' if option == 'rate' else option}}}" not in template:
+                raise UsageError(f"--{option} means nothing to {chosen}: {template}")
+        if not self.command and self.pattern != "ping" and ":" in destination:
+            raise UsageError(f"{chosen}: hping3 has no IPv6: --traffic ping has, or a --source-command")
+        if template is PING6 and self.rate > FASTEST_PING6:
+            raise UsageError(f"--rate {self.rate}: with IPv6 ping sends at most {FASTEST_PING6} a second")
+
+        def fill(found: re.Match[str]) -> str:
+            if found[0] in ("{{", "}}"):
+                return found[0][0]
+            if found[0][1:-1] not in values:
+                raise UsageError(f"--source-command: unknown placeholder {found[0]}; there are "
+                                 f"{', '.join(f'{{{name}}}' for name in values)}; write {{{{ or }}}} for a brace")
+            return str(values[found[0][1:-1]])
+
+        return re.sub(r"\{\{|}}|\{[^{}]*}?|}", fill, template)
+
+    def account(self) -> dict[str, Any]:
+        """The same for the report, in which a command has no pattern."""
+        return self._asdict() | ({"pattern": None} if self.command else {})
+
+    def told_by(self) -> tuple[int, int | None] | None:
+        """Protocol and port that tell the packets from those of the load; None if there is no load."""
+        protocol = PATTERNS[self.pattern][1]
+        return (protocol, None if protocol == ICMP else self.port or 0) if self.load else None
+
+
+SYNS = Probes()
+
+
+def traffic_name(config: Report) -> str:
+    """What the traffic of a run is called, for people and in the name of a saved run."""
+    traffic = config.get("traffic")
+    if not traffic:
+        return "passive" if "traffic" in config else ""
+    size = f"-{traffic['size']}B" if traffic["size"] else ""
+    return f"{traffic['pattern'] or 'command'}-{traffic['rate']}{size}{'-load' if traffic['load'] else ''}"
+
+
 # ---- Measurement: planning -----------------------------------------------------------------------------------
 
 SNAPLEN, OVERLAY_SNAPLEN = 128, 448                  # Ethernet, two tags, IPv6, TCP with options; the same in a tunnel
 BUFFER_KIB = 16384
-SMALLEST_FILE = 1 << 16                              # for which there must be room
+SMALLEST_FILE, USUAL_CAPTURE = 1 << 16, 256_000_000  # bytes for which there must be room, and that are enough
 OFFLOADS = ("generic-receive-offload", "generic-segmentation-offload", "large-receive-offload", "rx-vlan-offload",
             "tcp-segmentation-offload", "tx-vlan-offload")
 
@@ -2110,11 +2326,13 @@ class Flows:
     """The traffic to be captured, as pcap-filter(7) expressions, in which `and` binds no stronger than `or`.
 
     That is all IP packets between the sources (all hosts, if none is given) and the destination, addresses of one IP
-    version, in the directions.
+    version, in the directions; or those of the `probes` alone, a protocol and a port (None: any).
     """
 
-    def __init__(self, sources: Sequence[str], destination: str, directions: Sequence[Direction]) -> None:
+    def __init__(self, sources: Sequence[str], destination: str, directions: Sequence[Direction],
+                 probes: tuple[int, int | None] | None = None) -> None:
         self._sources, self._destination, self._directions = sources, destination, directions
+        self._probes = probes
         self._six, self._kind = ":" in destination, "0x86dd" if ":" in destination else "0x0800"
 
     def _between(self, term: Callable[[bool, str], str]) -> str:
@@ -2128,7 +2346,16 @@ class Flows:
     def plain(self) -> str:
         """The traffic itself."""
         between = self._between(lambda end, address: f"{'dst' if end else 'src'} host {address}")
-        return f"{'ip6' if self._six else 'ip'} and ({between})"
+        version = "ip6" if self._six else "ip"
+        return f"{version} and {self._probe(version, 0)}({between})"
+
+    def _probe(self, of: str, at: int) -> str:
+        """What tells the probes, by bytes, where the IP header begins there."""
+        if not self._probes:
+            return ""
+        protocol, port = self._probes
+        ports = "" if port is None else f" and ({of}[{at + 20}:2] = {port} or {of}[{at + 22}:2] = {port})"
+        return f"{of}[{at + 6}] = {ICMPV6} and " if self._six else f"{of}[{at + 9}] = {protocol}{ports} and "
 
     def _bytes(self, of: str, at: int) -> str:
         """The same by bytes of a frame ("ether"), or of what UDP carries, where the IP header begins there."""
@@ -2137,7 +2364,7 @@ class Flows:
             words = (f"{of}[{place + i}:4] = 0x{packed[i:i + 4].hex()}" for i in range(0, len(packed), 4))
             return f"({' and '.join(words)})"
 
-        return f"{of}[{at - 2}:2] = {self._kind} and ({self._between(term)})"
+        return f"{of}[{at - 2}:2] = {self._kind} and {self._probe(of, at)}({self._between(term)})"
 
     def _tunnelled(self) -> str:
         """VXLAN, Geneve and GRE packets that may carry the traffic.
@@ -2182,18 +2409,18 @@ def capture_command(interface: str, expression: str, tcpdump: str, snaplen: int,
     return f"exec tcpdump -i {quote(interface)} -p -nn -s {snaplen}{options} -c {packets} -w - -- {quote(expression)}"
 
 
-# Prints what the hypervisor tells of itself and its interfaces, a fact a line.
+# Prints what the hypervisor tells of itself and its interfaces, in sections, and by few processes.
 FACTS_COMMAND = r"""{
-t=`tcpdump --help 2>&1`; echo "status $?"; echo "$t" | sed 's/^/tcpdump /'
-echo "kernel `uname -r`"; echo "load `cat /proc/loadavg`"; echo "cpus `grep -c ^processor /proc/cpuinfo`"
-echo "free `df -Pk "${TMPDIR:-/tmp}" | sed -n '$p'`"; ip -o link | sed 's/^/link /'
-echo "ovs `ovs-vsctl --version | head -n 1`"; echo "backend `cat /etc/xensource/network.conf`"
+echo "= kernel"; read -r line </proc/sys/kernel/osrelease; echo "$line"
+echo "= load"; read -r line </proc/loadavg; echo "$line"; echo "= cpus"; grep -c ^processor /proc/cpuinfo
+echo "= free"; df -Pk "${TMPDIR:-/tmp}"; echo "= link"; ip -o link
+echo "= ovs"; ovs-vsctl --version; echo "= backend"; cat /etc/xensource/network.conf
 for d in /sys/class/net/*/device; do
   [ ! -e "$d" ] || [ -e "$d/physfn" ] || {
-    p=${d%/device} p=${p##*/}; echo "driver $p `readlink "$d/driver"`"
-    ethtool -k "$p" | sed -n 's/^\([a-z-]*\): on.*/\1/p' | while read f; do echo "offload $p $f"; done
+    p=${d%/device} p=${p##*/}; echo "= card $p"; echo `readlink "$d/driver"`; ethtool -k "$p"
   }
 done
+echo "= tcpdump"; tcpdump --help 2>&1; printf '\n= status\n%s\n' $?
 } 2>/dev/null"""
 
 
@@ -2205,38 +2432,34 @@ class Facts:
     """
 
     def __init__(self, text: str) -> None:
-        self._rows: defaultdict[str, list[list[str]]] = defaultdict(list)
-        for line in text.splitlines():
-            word, *words = line.split() or [""]
-            self._rows[word].append(words)
-        self.tcpdump = "\n".join(line[8:] for line in text.splitlines() if line.startswith("tcpdump "))
-        self.has_tcpdump = self._word("status") not in ("126", "127")
-        kib = self._word("free", 3)
+        parts = (part.partition("\n") for part in f"\n{text}".split("\n= "))
+        self._sections = {name.strip(): body for name, _, body in parts}
+        self.tcpdump = self._sections.get("tcpdump", "")
+        self.has_tcpdump = self._words("status") not in (["126"], ["127"])
+        kib = "".join(self._words("free")[-3:-2])    # available, in percent, mounted on
         self.free = int(kib) * 1024 if re.fullmatch(r"\d{1,15}", kib, re.ASCII) else None
-        self.links = {words[1].rstrip(":").partition("@")[0]: words for words in self._rows["link"] if len(words) > 1}
+        links = map(str.split, self._sections.get("link", "").splitlines())
+        self.links = {words[1].rstrip(":").partition("@")[0]: words for words in links if len(words) > 1}
 
-    def _word(self, fact: str, place: int = 0) -> str:
-        return [*[*self._rows[fact], []][0], *[""] * 4][place]
+    def _words(self, section: str) -> list[str]:
+        return self._sections.get(section, "").split()
 
     def platform(self, pifs: Iterable[str], vif: str) -> dict[str, Any]:
         """The platform (RFC 8172), as far as it is known."""
-        bridge, backend = word_after("master", " ".join(self.links.get(vif, ()))), self._word("backend")
-        ovs = [word for row in self._rows["ovs"] for word in row if re.fullmatch(r"\d[\d.]{1,20}", word, re.ASCII)]
-        kinds: dict[str, Any] = {}
-        for kind, place in (("driver", 0), ("offload", 1)):
-            for pif, value in (row[:2] for row in self._rows[kind] if len(row) > 1 and row[0] in pifs):
-                card = kinds.setdefault(pif, {"driver": None, "offloads": []})
-                if not place:
-                    card["driver"] = os.path.basename(value)
-                elif value in OFFLOADS:
-                    card["offloads"].append(value)
+        bridge, backend = word_after("master", " ".join(self.links.get(vif, ()))), "".join(self._words("backend")[:1])
+        ovs = [word for word in self._words("ovs") if re.fullmatch(r"\d[\d.]{1,20}", word, re.ASCII)]
+        cards = {}
+        for pif in pifs:
+            if lines := self._sections.get(f"card {pif}", "").splitlines():
+                on = [name for line in lines if (name := line.partition(": on")[0]) in OFFLOADS]
+                cards[pif] = {"driver": os.path.basename(lines[0]), "offloads": on}
         open_vswitch = bridge == "ovs-system" or (not bridge and backend in ("openvswitch", "vswitch"))
         version = re.search(r"^tcpdump version (\S+)", self.tcpdump, re.MULTILINE)
-        cpus, load = self._word("cpus"), [*self._rows["load"], []][0][:3]
+        cpus, load = "".join(self._words("cpus")), self._words("load")[:3]
         known = {
-            "kernel": self._word("kernel"), "tcpdump": version and version[1],
+            "kernel": "".join(self._words("kernel")[:1]), "tcpdump": version and version[1],
             "switch": " ".join(["Open vSwitch", *ovs[:1]]) if open_vswitch else "bridge" if bridge or backend else "",
-            "cpus": is_number(cpus) and int(cpus), "pifs": kinds,
+            "cpus": is_number(cpus) and int(cpus), "pifs": cards,
             "load": [float(word) for word in load if re.fullmatch(r"\d{1,6}\.\d\d", word, re.ASCII)]}
         return {name: value for name, value in known.items() if value}
 
@@ -2246,11 +2469,11 @@ class Facts:
 Plan = namedtuple("Plan", "vif pifs overlay facts captures limit largest_file")
 
 
-def make_plan(facts: Facts, vif: str, pifs: Sequence[str], overlay: bool, flows: Flows, filters: Mapping[str, str],
-              own: Mapping[str, str | None], most: int) -> Plan:
-    """What to capture, and how, in files of `most` bytes at the most; CaptureError if it can't be done.
+def make_plan(facts: Facts, vif: str, pifs: Sequence[str], overlay: bool, flows: Flows, expression: str | None,
+              own: Mapping[str, str | None], count: int) -> Plan:
+    """What to capture, and how, while `count` packets are sent; CaptureError if it can't be done.
 
-    `filters` and `own` are, by side, expressions and whole commands instead of ours.
+    `expression` and `own`, by side, are a filter and whole commands instead of ours.
     """
     if vif in pifs:
         raise UsageError(f"{vif} is the VM's own interface, and can't be the physical one (-i), too")
@@ -2258,13 +2481,14 @@ def make_plan(facts: Facts, vif: str, pifs: Sequence[str], overlay: bool, flows:
         raise CaptureError(f"can't run tcpdump: {last_line(facts.tcpdump)} (install it there: apt-get install tcpdump)")
     interfaces = [*(("pif", pif) for pif in (pifs[:1] if own["pif"] else pifs)), ("vif", vif)]
     snaplen = OVERLAY_SNAPLEN if overlay else SNAPLEN
+    most = max(USUAL_CAPTURE, 4 * count * (RECORD_HEADER + snaplen))     # of several sources, and both directions
     room = most if facts.free is None else min(most, facts.free // 2 // len(interfaces))
     if room < SMALLEST_FILE:
         raise CaptureError(f"no space left in /tmp (or $TMPDIR) there: {facts.free} bytes free")
     limit, captures = room // (RECORD_HEADER + snaplen), []
     for side, interface in interfaces:
         ethernet = "link/ether" in facts.links.get(interface, ["link/ether"])
-        ours = filters.get(side) or (flows.plain() if side == "vif" else flows.expression(ethernet, overlay))
+        ours = expression or (flows.plain() if side == "vif" else flows.expression(ethernet, overlay))
         command = own[side] or capture_command(interface, ours, facts.tcpdump, snaplen, limit)
         captures.append((side, interface, command))
     bounds = (None, most) if any(own.values()) else (limit, PCAP_HEADER + room)
@@ -2347,6 +2571,7 @@ def addresses_in_traffic(host: Host, destination: str) -> list[str]:
 # ---- Measurement: recording ----------------------------------------------------------------------------------
 
 HANDED_OVER_SECONDS, SHORTEST_WAIT = 1.0, 0.1        # the kernel keeps its blocks of packets for up to 1 s
+LOAD_SECONDS = 1.0                                   # from the start of the load to that of the probes
 
 # What a run has captured: where it is on the hypervisor, the time that counts, and what is to be said of it.  `counts`
 # are by side what tcpdump said at the end.
@@ -2398,16 +2623,17 @@ class Recorder:
             self._incidents.append(f"by the keyword vlan libpcap {version[1]}.{version[2]} finds no tagged frames that "
                                    "are sent: test bytes instead, such as ether[12:2] = 0x8100")
 
-    def record(self, source_command: str, whole: bool, config: Report,
-               after: Callable[[], paramiko.SFTPClient]) -> Recording:
+    def record(self, source_command: str, load: str | None, whole: bool, config: Report,
+               after: Callable[[], Any]) -> Recording:
         """Runs the traffic, and stops the captures when the kernel has handed over what they saw.
 
-        `whole` says that the traffic should end by itself; what the report says of the run is added to the config.
+        The `load` runs from before the traffic until after it.  `whole` says that the traffic should end by itself;
+        what the report says of the run is added to the config.
         Meanwhile calls `after`, which returns the session in which the files can be fetched.
         """
         found: dict[str, Any] = {"started": iso_time(time.time_ns())}
         marks = [self._mark()]
-        found |= self._generate(source_command, whole)
+        found |= self._generate(source_command, load, whole)
         marks.append(self._mark())
         end = time.monotonic() + HANDED_OVER_SECONDS + max(self._wait, SHORTEST_WAIT)
         sftp = after()
@@ -2490,31 +2716,52 @@ class Recorder:
         return Window(start, end + (0 if exact else NANOSECONDS), stop - int(HANDED_OVER_SECONDS * NANOSECONDS),
                       int(self._wait * NANOSECONDS))
 
-    def _generate(self, command: str, whole: bool) -> dict[str, Any]:
-        """Runs the traffic to its end, to the time-out or to an interruption; returns what the report says of it."""
-        hosts, begun = self._hosts, time.monotonic()
+    def _start(self, command: str, lead: float = 0) -> dict[str, Job]:
+        """Starts a command on all sources, and waits a little, if asked to, for one that fails at once."""
+        hosts = self._hosts
+        jobs, errors = attempt_all(lambda name: hosts.sources[name].start(
+            f"exec >/dev/null\n{command}", self._timeout + 2 * ANSWER_SECONDS, shown=[command]), hosts.sources)
+        hosts.fail(errors)
+        if lead:
+            self._until(lambda: any(job.ended for job in jobs.values()) or self._interrupted(), lead)
+            self._check(jobs, command)
+        return jobs
 
+    def _check(self, jobs: Mapping[str, Job], command: str) -> None:
+        """Leaves out the sources whose jobs have failed."""
         def check(name: str) -> None:
-            hosts.sources[name].check_job(jobs[name])
+            self._hosts.sources[name].check_job(jobs[name])
             check_generator(jobs[name], command)
 
-        jobs, errors = attempt_all(lambda name: hosts.sources[name].start(
-            f"exec >/dev/null\n{command}", self._timeout + ANSWER_SECONDS, shown=[command]), hosts.sources)
-        hosts.fail(errors)
+        self._hosts.fail(attempt_all(check, [name for name in jobs if name in self._hosts.sources])[1])
+
+    def _stop(self, jobs: Iterable[Job]) -> None:
+        running = [job for job in jobs if not job.ended]
+        for job in running:
+            job.stop()
+        if not self._until(lambda: all(job.ended for job in running), ANSWER_SECONDS):
+            raise RemoteCommandError(f"{', '.join(job.name for job in running if not job.ended)}: the source command "
+                                     "doesn't end")
+
+    def _generate(self, command: str, load: str | None, whole: bool) -> dict[str, Any]:
+        """Runs the traffic to its end, to the time-out or to an interruption; returns what the report says of it."""
+        hosts = self._hosts
+        loads = self._start(load, LOAD_SECONDS) if load else {}
+        begun, jobs = time.monotonic(), self._start(command)
         in_time = self._watch(begun, lambda: (
             (bool(jobs) and all(job.ended for job in jobs.values())) or self._interrupted() or self._job.ended
             or any(map(over, self._said()))))
         self._check_captures()
-        hosts.fail(attempt_all(check, jobs)[1])
+        self._check(jobs, command)
+        self._incidents += [f"{job.name}: the load ended before the probes: {last_line(job.errors)}"
+                            for job in loads.values() if job.ended]
         running = [job for job in jobs.values() if not job.ended]
-        for job in running:
-            job.stop()
         if running and not in_time and whole:
-            self._incidents.append(f"the source command was stopped after {self._timeout:g} s (--timeout)")
-        if not self._until(lambda: all(job.ended for job in running), ANSWER_SECONDS):
-            raise RemoteCommandError(f"{', '.join(job.name for job in running if not job.ended)}: the source command "
-                                     "doesn't end")
-        found: dict[str, Any] = {"duration": round(time.monotonic() - begun, 6)}
+            self._incidents.append(f"the source command was stopped after {self._timeout:g} s (--duration measures for "
+                                   "longer)")
+        self._stop(running)
+        found: dict[str, Any] = {"duration": round(time.monotonic() - begun, 3)}
+        self._stop(loads.values())
         sent = [transmitted(job.errors) for job in jobs.values()]
         if sent and None not in sent and not running and not hosts.failed:
             found["transmitted"] = sum(filter(None, sent))
@@ -2552,6 +2799,14 @@ def check_generator(job: Job, command: str) -> None:
     raise RemoteCommandError(f"{job.name}: {what}: {last_line(job.errors)}{hint}")
 
 
+def check_tools(host: Host, probes: Iterable[Probes], destination: str) -> None:
+    """RemoteCommandError if a source lacks the programs that it is to run."""
+    commands = [command for each in probes for command in (each.load, each.template(destination))]
+    for tool in dict.fromkeys(command.split()[0] for command in commands if command):
+        if "=" not in tool and host.run(f"command -v {quote(tool)}").status:
+            raise RemoteCommandError(f"{host.name}: {tool}: not found (install it there, or choose another --traffic)")
+
+
 def fetch_captures(host: Host, recording: Recording, directory: str, paths: dict[str, list[str]]) -> None:
     """Copies the captures into a local directory and removes them there; adds their paths by side."""
     for number, (side, _, _) in enumerate(recording.plan.captures, 1):
@@ -2573,19 +2828,6 @@ def check_interface(host: Host, plan: Plan, find_vif: Callable[[], str]) -> None
     if now != plan.vif or (before and index != before[:1]):
         became = f"is {now} now" if now != plan.vif else "is another one now" if index else "is gone"
         raise RemoteCommandError(f"{host.name}: {plan.vif} {became}: {advice}")
-
-
-def format_source_command(template: str, count: int, destination: str) -> str:
-    """The source command with {count} and {destination} filled in; UsageError for any other placeholder."""
-    values = {"{{": "{", "}}": "}", "{count}": str(count), "{destination}": destination}
-
-    def fill(found: re.Match[str]) -> str:
-        if found[0] not in values:
-            raise UsageError(f"--source-command: unknown placeholder {found[0]}; there are {{count}} and "
-                             "{destination}; write {{ or }} for a brace")
-        return values[found[0]]
-
-    return re.sub(r"\{\{|}}|\{[^{}]*}?|}", fill, template)
 
 
 # ---- Measurement: analysing what was captured ----------------------------------------------------------------
@@ -2620,8 +2862,8 @@ def analyze_captures(paths: Mapping[str, Sequence[str]], selection: Selection, w
     ends = [capture.last for each in captures.values() for capture in each if limit and capture.records >= limit]
     if ends:
         window = window._replace(end=min(window.end, *ends), watched_until=min(window.watched_until, *ends))
-        warnings.append(f"a capture has reached its limit of {limit} packets (--max-capture-size, or half of the "
-                        "hypervisor's free space): what came later is in no count")
+        warnings.append(f"a capture has reached its limit of {limit} packets (by --count, or half of the hypervisor's "
+                        "free space): what came later is in no count")
     counts = {side: file_counts(side, found, warnings) for side, found in captures.items()}
     pif_unit, vif_unit = (counts[side]["precision"] for side in ("pif", "vif"))
     if pif_unit != vif_unit:
@@ -2707,6 +2949,20 @@ def load_run(directory: str) -> SavedRun:
         raise UsageError(f"{directory}: not a directory that --save made: report.json: {why}") from None
 
 
+def load_runs(directory: str) -> list[SavedRun]:
+    """The run in a directory, or those in the directories there, by name."""
+    names = [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
+    runs = [name for name in names if os.path.exists(os.path.join(name, "report.json"))]
+    alone = not runs or os.path.exists(os.path.join(directory, "report.json"))
+    return list(map(load_run, [directory] if alone else runs))
+
+
+def kind_of(config: Report) -> dict[str, Any]:
+    """What runs that are compared must share: the VM, the direction and the traffic."""
+    return {"vm": config.get("name_label") or config.get("vif"), "direction": config["direction"],
+            "traffic": config.get("traffic")}
+
+
 def keep_run(directory: str, name: str, files: Iterable[str], report: Report) -> str:
     """Makes a directory of that name, or one like it, with copies of the files and the report; returns its path."""
     import json
@@ -2754,9 +3010,9 @@ class NetWeaver:
 
     `source_ip` (one, several or none) and `destination_host_ip` are `[user@]host[:port]`; `destination_name_label` is
     the VM's name in the `toolstack` (one of TOOLSTACKS), `destination_ip` its address.  The other parameters are the
-    command line's options, times in seconds, sizes in bytes; `filters` are by side (pif, vif).  `progress` and `log`
-    are called with lines for people (the steps, and each command run), `tick` once a second while traffic runs with
-    the seconds so far, and `ask` with a question for the passphrase of a key.
+    command line's options, times in seconds.  `progress` and `log` are called with lines for people (the steps, and
+    each command run), `tick` once a second while traffic runs with the seconds so far, and `ask` with a question for
+    the passphrase of a key.
 
     Use it as a context manager, or call `close`.  The methods are meant to be called in the order in which they
     stand here; each raises a NetWeaverError that says what happened and where.  For a hypervisor with another
@@ -2767,10 +3023,9 @@ class NetWeaver:
                  destination_host_ip: str, ssh_key_path: str | None = None, *,
                  host_interface: str | Sequence[str] = (), vif_number: int = 0, vif: str | None = None,
                  toolstack: str = "auto", direction: str = "in", overlay: bool = False,
-                 filters: Mapping[str, str] | None = None, count: int = 1000, duration: float | None = None,
+                 capture_filter: str | None = None, count: int | None = None, duration: float | None = None,
                  timeout: float | None = None, wait: float = SHORTEST_WAIT, match_nat: bool = False, slowest: int = 0,
-                 max_capture_size: int = 256_000_000, labels: Mapping[str, str] | None = None, sudo: bool = False,
-                 host_key_checking: str | None = None, known_hosts: str | None = None,
+                 labels: Mapping[str, str] | None = None, sudo: bool = False, ssh_options: Iterable[str] = (),
                  ask: Callable[[str], str] | None = None, progress: Callable[[str], None] = lambda line: None,
                  log: Callable[[str], None] = lambda line: None, tick: Callable[[float], None] | None = None) -> None:
         if toolstack not in ("auto", *TOOLSTACKS) or direction not in DIRECTIONS:
@@ -2784,15 +3039,15 @@ class NetWeaver:
         self.destination_name_label, self.destination_ip = destination_name_label, resolve(destination_ip)
         self.host_interfaces, self.vif, self.vif_number = list(dict.fromkeys(pifs)), vif, vif_number
         self.toolstack, self.direction, self.overlay = toolstack, direction, overlay
-        self.filters, self.count, self.duration, self.wait = dict(filters or {}), count, duration, wait
-        self.timeout = duration or timeout or max(600, count // 5)
-        self.match_nat, self.slowest, self.max_capture_size = match_nat, slowest, max_capture_size
-        self.labels, self.interrupted = dict(labels or {}), False
+        self.capture_filter, self.count, self.duration = capture_filter, count, duration
+        self.timeout, self.wait = timeout, wait
+        self.match_nat, self.slowest, self.labels, self.interrupted = match_nat, slowest, dict(labels or {}), False
         targets = [Target(text) for text in (destination_host_ip, *sources)]
-        access = Access(ssh_key_path, host_key_checking, known_hosts, ask)
+        access = Access(ssh_key_path, ssh_options, ask)
         self._progress, self._tick, self._changed = progress, tick, threading.Condition()
         self._settings, _ = in_parallel(lambda: [access.settings(target) for target in targets], import_paramiko)
         self._connect = lambda settings: access.connect(settings, self._changed, log, sudo)
+        self.unchecked = [settings.name for settings in self._settings if settings.checking == "no"]
         self._reportable, self._directory = False, ""
         self._paths: dict[str, list[str]] = {"pif": [], "vif": []}
         self._hosts: Hosts | None = None
@@ -2825,20 +3080,15 @@ class NetWeaver:
             return vif
         return TOOLSTACKS[self.toolstack](self.run_command, self.destination_name_label, self.vif_number)
 
-    def generate_and_record(self, source_command: str | None = None, dest_pif_cmd: str | None = None,
-                            dest_vif_cmd: str | None = None) -> None:
-        """Runs the source command on all sources while the interfaces are captured.
-
-        The defaults are hping3 and tcpdump.  A command of one's own for a capture writes it to its standard
-        output, as pcap (`tcpdump -w -`) or as text, and ends upon SIGTERM; the captures are known to listen
-        before any traffic starts, and are stopped once it has ended.
-        """
-        source_command = source_command or format_source_command(DEFAULT_SOURCE_COMMAND, self.count,
-                                                                 self.destination_ip)
+    def plan(self, source_command: str | None = None, dest_pif_cmd: str | None = None, dest_vif_cmd: str | None = None,
+             probes: Probes = SYNS) -> tuple[Plan, dict[str, Any]]:
+        """What `generate_and_record` would do, and the account of it that the report gives as `config`."""
+        rate, template = probes.rate, source_command or probes.command
+        count = self.count or round(rate * self.duration if self.duration else 1000)
+        # hping3 takes what a load gets for answers to its own, and ends too early.
+        seconds = self.duration or (count / rate if probes.load else None)
+        command = source_command or probes.source_command(ENDLESS if seconds else count, self.destination_ip)
         hosts = self._connected()
-
-        def find_vif() -> str:
-            return self.vif or self._located(self.determine_vif_number)
 
         def find_facts() -> tuple[Facts, Links | None]:
             quietly(hosts.hypervisor.open_sftp().close)      # that there is one should be known before the traffic
@@ -2847,37 +3097,54 @@ class NetWeaver:
                 return facts, None
             return facts, Links(self.run_command(LINKS_COMMAND, "name the physical interface with -i"))
 
-        ours = hosts.sources.values() if len(self.filters) < 2 else ()
-        vif, (facts, links), *found = in_parallel(find_vif, find_facts, *(
-            lambda host=host: addresses_in_traffic(host, self.destination_ip) for host in ours))
+        vif, (facts, links), *found = in_parallel(self._find_vif, find_facts, *(
+            lambda host=host: addresses_in_traffic(host, self.destination_ip)
+            for host in (() if self.capture_filter else hosts.sources.values())))
         addresses = list(dict.fromkeys(address for each in found for address in each))
         pifs, tunnel = self._located(
             lambda: physical_interfaces(self.run_command, self.host_interfaces, vif, links))
-        plan = self._located(lambda: make_plan(
-            facts, vif, pifs, self.overlay or tunnel, Flows(addresses, self.destination_ip, DIRECTIONS[self.direction]),
-            self.filters, {"pif": dest_pif_cmd, "vif": dest_vif_cmd}, self.max_capture_size))
+        flows = Flows(addresses, self.destination_ip, DIRECTIONS[self.direction], probes.told_by())
+        plan = self._located(lambda: make_plan(facts, vif, pifs, self.overlay or tunnel, flows, self.capture_filter,
+                                               {"pif": dest_pif_cmd, "vif": dest_vif_cmd}, count))
         select = self.direction == "both" or (plan.overlay and not self.match_nat)   # else the filter has done it
-        config = {
+        return plan, {
             "version": __version__, "hypervisor": hosts.hypervisor.name,
             "sources": [settings.name for settings in self._settings[1:]], "destination": self.destination_ip,
             "name_label": self.destination_name_label, "toolstack": None if vif == self.vif else self.toolstack,
-            "direction": self.direction, "match_nat": self.match_nat, "overlay": plan.overlay, "filters": self.filters,
-            "selection": {"sources": addresses if select and not self.filters else [],
-                          "destinations": [self.destination_ip] if select else []},
-            "pif": ",".join(plan.pifs), "vif": vif, "source_command": source_command if self._settings[1:] else None,
+            "direction": self.direction, "match_nat": self.match_nat, "overlay": plan.overlay,
+            "filter": self.capture_filter,
+            "selection": {"sources": addresses if select and not self.capture_filter else [],
+                          "destinations": [self.destination_ip] if select else [], "probes": probes.told_by()},
+            "pif": ",".join(plan.pifs), "vif": vif,
+            "traffic": probes._replace(command=template).account() if self._settings[1:] else None,
+            "source_command": command if self._settings[1:] else None,
             **{f"{side}_command": "\n".join(command for of, _, command in plan.captures if of == side)
                for side in self._paths},
-            "capture_limit": plan.limit, "wait": self.wait, "labels": self.labels,
-            "platform": plan.facts.platform(plan.pifs, vif)}
+            "capture_limit": plan.limit, "wait": self.wait,
+            "timeout": seconds or self.timeout or max(600, count // 5, 2 * count // rate),
+            "labels": self.labels, "platform": plan.facts.platform(plan.pifs, vif)}
 
-        def after() -> paramiko.SFTPClient:
-            check_interface(hosts.hypervisor, plan, find_vif)
+    def generate_and_record(self, source_command: str | None = None, dest_pif_cmd: str | None = None,
+                            dest_vif_cmd: str | None = None, probes: Probes = SYNS) -> None:
+        """Runs the source command on all sources while the interfaces are captured.
+
+        The defaults are what sends the probes, and tcpdump.  A command of one's own for a capture writes it to its
+        standard output, as pcap (`tcpdump -w -`) or as text, and ends upon SIGTERM; the captures are known to listen
+        before any traffic starts, and are stopped once it has ended.
+        """
+        plan, config = self.plan(source_command, dest_pif_cmd, dest_vif_cmd, probes)
+        hosts = self._connected()
+
+        def after() -> Any:
+            check_interface(hosts.hypervisor, plan, self._find_vif)
             return hosts.hypervisor.open_sftp()
 
         self._progress("Spawning packet captures...")
-        recorder = Recorder(hosts, plan, self._changed, self.timeout, self.wait, lambda: self.interrupted, self._tick)
+        recorder = Recorder(hosts, plan, self._changed, config["timeout"], self.wait, lambda: self.interrupted,
+                            self._tick)
         self._reportable = True
-        self._recording = recorder.record(source_command, self.duration is None, config, after)
+        self._recording = recorder.record(config["source_command"] or "", probes.load,
+                                          not self.duration and not probes.load, config, after)
         self._progress("Captures finished, waiting for files to flush.")
 
     def pull_generated_files(self) -> tuple[str, str]:
@@ -2889,6 +3156,7 @@ class NetWeaver:
         import tempfile
         recording, host = self._recorded(), self._connected().hypervisor
         self._progress("Transferring files...")
+        self._remove_files()
         try:
             self._directory = tempfile.mkdtemp(prefix="netweaver-")
         except OSError as error:
@@ -2923,9 +3191,23 @@ class NetWeaver:
     def save(self, directory: str, report: Report) -> str:
         """Keeps the captures and the report in a new directory there, whole or not at all; returns its path."""
         config = self._recorded().config
-        name = re.sub(r"[^A-Za-z0-9_.-]", "_", self.destination_name_label or config["vif"])
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.destination_name_label or config['vif']}-{traffic_name(config)}")
         started = re.sub(r"[-:]|\..*", "", config["started"])
         return keep_run(directory, f"{started}Z-{name}", [*self._paths["pif"], *self._paths["vif"]], report)
+
+    def dry_run(self, probes: Sequence[Probes]) -> list[str]:
+        """Logs in, looks for all that is needed, and returns lines on what would be run; raises what is missing."""
+        hosts, (plan, config) = self._connected(), self.plan(probes=probes[0])
+        for host in hosts.sources.values():
+            check_tools(host, probes, self.destination_ip)
+        for error in hosts.failed.values():
+            raise error
+        lines = [f"{name}: {config[name]}" for name in ("hypervisor", "toolstack", "vif", "pif") if config[name]]
+        lines += [f"{hosts.hypervisor.name}: {command}" for _, _, command in plan.captures]
+        commands = dict.fromkeys(command for each in probes for command in (
+            each.load, each.source_command(self.count or 1000, self.destination_ip)) if command)
+        return [*lines, *(f"{name}: {command}" for name in hosts.sources for command in commands),
+                "All is there; nothing was sent."]
 
     # -- for subclasses, and for the end --
 
@@ -2952,16 +3234,23 @@ class NetWeaver:
 
         Without `wait` it only drops the connections: the hosts then clean up by themselves.
         """
-        import shutil
         hosts, self._hosts = self._hosts, None
         try:
             if hosts:
                 hosts.close(wait)
         finally:
-            if self._directory:
-                shutil.rmtree(self._directory, ignore_errors=True)
+            self._remove_files()
 
     # -- the steps --
+
+    def _remove_files(self) -> None:
+        import shutil
+        if self._directory:
+            shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory, self._paths = "", {"pif": [], "vif": []}
+
+    def _find_vif(self) -> str:
+        return self.vif or str(self._located(self.determine_vif_number))
 
     def _connected(self) -> Hosts:
         with self._changed:
@@ -3053,11 +3342,12 @@ def figures_of(result: Result, warnings: list[str]) -> dict[str, Any]:
             "ambiguous": result.ambiguous, "lost": result.lost, "undecided": result.undecided,
             "duplicated": result.duplicated, "reordered": len(reordered),
             f"{direction.second}_only": result.second_only},
+        "flows": flows(result),
         "loss_ratio": result.lost / (result.first - result.undecided),
         "reordering": {"ratio": len(reordered) / (result.matched - result.ambiguous),
                        "maximum_extent": max(reordered.values(), default=0)},
         "pdv": pdv,
-        "ipdv": None if ipdv is None else ipdv / 1000,
+        "ipdv": None if ipdv is None else microseconds(ipdv),
         "negative": negative,
         "zero": zero,
     }
@@ -3067,12 +3357,15 @@ DISTINCT = ("to make packets distinct, send TCP SYNs or pings, or vary the paylo
             "source at a time")
 
 
+FEW_FOR_P99_9 = "too few packets matched for p99.9"   # of which nobody hears who doesn't ask for that
+
+
 def quality_warnings(result: Result, figures: Report) -> list[str]:
     """What speaks against the numbers of a direction, with what to do about it."""
     _, first, second = result.matching.direction
     merged, delays = resized(result), result.matched - result.ambiguous
     absurd = figures["maximum"] * 1000 > LONGEST_WAIT and sum(delay > LONGEST_WAIT for delay in result.delays)
-    few = [percent for percent, enough in (("90", 5), ("95", 10), ("99", 50), ("99.9", 500)) if delays < enough]
+    few = [percent for percent, enough in (("90", 5), ("95", 10), ("99", 50)) if delays < enough]
     warnings = {
         f"{result.ambiguous} matched packets share all that identifies them with others of which some are missing: "
         f"they are counted, but have no delay; {DISTINCT}": result.ambiguous,
@@ -3091,6 +3384,7 @@ def quality_warnings(result: Result, figures: Report) -> list[str]:
         "clock set meanwhile?": absurd,
         f"too few packets matched ({delays}) for the percentiles {', '.join(few)}, which are hardly more than the "
         "maximum: send more (-c)": few,
+        f"{FEW_FOR_P99_9} ({delays}): it is hardly more than the maximum: send more (-c)": delays < 500,
     }
     return [warning for warning, holds in warnings.items() if holds]
 
@@ -3098,7 +3392,7 @@ def quality_warnings(result: Result, figures: Report) -> list[str]:
 def traffic_warnings(result: Result, config: Report) -> list[str]:
     """What the source commands say they have sent against what passed the pif."""
     sent = config.get("transmitted")
-    if sent is None or result.matching.direction is not IN or config.get("filters"):
+    if sent is None or result.matching.direction is not IN or config.get("filter"):
         return []
     probes = result.first - (closing_resets(result) if result.first > sent else 0)
     if probes > sent:
@@ -3274,6 +3568,7 @@ def check_writable(path: str) -> None:
 
 # ---- People and monitors -------------------------------------------------------------------------------------
 
+WIDTH, HEIGHT = 80, 23                               # of a terminal, with its last line for the prompt
 BINS, BAR = 12, 40                                   # of a histogram: lines, and the width of the longest bar
 
 
@@ -3286,12 +3581,12 @@ def duration_text(microseconds: float) -> str:
     return f"{microseconds * 1000:.0f} ns"
 
 
-def histogram(delays: Sequence[int], fancy: bool = True) -> list[str]:
+def histogram(delays: Sequence[int], fancy: bool = True, bins: int = BINS) -> list[str]:
     """Lines that show how the delays (ns) are distributed, up to their 99th percentile, and how many are above it."""
     ranked = sorted(delays)
     low, high = ranked[0], ranked[(len(ranked) - 1) * 99 // 100]
-    width = max(1, -(-(high + 1 - low) // BINS))
-    edges = [low + width * place for place in range(BINS + 1) if low + width * (place - 1) <= high]
+    width = max(1, -(-(high + 1 - low) // bins))
+    edges = [low + width * place for place in range(bins + 1) if low + width * (place - 1) <= high]
     below = [bisect_left(ranked, edge) for edge in edges]
     rows = [(duration_text(edge / 1000), after - before)
             for edge, before, after in zip(edges, below, islice(below, 1, None))]
@@ -3311,94 +3606,176 @@ def side_names(config: Report) -> dict[str, str]:
     return {side: ",".join(map(os.path.basename, str(config[side]).split(","))) for side in ("pif", "vif")}
 
 
+def cells(label: str, *texts: object) -> str:
+    """A row of a table that is as wide as a terminal."""
+    return f" {label:<7}" + "".join(f"{text:>8}" for text in texts)
+
+
 def summary(report: Report, delays: Sequence[int], fancy: bool = True) -> list[str]:
-    """Lines for people on what was measured; `delays` are the samples (ns)."""
-    names, lines = side_names(report["config"]), []
-    for way, part in parts_of(report).items():
-        packets, figures, last = (part or {}).get("packets", {}), figures_in(part), ""
+    """Lines for people on what was measured, which fit a terminal; `delays` are the samples (ns)."""
+    config, names, parts = report["config"], side_names(report["config"]), parts_of(report)
+    shown = ("median", "average", "stdev", "minimum", "p90", "p95", "p99", "p99.9", "maximum")
+    what = config.get("name_label") or config.get("destination") or "captures"
+    title = ", ".join(filter(None, (what, traffic_name(config))))
+    delay = [f"Delay{cells('', *shown)[5:]}"]
+    packets = [f"Packets{cells('', 'seen', 'matched', 'lost', '', 'ambig.', 'undec.', 'dupl.', 'reord.', 'extra')[7:]}"]
+    for way, part in parts.items():
+        rows = {way: part, **{name: (part or {}).get("flows", {}).get(name) for name in ("first", "later")}}
+        for label, figures in ((label, figures_in(row)) for label, row in rows.items()):
+            if "median" in figures:
+                delay.append(cells(label, *(duration_text(figures[name]) for name in shown)))
+        numbers = part["packets"] if part else {}
         if way == "guest" and part:
-            lines.append(f"the VM itself: {packets['answered']} probes answered, {packets['unanswered']} not")
+            packets.append(f" guest   {numbers['answered']} probes answered, {numbers['unanswered']} not")
         elif part:
             _, first, second = DIRECTIONS[way][0]
-            lines.append(f"{names[first]} -> {names[second]}: {packets['matched']} packets matched of {packets[first]}")
-            more = "".join(f"   {name} {packets[name]}" for name in ("ambiguous", "undecided") if packets[name])
-            last = (f"  lost {packets['lost']} ({100 * figures['loss']:.3g} %)   duplicated {packets['duplicated']}   "
-                    f"reordered {packets['reordered']} ({100 * figures['reordering']:.3g} %)   "
-                    f"on {names[second]} alone {packets[f'{second}_only']}{more}")
-        for row in (("median", "average", "stdev", "minimum", "maximum"), ("p90", "p95", "p99", "p99.9")):
-            if "median" in figures:
-                lines.append("  " + "   ".join(f"{name:<8}{duration_text(figures[name]):>9}" for name in row))
-        lines += filter(None, [last])
-    if report.get("comparison"):
-        lines.append(comparison_text(report["comparison"]))
-    return [*lines, *(f"  {line}" for line in histogram(delays, fancy))]
+            kinds = (first, "matched", "lost", "", "ambiguous", "undecided", "duplicated", "reordered",
+                     f"{second}_only")
+            loss = f"{100 * part['loss_ratio']:.3g} %"
+            packets.append(cells(way, *(numbers.get(kind, loss) for kind in kinds)))
+    title = f"{'Interrupted: ' if report.get('interrupted') else ''}{title}"
+    lines = [title, f" pif {names['pif']}, vif {names['vif']}", *delay, *packets, *comparison_lines(report)]
+    bins = min(BINS, HEIGHT - len(lines) - 2)
+    lines += ["Distribution of the delay", *(f" {line}" for line in histogram(delays, fancy, bins))] if bins > 1 else []
+    return [printable(line)[:WIDTH] for line in lines]
 
 
-def comparison_text(comparison: Report) -> str:
-    """A line on what has changed since the baseline."""
-    parts = []
+def table(reports: Sequence[Report]) -> list[str]:
+    """Lines for people on several runs, with their means and standard deviations by kind of traffic."""
+    kinds: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for report in reports:
+        kinds[traffic_name(report["config"])].append(figures_in(report))
+    units = {name: unit for name, _, unit, _ in FIGURES}
+
+    def row(label: str, number: object, figures: Report) -> str:
+        texts = (duration_text(figures[name]) if units[name] == "µs" else f"{100 * figures[name]:.3g} %"
+                 for name in shown)
+        return f" {label:<25.25}{number:>6}" + "".join(f"{text:>8}" for text in texts)
+
+    shown = ("median", "average", "p99", "maximum", "loss")
+    lines = [f"{'Traffic':<26}{'run':>6}" + "".join(f"{name:>8}" for name in shown)]
+    for kind, runs in kinds.items():
+        lines += [row(kind, number, figures) for number, figures in enumerate(runs, 1)]
+        columns = {name: [figures[name] for figures in runs] for name in shown}
+        if len(runs) > 1:
+            from statistics import mean, stdev
+            lines += [row(kind, word, {name: spread(column) for name, column in columns.items()})
+                      for word, spread in (("mean", mean), ("± s.d.", stdev))]
+    return [*lines, *(line for report in reports for line in comparison_lines(report))]
+
+
+def comparison_lines(report: Report) -> list[str]:
+    """Lines on what has changed since the baseline, if there is one."""
+    if not (comparison := report.get("comparison")):
+        return []
+    verdict = {True: "Different", False: "No difference to be seen",
+               None: "Too few packets to tell"}[comparison["distinguishable"]]
+    numbers = " against ".join(map(str, comparison["numbers"][::-1]))
+    of, doubtful = " of ".join(filter(None, (comparison["compared"], traffic_name(report["config"])))), False
+    lines = [f"{verdict}: {numbers} {of}, {comparison['path']}"]
     for name, label in (("median", "median"), ("p99", "p99"), ("loss_ratio", "loss")):
         part = comparison[name]
         shift, *ends = [f"{'-' if value < 0 else '+'}{duration_text(abs(value))}" if name != "loss_ratio" else
                         f"{100 * value:+.3g} %" for value in (part["shift"], *(part["interval"] or ()))]
-        sure = " to ".join(ends) or "too few packets to tell"
-        parts.append(f"{label} {shift} ({sure}{', changed' if part['distinguishable'] else ''})")
-    verdict = {True: "different from", False: "no difference to be seen from",
-               None: "too few packets to compare with"}[comparison["distinguishable"]]
-    return f"{verdict} {comparison['path']}: {', '.join(parts)}"
+        beyond = bool(part["interval"]) and not part["interval"][0] <= 0 <= part["interval"][1]
+        doubtful |= beyond and not part["distinguishable"]
+        lines.append(f" {label:<8}{shift:>9}  ({' to '.join(ends) or 'too few packets to tell'})"
+                     + (", changed" if part["distinguishable"] else ", as equal runs may differ" if beyond else ""))
+    return lines + [" One run doesn't tell what equal runs differ by: --runs 5 on both sides would."] * doubtful
 
 
-def prometheus(report: Report) -> str:
-    """The numbers of a report for node_exporter's textfile collector, in Prometheus' base units (seconds)."""
-    config, samples = report["config"], []           # type: Any, list[tuple[str, dict[str, str], float]]
-    common = {name: config.get(name) or "" for name in ("hypervisor", "name_label", "destination", "pif", "vif")}
-    common |= {re.sub(r"^(?=\d)|[^A-Za-z0-9_]", "_", key): value for key, value in config.get("labels", {}).items()}
-    units = {name: unit for name, _, unit, _ in FIGURES}
-    helps = {f"{name}_{unit}": f"{text[0].upper()}{text[1:]}." for name, _, unit, text in FIGURES} | {
-        "delay_seconds": "Time from one interface to the other; guest: time that the VM took to answer.",
-        "packets": "Packets by what became of them.", "warnings": "How many warnings speak against these numbers.",
-        "measured_timestamp_seconds": "When the traffic started."}
-    for way, part in parts_of(report).items():
-        for name, value in figures_in(part).items():
-            if units[name] == "µs":
-                samples.append(("delay_seconds", {"direction": way, "statistic": name}, value / 1e6))
-            elif units[name] != "packets":
-                samples.append((f"{name}_{units[name]}", {"direction": way}, value))
-        samples += [("packets", {"direction": way, "kind": kind}, number)
-                    for kind, number in (part or {}).get("packets", {}).items()]
-    samples.append(("warnings", {}, len(report["warnings"])))
-    if "started" in config:
-        samples.append(("measured_timestamp_seconds", {}, parse_time(config["started"]) // NANOSECONDS))
-    lines, before = [], ""
-    for name, own, value in sorted(samples, key=lambda sample: sample[0]):
-        if name != before:
-            lines += [f"# HELP netweaver_{name} {helps[name]}", f"# TYPE netweaver_{name} gauge"]
-        pairs = ",".join('{}="{}"'.format(key, text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"))
-                         for key, text in {**common, **own}.items())
-        lines.append(f"netweaver_{name}{{{pairs}}} {value!r}")
-        before = name
+BUCKETS = [digit * 10 ** power for power in range(6) for digit in (1, 2, 5)] + [1_000_000]       # µs
+
+
+def prometheus(labels: Mapping[str, str], code: int, report: Report | None = None,
+               results: Sequence[Result] = ()) -> str:
+    """The outcome of a run for node_exporter's textfile collector, in Prometheus' base units (seconds).
+
+    `labels` are those of all series; without a report the run has failed, with that exit code.
+    """
+    families: dict[str, tuple[str, str]] = {         # type and help
+        "success": ("gauge", "Whether something was measured."), "exit_code": ("gauge", "Exit code of netweaver."),
+        "info": ("gauge", "What was measured, in labels."), "warnings": ("gauge", "How many warnings there are."),
+        "measured_timestamp_seconds": ("gauge", "When the traffic started."),
+        "delay_seconds": ("gauge", "Time from one interface to the other; guest: that the VM took to answer."),
+        "delay_distribution_seconds": ("histogram", "How the delays of this run are distributed."),
+        "packets": ("gauge", "Packets by what became of them."),
+        **{f"{name}_{unit}": ("gauge", f"{text[0].upper()}{text[1:]}.") for name, _, unit, text in FIGURES}}
+    samples: defaultdict[str, list[tuple[str, dict[str, str], float]]] = defaultdict(list)
+
+    def add(family: str, value: float, suffix: str = "", **own: str) -> None:
+        samples[family].append((suffix, own, value))
+
+    add("success", int(report is not None))
+    add("exit_code", code)
+    if report:
+        config, units = report["config"], {name: unit for name, _, unit, _ in FIGURES}
+        add("info", 1, login=str(config.get("hypervisor") or ""), traffic=traffic_name(config),
+            **{name: str(config[name]) for name in ("pif", "vif", "version")})
+        add("warnings", len(report["warnings"]))
+        if "started" in config:
+            add("measured_timestamp_seconds", parse_time(config["started"]) // NANOSECONDS)
+        for way, part in parts_of(report).items():
+            for name, value in figures_in(part).items():
+                if units[name] == "µs":
+                    add("delay_seconds", value / 1e6, direction=way, statistic=name)
+                elif units[name] != "packets":
+                    add(f"{name}_{units[name]}", value, direction=way)
+            for kind, number in (part or {}).get("packets", {}).items():
+                add("packets", number, direction=way, kind=kind)
+    for result in results:
+        ranked, way = sorted(result.samples()), result.matching.direction.name
+        for bound, most in (*((str(bound / 1e6), 1000 * bound) for bound in BUCKETS), ("+Inf", -NO_DELAY)):
+            add("delay_distribution_seconds", bisect(ranked, most), "_bucket", direction=way, le=bound)
+        add("delay_distribution_seconds", sum(ranked) / 1e9, "_sum", direction=way)
+        add("delay_distribution_seconds", len(ranked), "_count", direction=way)
+    lines = []
+    for family, (kind, text) in families.items():
+        lines += [f"# HELP netweaver_{family} {text}", f"# TYPE netweaver_{family} {kind}"] if samples[family] else []
+        for suffix, own, value in samples[family]:
+            pairs = ",".join('{}="{}"'.format(key, text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"))
+                             for key, text in {**labels, **own}.items())
+            lines.append(f"netweaver_{family}{suffix}{{{pairs}}} {value!r}")
     return "\n".join(lines) + "\n"
 
 
+def series_labels(hypervisor: str | None, name_label: str | None, destination: str | None,
+                  labels: Mapping[str, str]) -> dict[str, str]:
+    """What names a VM's series whatever becomes of it: neither its interfaces nor who has logged in."""
+    return {"hypervisor": Target(hypervisor).host if hypervisor else "", "name_label": name_label or "",
+            "destination": destination or "",
+            **{re.sub(r"^(?=\d)|[^A-Za-z0-9_]", "_", key): value for key, value in labels.items()}}
+
+
+# What may have become of the figures since the baseline: which ones, and the least sign of their shift.
+CHANGES = {"changed": (("median", "p99", "loss_ratio"), -1), "slower": (("median", "p99"), 1),
+           "lossier": (("loss_ratio",), 1)}
 LIMIT_ALIASES = {"avg": "average", "mean": "average", "min": "minimum", "max": "maximum", "stddev": "stdev",
                  "p50": "median", "loss_ratio": "loss"}
 LIMIT_UNITS = {"µs": {"": 1.0, "ns": 1e-3, "us": 1.0, "µs": 1.0, "ms": 1e3, "s": 1e6}, "ratio": {"": 1.0, "%": 0.01}}
 
 
 class Limit:
-    """A condition such as "p99>200" (µs), "loss>0.1%" or "outbound.median>=50us"; UsageError if it can't be one."""
+    """A condition such as "p99>200" (µs), "loss>0.1%" or "outbound.median>=50us"; UsageError if it can't be one.
+
+    One of CHANGES is a condition on the comparison with a baseline.
+    """
 
     def __init__(self, text: str, direction: str) -> None:
+        self.text, self.compares, self.name = text.strip(), text.strip() in CHANGES, ""
+        if self.compares:
+            return
         parts = re.fullmatch(r"\s*(?:([a-z]+)\.)?([a-z_]+[\d.]*)\s*(>=|<=|>|<)\s*(\d+\.?\d*(?:e-?\d+)?)\s*(\S*)\s*",
                              text.replace("\u03bc", "µ"))               # the Greek letter, too
         part, name, self._sign, number, self._unit = parts.groups() if parts else ("", "", "", "0", "")
-        self._name, units = LIMIT_ALIASES.get(name, name), {name: unit for name, _, unit, _ in FIGURES}
-        unit = units.get(self._name, "")
+        self.name, units = LIMIT_ALIASES.get(name, name), {name: unit for name, _, unit, _ in FIGURES}
+        unit = units.get(self.name, "")
         self._factors = LIMIT_UNITS.get(unit, {"": 1.0})
         self._number = float(number) * self._factors.get(self._unit, 1.0)
-        self.text, self._part = text.strip(), {"outbound": "out"}.get(part or "", part)
+        self._part = {"outbound": "out"}.get(part or "", part)
         mistakes = {
-            "give NAME>NUMBER (or >=, <, <=) with a unit if you like, such as 'p99>200us' or 'loss>0.1%'": not parts,
+            "give NAME>NUMBER (or >=, <, <=) with a unit if you like, such as 'p99>200us' or 'loss>0.1%', or one of "
+            f"{', '.join(CHANGES)}": not parts,
             f"there is no figure {name!r}; there are {', '.join(units)}": not unit,
             f"{self._unit!r} is no unit of {name} ({', '.join(filter(None, self._factors)) or 'it has none'})":
                 self._unit not in self._factors,
@@ -3413,7 +3790,14 @@ class Limit:
 
     def breach(self, report: Report) -> str | None:
         """How the report meets the condition; None if it doesn't.  What isn't known meets every condition."""
-        value = figures_in(parts_of(report)[self._part] if self._part else report).get(self._name)
+        if self.compares:
+            names, sign = CHANGES[self.text]
+            parts = [report["comparison"][name] for name in names]
+            if all(part["distinguishable"] is None for part in parts):
+                return f"{self.text}: not known, with too few packets"
+            met = any(part["distinguishable"] and (part["shift"] > 0) >= sign for part in parts)
+            return f"{self.text}: against {report['comparison']['path']}" if met else None
+        value = figures_in(parts_of(report)[self._part] if self._part else report).get(self.name)
         if value is None:
             return f"{self.text}: not known"
         met = {">": value > self._number, ">=": value >= self._number, "<": value < self._number,
@@ -3434,15 +3818,48 @@ def figure_class(path: str) -> Any:
     return Figure
 
 
+def plot_runs(path: str, reports: Sequence[Report]) -> None:
+    """Draws median and 99th percentile of several runs, by kind of traffic, over the rate, or else from run to run."""
+    figure = figure_class(path)(figsize=(10, 4.8), layout="constrained")
+    axes, kinds = figure.subplots(), defaultdict(list)       # type: Any, defaultdict[str, list[tuple[float, Report]]]
+    rates = {(report["config"].get("traffic") or {}).get("rate") for report in reports}
+    for number, report in enumerate(reports, 1):
+        traffic = report["config"].get("traffic") or {}
+        place = number if len(rates) == 1 else traffic.get("rate") or 0
+        kinds[traffic.get("pattern", "")].append((place, figures_in(report)))
+    for color, (kind, runs) in zip(COLOURS * len(kinds), kinds.items()):
+        runs.sort(key=lambda run: run[0])
+        for name, style in (("median", "o-"), ("p99", "^--")):
+            axes.plot([place for place, _ in runs], [figures[name] for _, figures in runs], style, color=color,
+                      label=f"{kind} {name}")
+    axes.set(xlabel="run" if len(rates) == 1 else "packets a second", ylabel="delay (µs)",
+             xscale="linear" if len(rates) == 1 else "log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", frameon=False)
+    save_figure(figure, path, f"{reports[0]['config'].get('name_label') or 'delay'}: {len(reports)} runs")
+
+
+def save_figure(figure: Any, path: str, title: str) -> None:
+    """Writes a figure in the format that the path's ending names, and takes a name with $ for no formula."""
+    from matplotlib.text import Text
+    figure.suptitle(printable(title), fontsize="medium")
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_usetex(False)
+    kind = path[-3:].lower() if path.lower().endswith((".png", ".svg", ".pdf")) else "png"
+    write_file(path, lambda file: figure.savefig(file, format=kind, dpi=150))
+
+
+COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7"         # of Okabe and Ito, which everyone tells apart
+
+
 def plot(path: str, report: Report, results: Sequence[Result]) -> None:
     """Draws the delay of each packet over time, with the lost ones, beside its distribution; by the path's ending."""
     figure, names = figure_class(path)(figsize=(10, 4.8), layout="constrained"), side_names(report["config"])
     over_time, distribution = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-    from matplotlib.text import Text
     from matplotlib.ticker import LogFormatter
     start = min(min(result.matching.sent) for result in results if result.first)
-    # Colours of Okabe and Ito, which everyone tells apart; markers and dashes do it in grey.
-    for result, (color, marker, dashes) in zip(results, (("#0072B2", "o", "-"), ("#E69F00", "^", "--"))):
+    for result, color, (marker, dashes) in zip(results, COLOURS, (("o", "-"), ("^", "--"))):     # also in grey
         _, first, second = result.matching.direction
         times = [(when - start) / NANOSECONDS for when in result.matching.sent]
         seen, lost = result.ranks(MATCHED), [times[rank] for rank in result.ranks(LOST)]
@@ -3465,14 +3882,8 @@ def plot(path: str, report: Report, results: Sequence[Result]) -> None:
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     what = report["config"].get("name_label") or report["config"].get("destination") or "delay"
-    figure.suptitle(printable(f"{what}: median {duration_text(report['median'])}, 99 % within "
-                              f"{duration_text(report['percentiles']['99'])}, {results[0].lost} of {results[0].first} "
-                              "packets lost"), fontsize="medium")
-    for text in figure.findobj(Text):                # a name with $ is no formula
-        text.set_parse_math(False)
-        text.set_usetex(False)
-    kind = path[-3:].lower() if path.lower().endswith((".png", ".svg", ".pdf")) else "png"
-    write_file(path, lambda file: figure.savefig(file, format=kind, dpi=150))
+    save_figure(figure, path, f"{what}: median {duration_text(report['median'])}, 99 % within "
+                f"{duration_text(report['percentiles']['99'])}, {results[0].lost} of {results[0].first} packets lost")
 
 
 def printable(text: str) -> str:
@@ -3484,18 +3895,19 @@ def printable(text: str) -> str:
 
 EPILOG = """\
 examples:
-  the overhead of a VM's network, 1000 packets at 10 a second:
+  the overhead of a VM's network, by 1000 SYNs at 100 a second:
     netweaver -n instance-<uuid> --hv HV_IP -s SOURCE_IP -d DESTINATION_IP -k KEYFILE
-  one packet a millisecond, through a bond, to the VM's second interface:
-    netweaver -n web1 --hv root@hv:2222 -s 10.0.0.2 -d 10.0.0.1 -i bond0 --num 1 \\
-      --source-command 'hping3 -c {count} -S -i u1000 {destination}'
-  a known interface, without asking the toolstack; the traffic that there is, both ways, for a minute:
+  what would be done, and whether all is there for it:
+    netweaver -n web1 --hv root@hv:2222 -s 10.0.0.2 -d 10.0.0.1 --dry-run
+  a sweep of rates and kinds of traffic, three times each:
+    netweaver -n web1 --hv hv -s 10.0.0.2 -d 10.0.0.1 --rate 100,1000,10000 --traffic syn,flow --runs 3
+  the traffic that there is, both ways, for a minute, on a known interface:
     netweaver --vif vif5.0 --hv HV_IP -d DESTINATION_IP --duration 60 --direction both
-  keep a run, and compare another one with it later, as a cron job that fails when it gets slow:
-    netweaver ... --save runs
-    netweaver ... --baseline runs/<time>-<name> --fail-if 'p99>200us' --fail-if 'loss>0.1%'
-  a kept run, or captures that are there already, and a table of their packets:
-    netweaver --pcaps runs/<time>-<name>
+  keep runs, and compare others with them later:
+    netweaver ... --runs 5 --save before
+    netweaver ... --runs 5 --baseline before --fail-if slower --fail-if 'loss>0.1%'
+  kept runs, or captures that are there already, and a table of their packets:
+    netweaver --pcaps before
     netweaver --pcaps pif.pcap vif.pcap -d 10.0.0.1 --csv packets.csv --slowest 5
 
 exit codes:
@@ -3505,10 +3917,10 @@ exit codes:
 """
 # What NetWeaver gets as it stands, and what more makes no sense with --pcaps: another value than the default there is
 # an error.
-PARAMETERS = ("toolstack", "host_interface", "vif_number", "vif", "overlay", "count", "duration", "timeout", "wait",
-              "sudo", "host_key_checking", "known_hosts")
-MEASURING = (*PARAMETERS, "name_label", "hv", "key", "filter", "pif_filter", "vif_filter", "source_command", "save",
-             "max_capture_size")
+PARAMETERS = ("toolstack", "host_interface", "vif_number", "vif", "overlay", "capture_filter", "count", "duration",
+              "wait", "sudo", "ssh_options")
+MEASURING = (*PARAMETERS, "name_label", "hv", "key", "traffic", "rate", "size", "port", "source_command", "load",
+             "runs", "dry_run", "save")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3521,11 +3933,13 @@ def build_parser() -> argparse.ArgumentParser:
         def _print_message(self, message: str, file: object = None) -> None:
             write_file("-", lambda stdout: stdout.write(message.encode()))
 
-    columns = min(os.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else 100, 120)
+    from shutil import get_terminal_size
+    from textwrap import fill
+    columns = min(get_terminal_size((100, 24)).columns, 120)         # $COLUMNS, or else the terminal's
     parser = Parser(
         prog="netweaver", allow_abbrev=False, add_help=False, epilog=EPILOG,
-        description="Measure the time that packets take from a hypervisor's physical interface (pif) to a VM's "
-                    "virtual interface (vif), in microseconds, as JSON.",
+        description=fill("Measure the time that packets take from a hypervisor's physical interface (pif) to a VM's "
+                         "virtual interface (vif), in microseconds, as JSON.", columns),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=columns))
     add_options(parser)
     return parser
@@ -3543,6 +3957,9 @@ def of_kind(pattern: str, convert: Callable[[str], Any], what: str) -> Callable[
 
 NUMBER = of_kind(r"0*[1-9]\d{0,8}", int, "a whole number from 1 to 999999999")
 SECONDS = of_kind(r"(?=.*[1-9])\d{1,7}(\.\d{0,9})?", float, "a number of seconds above 0 and below 10000000")
+NUMBERS = of_kind(r"0*[1-9]\d{0,5}(,0*[1-9]\d{0,5})*", lambda text: [int(number) for number in text.split(",")],
+                  "a rate from 1 to 999999, or several with commas in between")
+WHAT = of_kind("({0})(,({0}))*".format("|".join(PATTERNS)), lambda text: text.split(","), f"of {', '.join(PATTERNS)}")
 INTERFACE = of_kind(r"[^\s/-][^\s/]{0,14}", str, "the name of a network interface")
 
 
@@ -3550,9 +3967,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The table of options."""
     add = parser.add_argument_group("what is measured").add_argument
     add("-n", "--name-label", metavar="NAME", help="the destination VM's name in the toolstack, or its UUID")
-    add("--hv", metavar="HOST", help="its hypervisor, as [user@]host[:port]")
+    add("--hv", metavar="HOST", help="its hypervisor, as [user@]host[:port], or local: this machine, without SSH")
     add("-s", "--source", metavar="SOURCE", default=[], action="append",
-        help="a VM that generates traffic, as [user@]host[:port]; may be repeated")
+        help="a VM that generates traffic, as [user@]host[:port], or local: this machine; may be repeated")
     add("-d", "--destination", metavar="DESTINATION", help="the destination VM's address")
     add("--toolstack", choices=("auto", *TOOLSTACKS), default="auto",
         help="what the hypervisor is managed with: XenServer's xe, Proxmox's qm, libvirt's virsh or plain Xen's xl "
@@ -3567,51 +3984,64 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--direction", choices=tuple(DIRECTIONS),
         help="from pif to vif, from vif to pif, or both, with the VM's own time in between (default: in)")
     add("--overlay", action="store_true", help="the traffic is inside VXLAN, Geneve or GRE on the physical interface")
-    add("--filter", metavar="EXPR",
+    add("--filter", metavar="EXPR", dest="capture_filter",
         help="capture what this pcap-filter(7) expression says, instead of the traffic between SOURCE and DESTINATION")
-    add("--pif-filter", metavar="EXPR", help="the same for the physical interface alone")
-    add("--vif-filter", metavar="EXPR", help="the same for the virtual interface alone")
     add = parser.add_argument_group("traffic").add_argument
-    add("-c", "--count", metavar="N", default=1000, type=NUMBER, help="packets to send (default: %(default)s)")
-    add("--source-command", metavar="TEMPLATE", default=DEFAULT_SOURCE_COMMAND,
-        help="shell command that generates the traffic and ends; {count} and {destination} are filled in, {{ and }} "
-             "are braces (default: %(default)s)")
+    add("--traffic", metavar="WHAT", default=[], action="extend", type=WHAT,
+        help="syn: TCP SYNs, each a new flow (the default); flow: SYNs of one flow; udp: datagrams of one flow; ping; "
+             "several with commas in between are run one after the other")
+    add("-c", "--count", metavar="N", type=NUMBER, help="packets to send (default: 1000)")
+    add("--rate", metavar="PPS", default=[], action="extend", type=NUMBERS,
+        help=f"packets a second (default: {RATE}); several with commas in between are run one after the other")
+    add("--size", metavar="BYTES", type=of_kind(r"\d{1,5}", int, "a number of bytes"),
+        help=f"of payload (default: none in SYNs, {USUAL_SIZE} in others)")
+    add("--port", metavar="PORT", type=of_kind(r"\d{1,5}", int, "the number of a port"),
+        help="of the destination (default: 0)")
+    add("--source-command", metavar="TEMPLATE",
+        help="a shell command that generates traffic and ends, instead of --traffic; {count}, {interval} (in µs), "
+             "{size} and {destination} are filled in, {{ and }} are braces")
+    add("--load", metavar="COMMAND",
+        help="a shell command that the sources run meanwhile; its packets, with another protocol or port, don't count; "
+             "then the probes run for COUNT / RATE seconds")
+    add("--runs", metavar="N", default=1, type=NUMBER,
+        help="measure N times, a line of JSON each (default: %(default)s)")
     add("--duration", metavar="SECONDS", type=SECONDS,
         help="measure for this many seconds; without -s nothing is generated, and whatever traffic reaches "
              "DESTINATION is measured")
-    add("--timeout", metavar="SECONDS", type=SECONDS,
-        help="stop the traffic after this many seconds (default: 600, or COUNT / 5 if that is more)")
     add("--wait", metavar="SECONDS", type=SECONDS, default=SHORTEST_WAIT,
         help="wait this many seconds for the last packets (default: %(default)s)")
-    add("--max-capture-size", metavar="MB", default=256, type=NUMBER,
-        help="the most that each capture may take on the hypervisor (default: %(default)s)")
+    add("--dry-run", action="store_true",
+        help="log in, look for all that is needed, send nothing, and say what would be run")
     add = parser.add_argument_group("analysis").add_argument
     add("--pcaps", nargs="+", metavar="FILE",
-        help="analyse a run that --save has kept (a directory), or the captures of a PIF and a VIF (pcap or pcapng; - "
-             "is standard input), instead of measuring; several files of one side are separated by commas; -s and -d "
-             "then select by address")
+        help="analyse what --save has kept (a run's directory, or one of several), or the captures of a PIF and a VIF "
+             "(pcap or pcapng; - is standard input), instead of measuring; several files of one side are separated by "
+             "commas; -s and -d then select by address")
     add("--match-nat", action="store_true", help="leave addresses out of the matching, where the path translates them")
     add("--slowest", metavar="N", default=0, type=NUMBER, help="list the N slowest packets in the JSON")
     add = parser.add_argument_group("judging").add_argument
     add("--fail-if", metavar="EXPR", default=[], action="append",
-        help="exit with status 7 when the condition holds, such as 'p99>200us' or 'loss>0.1%%'; may be repeated")
+        help="exit with status 7 when the condition holds, such as 'p99>200us' or 'loss>0.1%%', or changed, slower or "
+             "lossier than the baseline; may be repeated")
     add("--baseline", metavar="DIR",
-        help="compare with a run that --save has kept, or with two captures given as PIF.pcap,VIF.pcap")
+        help="compare with what --save has kept (a run, or those of this VM, direction and traffic in a directory), or "
+             "with two captures given as PIF.pcap,VIF.pcap")
     add = parser.add_argument_group("login").add_argument
     add("-k", "--key", metavar="KEYFILE", help="SSH private key (default: those that ssh would try)")
     add("--sudo", action="store_true", help="run remote commands with sudo -n unless logged in as root")
-    add("--host-key-checking", choices=("accept-new", "yes", "no"),
-        help="record the keys of new hosts, refuse new hosts, or check nothing (default: StrictHostKeyChecking in "
-             "ssh_config, or accept-new)")
-    add("--known-hosts", metavar="FILE", help="the file of known host keys (default: as ssh)")
+    add("-o", "--ssh-option", metavar="OPTION", dest="ssh_options", default=[], action="append",
+        help="an option in the form of ssh_config, such as StrictHostKeyChecking=yes or UserKnownHostsFile=FILE "
+             "(default: what ssh_config says; new hosts' keys are recorded); may be repeated")
     add = parser.add_argument_group("output").add_argument
     add("--csv", metavar="FILE", help="write a table of the packets that came in, a line each")
     add("--output", metavar="FILE", default="-", help="write the result there, whole or not at all, instead of to "
         "standard output")
-    add("--format", choices=("json", "prometheus"), default="json",
-        help="of the result: JSON, or a file for node_exporter's textfile collector (default: %(default)s)")
-    add("--save", metavar="DIR", help="keep the captures and the JSON in a new directory under DIR")
-    add("--plot", metavar="FILE", help="draw the delays, as .png, .svg or .pdf (needs matplotlib)")
+    add("--format", choices=("json", "prometheus"),
+        help="of the result: JSON, or a file for node_exporter's textfile collector (default: a summary at a terminal, "
+             "JSON everywhere else)")
+    add("--save", metavar="DIR", help="keep the captures and the JSON of each run in a new directory under DIR")
+    add("--plot", metavar="FILE", help="draw the delays, of several runs over the rate, as .png, .svg or .pdf (needs "
+        "matplotlib)")
     add("--label", metavar="KEY=VALUE", default=[], action="append", help="add this to config.labels; may be repeated",
         type=of_kind(r"(?s)[^=]+=.*", lambda text: tuple(text.split("=", 1)), "KEY=VALUE"))
     add("-q", "--quiet", action="store_true", help="no progress on stderr")
@@ -3622,8 +4052,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def check_arguments(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """UsageError for what makes no sense, or can't be written, as far as that is known before a long measurement."""
+    several = arguments.runs > 1 or len(arguments.rate) > 1 or len(arguments.traffic) > 1
+    mistakes = {
+        "--source-command is instead of --traffic": arguments.source_command and arguments.traffic,
+        "--load needs a --traffic, which tells the probes from it": arguments.source_command and arguments.load,
+        "--csv, and --format prometheus, are for one run: with --save all are kept, for --pcaps":
+            several and (arguments.csv or arguments.format == "prometheus"),
+        "--fail-if changed, slower and lossier need a --baseline":
+            not arguments.baseline and set(CHANGES) & {text.strip() for text in arguments.fail_if}}
+    for mistake, made in mistakes.items():
+        if made:
+            raise UsageError(mistake)
     if arguments.pcaps:
-        options = {"host_interface": "interface", "vif_number": "num"}
+        options = {"host_interface": "interface", "vif_number": "num", "capture_filter": "filter",
+                   "ssh_options": "ssh_option"}
         for name in MEASURING:
             if getattr(arguments, name) != parser.get_default(name):
                 raise UsageError(f"--{options.get(name, name).replace('_', '-')} is for measuring, and --pcaps "
@@ -3649,33 +4091,37 @@ def check_arguments(arguments: argparse.Namespace, parser: argparse.ArgumentPars
         raise UsageError(f"can't save in {arguments.save}: {existing} is no directory that can be written to")
 
 
-def new_weaver(arguments: argparse.Namespace, destination: str, screen: Screen) -> NetWeaver:
-    """A measurement as the arguments say."""
+def new_weaver(arguments: argparse.Namespace, screen: Screen, alone: bool) -> NetWeaver:
+    """What measures as the arguments say; it tells its steps if there is one run alone."""
     from getpass import getpass
-    filters = {"pif": arguments.pif_filter or arguments.filter, "vif": arguments.vif_filter or arguments.filter}
     return NetWeaver(
-        arguments.source, arguments.name_label or "", destination, arguments.hv, arguments.key,
+        arguments.source, arguments.name_label or "", arguments.destination, arguments.hv, arguments.key,
         **{name: getattr(arguments, name) for name in PARAMETERS},
         direction=arguments.direction or "in", match_nat=arguments.match_nat, slowest=arguments.slowest,
-        filters={side: expression for side, expression in filters.items() if expression},
-        max_capture_size=arguments.max_capture_size * 1_000_000, labels=dict(arguments.label),
-        ask=getpass if sys.stdin is not None and sys.stdin.isatty() else None, progress=screen.step, log=screen.log,
-        tick=screen.ticking(arguments.duration))
+        labels=dict(arguments.label), ask=getpass if sys.stdin is not None and sys.stdin.isatty() else None,
+        progress=screen.step if alone else screen.log, log=screen.log, tick=screen.ticking(arguments.duration))
 
 
-def saved_run(paths: Sequence[str]) -> SavedRun | None:
-    """The kept run of which these are the directory, or the captures; None if they are other captures."""
+def sweep(arguments: argparse.Namespace) -> list[Probes]:
+    """The traffic of each run, in order: all kinds once, and then again."""
+    return [Probes(pattern, rate, arguments.size, arguments.port, arguments.source_command, arguments.load)
+            for _ in range(arguments.runs)
+            for pattern in arguments.traffic or ["syn"] for rate in arguments.rate or [RATE]]
+
+
+def saved_runs(paths: Sequence[str]) -> list[SavedRun]:
+    """The kept runs of which these are the directory, or the captures; none if they are other captures."""
     if len(paths) == 1:
         if not os.path.isdir(paths[0]):
             raise UsageError(f"{paths[0]}: give a directory of --save, or the captures of the pif and of the vif")
-        return load_run(paths[0])
+        return load_runs(paths[0])
     given = capture_paths(*paths)
     try:
         run = load_run(os.path.dirname(given["pif"][0]) or ".")
     except UsageError:                               # captures alone, or those of another version's run
-        return None
+        return []
     same = all(list(map(os.path.abspath, given[side])) == list(map(os.path.abspath, run.paths[side])) for side in given)
-    return run if same else None
+    return [run] if same else []
 
 
 def capture_paths(pif: str, vif: str) -> dict[str, list[str]]:
@@ -3695,7 +4141,7 @@ def analyze_files(arguments: argparse.Namespace, run: SavedRun | None) -> tuple[
     config |= {"version": __version__, "direction": arguments.direction or config["direction"],
                "match_nat": arguments.match_nat or config["match_nat"],
                "labels": {**config["labels"], **dict(arguments.label)},
-               "selection": {ends: given or config["selection"][ends] for ends, given in selection.items()}}
+               "selection": config["selection"] | {ends: given for ends, given in selection.items() if given}}
     if config["direction"] == "both" and (config["match_nat"] or not config["selection"]["destinations"]):
         raise UsageError("--direction both tells the directions apart by the VM's address: give it with -d, and not "
                          "--match-nat")
@@ -3706,22 +4152,35 @@ def analyze_files(arguments: argparse.Namespace, run: SavedRun | None) -> tuple[
     return report, analysis.results
 
 
-def baseline_result(text: str, direction: Direction, destination: str | None) -> Result:
-    """The packets of an earlier measurement: a directory of --save, or two captures, "PIF,VIF"."""
+Baseline = namedtuple("Baseline", "path taken left_out runs")        # names, a number, and outcomes
+
+
+def load_baseline(text: str, direction: Direction, destination: str | None, like: Report | None) -> Baseline:
+    """An earlier measurement: what --save has kept, or two captures, "PIF,VIF".
+
+    `like` is the `kind_of` the runs to take where there are several (None: all).
+    """
     if os.path.isdir(text):
-        run = load_run(text)
-        if direction not in run.selection.directions:
-            raise UsageError(f"--baseline {text}: it was measured with --direction {run.report['config']['direction']}")
-        analysis = analyze_captures(run.paths, run.selection, run.window, run.limit)
+        runs = load_runs(text)
+        taken = [run for run in runs if direction in run.selection.directions
+                 and (len(runs) == 1 or like is None or kind_of(run.report["config"]) == like)]
+        if not taken:
+            raise UsageError(f"--baseline {text}: " + (
+                f"none of its {len(runs)} runs is of this VM, direction and traffic" if len(runs) > 1 else
+                f"it was measured with --direction {runs[0].report['config']['direction']}"))
+        names = [os.path.basename(os.path.dirname(run.paths["pif"][0])) for run in taken]
+        analyses = [analyze_captures(run.paths, run.selection, run.window, run.limit) for run in taken]
+        left_out = len(runs) - len(taken)
     elif text.count(",") == 1:
-        analysis = analyze_captures(capture_paths(*text.split(",")), Selection(
-            [direction], destinations=[resolve(destination)] if destination else []))
+        names, left_out = [text], 0
+        analyses = [analyze_captures(capture_paths(*text.split(",")), Selection(
+            [direction], destinations=[resolve(destination)] if destination else []))]
     else:
         raise UsageError(f"--baseline {text}: give a directory of --save, or two captures as PIF.pcap,VIF.pcap")
-    result: Result = next(result for result in analysis.results if result.matching.direction is direction)
-    if not result.samples():
+    found = [result for analysis in analyses for result in analysis.results if result.matching.direction is direction]
+    if not all(result.samples() for result in found):
         raise UsageError(f"--baseline {text}: no packet is in both of its captures")
-    return result
+    return Baseline(text, names, left_out, [result.outcomes() for result in found])
 
 
 class Signals:
@@ -3747,6 +4206,8 @@ class Signals:
         again, self.number = self.number != 0, self.number or number
         if again or not self.interrupt():
             raise KeyboardInterrupt
+        if os.isatty(2):                             # not by sys.stderr, which may be in the middle of a line
+            quietly(os.write, 2, b"\nstopping; again: give up\n")
 
 
 class Screen:
@@ -3757,10 +4218,10 @@ class Screen:
 
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
         terminal, dumb = sys.stderr is not None and sys.stderr.isatty(), os.environ.get("TERM") == "dumb"
-        self._people, self._verbose, self._live = terminal and not quiet, verbose, False
+        self._people, self._quiet, self._verbose, self._live = terminal and not quiet, quiet, verbose, False
         self._ticks = self._people and not verbose and not dumb
         self._colours = terminal and not os.environ.get("NO_COLOR") and not dumb
-        self._fancy = "utf" in (getattr(sys.stderr, "encoding", None) or "").lower()
+        self.fancy = "utf" in (getattr(sys.stderr, "encoding", None) or "").lower()
 
     def _print(self, text: str, end: str = "\n") -> None:
         try:
@@ -3772,10 +4233,12 @@ class Screen:
 
     def say(self, line: str, colour: str = "") -> None:
         """A line that everyone gets; the colour is an SGR code."""
-        line = printable(line)
-        if not self._fancy:
-            line = line.replace("µ", "u").encode("ascii", "replace").decode()
+        line = self._shown(line)
         self._print(f"\x1b[{colour}m{line}\x1b[0m" if colour and self._colours else line)
+
+    def _shown(self, line: str) -> str:
+        line = printable(line)
+        return line if self.fancy else line.replace("µ", "u").replace("±", "+-").encode("ascii", "replace").decode()
 
     def warn(self, warning: str) -> None:
         self.say(f"netweaver: warning: {warning}", "33")
@@ -3799,68 +4262,156 @@ class Screen:
         of = f" of {duration:g}" if duration else ""
         return (lambda elapsed: self._print(f"{elapsed:.0f}{of} s", "")) if self._ticks else None
 
-    def outcome(self, report: Report, results: Sequence[Result]) -> None:
-        """The numbers for people, and what is wrong with them for all."""
-        for line in summary(report, results[0].samples(), self._fancy) if self._people else ():
+    def note(self, line: str) -> None:
+        """What everyone hears who doesn't ask for quiet."""
+        if not self._quiet:
+            self.say(f"netweaver: {line}")
+
+    def result(self, lines: Iterable[str], on_stdout: bool) -> None:
+        """The numbers for people: on standard output if they are the result, or else on stderr if it is a terminal."""
+        if on_stdout:
+            if self._live:
+                self._print("")
+            write_file("-", lambda file: file.write("".join(f"{self._shown(line)}\n" for line in lines).encode()))
+        for line in lines if self._people and not on_stdout else ():
             self.say(line, "" if line.startswith(" ") else "1")
-        for warning in report["warnings"]:
-            self.warn(warning)
+
+
+class Outcome:
+    """What becomes of the runs: documents, files, limits and words for people.  What fails of it ends nothing else."""
+
+    def __init__(self, arguments: argparse.Namespace, limits: Sequence[Limit], screen: Screen) -> None:
+        self._arguments, self._limits, self._screen = arguments, limits, screen
+        self._on_terminal = arguments.output == "-" and sys.stdout is not None and sys.stdout.isatty()
+        self._reports: list[dict[str, Any]] = []
+        self._texts: list[str] = []
+        self._delays: list[int] = []
+        self._breaches: list[str] = []
+        self._problems: list[NetWeaverError] = []
+
+    def attempt(self, step: Callable[..., Any], *arguments: object) -> Any:
+        """Makes something of the numbers; if that fails, they are not lost, and the error comes at the end."""
+        try:
+            return step(*arguments)
+        except Exception as error:
+            self._problems.append(error if isinstance(error, NetWeaverError) else unexpected(error))
+
+    @property
+    def exit_code(self) -> int:
+        return self._problems[0].exit_code if self._problems else 7 if self._breaches else 0
+
+    def add(self, report: dict[str, Any], results: Sequence[Result]) -> None:
+        """One run more; the limits on a comparison are for the run that has one."""
+        arguments, limits = self._arguments, self._limits
+        self._reports.append(report)
+        self._delays = results[0].samples()
+        self._breaches += [breach for limit in limits if (not limit.compares or "comparison" in report)
+                           and (breach := limit.breach(report))]
+        self.attempt(self._publish, report, results)
+        if arguments.csv:
+            self.attempt(write_csv, results[0], arguments.csv)
+        if arguments.plot and len(self._reports) == 1:
+            self.attempt(plot, arguments.plot, report, results)
+
+    def _publish(self, report: Report, results: Sequence[Result]) -> None:
+        import json
+        output, place = self._arguments.output, real_path(self._arguments.output)
+        if self._arguments.format == "prometheus":
+            config = report["config"]
+            labels = series_labels(config.get("hypervisor"), config.get("name_label"), config["destination"],
+                                   config["labels"])
+            text = prometheus(labels, self.exit_code, report, results)
+        elif self._on_terminal and not self._arguments.format:
+            return                                   # the summary is the result
+        else:
+            text = json.dumps(report, indent=2 if self._on_terminal else None) + "\n"
+        self._texts.append(text)
+        whole = isinstance(place, str) and (os.path.isfile(place) or not os.path.exists(place))
+        texts = "".join(self._texts if whole else [text]).encode("utf-8", "replace")
+        write_file(output, lambda file: file.write(texts))
+
+    def end(self) -> None:
+        """What is said at the end of all runs."""
+        reports, screen = self._reports, self._screen
+        if len(reports) > 1 and self._arguments.plot:
+            self.attempt(plot_runs, self._arguments.plot, reports)
+        if reports:
+            lines = table(reports) if len(reports) > 1 else summary(reports[0], self._delays, screen.fancy)
+            self.attempt(screen.result, lines, self._on_terminal and not self._arguments.format)
+        asked = any(limit.name == "p99.9" for limit in self._limits)
+        for warning in dict.fromkeys(warning for report in reports for warning in report["warnings"]):
+            if asked or not warning.startswith(FEW_FOR_P99_9):
+                screen.warn(warning)
+        for breach in self._breaches:
+            screen.say(f"netweaver: limit: {breach}", "31")
+        for problem in self._problems:
+            screen.error(problem)
+
+
+def measure(weaver: NetWeaver, probes: Sequence[Probes], outcome: Outcome, screen: Screen,
+            save: str | None) -> Iterator[tuple[dict[str, Any], Sequence[Result]]]:
+    """The reports and results of runs with this traffic, one after the other, until one is interrupted."""
+    for number, each in enumerate(probes, 1):
+        if len(probes) > 1:
+            screen.step(f"Run {number} of {len(probes)}...")
+        weaver.generate_and_record(probes=each)
+        weaver.pull_generated_files()
+        report = weaver.analyze()
+        if save and (directory := outcome.attempt(weaver.save, save, report)):
+            report["saved"] = directory
+            screen.note(f"saved in {directory}")
+        yield report, weaver.results
+        if weaver.interrupted:
+            break
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser, signals: Signals, screen: Screen) -> int:
     """Does what the arguments say; returns the exit code."""
-    import json
     from contextlib import ExitStack
     check_arguments(arguments, parser)
-    kept = saved_run(arguments.pcaps) if arguments.pcaps else None
-    direction = arguments.direction or (kept.report["config"]["direction"] if kept else "in")
-    limits = [Limit(text, direction) for text in arguments.fail_if]
-    if arguments.host_key_checking == "no":
-        screen.warn("host keys are not checked: anyone in between can read and change what is sent")
-    baseline = arguments.baseline and baseline_result(arguments.baseline, DIRECTIONS[direction][0],
-                                                      arguments.destination if direction == "both" else None)
-    problems: list[NetWeaverError] = []
-
-    def attempt(step: Callable[[], object]) -> None:
-        """Makes something of the numbers; if that fails, they are not lost, and the error comes at the end."""
-        try:
-            step()
-        except Exception as error:
-            problems.append(error if isinstance(error, NetWeaverError) else unexpected(error))
-
-    def publish() -> None:
-        text = prometheus(report) if arguments.format == "prometheus" else json.dumps(report) + "\n"
-        write_file(arguments.output, lambda file: file.write(text.encode("utf-8", "replace")))
-
+    kept = saved_runs(arguments.pcaps) if arguments.pcaps else []
+    direction = arguments.direction or (kept[0].report["config"]["direction"] if kept else "in")
+    outcome = Outcome(arguments, [Limit(text, direction) for text in arguments.fail_if], screen)
+    probes = [] if arguments.pcaps else sweep(arguments)
+    if arguments.pcaps:
+        kinds: list[Any] = [kind_of({**run.report["config"], "direction": direction}) for run in kept] or [None]
+    else:
+        arguments.destination = resolve(arguments.destination)       # once: it may be another address the next time
+        for each in probes:
+            each.source_command(1, arguments.destination)
+        kinds = [{"vm": arguments.name_label or arguments.vif, "direction": direction,
+                  "traffic": each.account() if arguments.source else None} for each in probes]
+    groups = list(map(kinds.index, kinds))           # the first of the same kind
+    baselines = {group: load_baseline(
+        arguments.baseline, DIRECTIONS[direction][0], arguments.destination if direction == "both" else None,
+        kinds[group]) for group in set(groups) if arguments.baseline}
+    for path, taken, left_out, _ in baselines.values():
+        if len(taken) + left_out > 1:
+            screen.step(f"Baseline: {len(taken)} of {len(taken) + left_out} runs in {path}: {', '.join(taken)}")
     with ExitStack() as stack:
+        stack.callback(outcome.end)
         if arguments.pcaps:
-            report, results = analyze_files(arguments, kept)
+            runs: Iterator[Any] = (analyze_files(arguments, saved) for saved in kept or (None,))
         else:
-            destination = resolve(arguments.destination)     # once: a name may have another address the next time
-            command = format_source_command(arguments.source_command, arguments.count, destination)
             if not arguments.verbose:                # paramiko's threads end in tracebacks when a connection does
                 threading.excepthook = lambda _: None
-            weaver = stack.enter_context(new_weaver(arguments, destination, screen))
+            weaver = stack.enter_context(new_weaver(arguments, screen, len(probes) == 1))
+            for name in weaver.unchecked:
+                screen.warn(f"{name}: its host key is not checked: anyone in between can read and change what is sent")
+            if arguments.dry_run:
+                write_file("-", lambda file: file.write("\n".join(weaver.dry_run(probes)).encode()))
+                return 0
             signals.interrupt = weaver.interrupt
-            weaver.generate_and_record(command)
-            weaver.pull_generated_files()
-            report, results = weaver.analyze(), weaver.results
-        if arguments.save:
-            attempt(lambda: report.update(saved=weaver.save(arguments.save, report)))
-        if baseline:
-            report["comparison"] = {"path": arguments.baseline, **compare(baseline, results[0])}
-        attempt(publish)
-        if arguments.csv:
-            attempt(lambda: write_csv(results[0], arguments.csv))
-        if arguments.plot:
-            attempt(lambda: plot(arguments.plot, report, results))
-        screen.outcome(report, results)
-        breaches = [breach for limit in limits if (breach := limit.breach(report))]
-        for breach in breaches:
-            screen.say(f"netweaver: limit: {breach}", "31")
-        for problem in problems:
-            screen.error(problem)
-    return problems[0].exit_code if problems else 7 if breaches else 0
+            runs = measure(weaver, probes, outcome, screen, arguments.save)
+        outcomes: list[Sequence[int]] = []
+        for place, (report, results) in enumerate(runs):
+            outcomes.append(results[0].outcomes() if arguments.baseline else ())
+            if arguments.baseline and groups[place] not in groups[place + 1:]:       # the last of its kind
+                path, taken, left_out, before = baselines[groups[place]]
+                now = [each for each, group in zip(outcomes, groups) if group == groups[place]]
+                report["comparison"] = {"path": path, "taken": taken, "left_out": left_out, **compare(before, now)}
+            outcome.add(report, results)
+    return outcome.exit_code
 
 
 def unexpected(error: Exception) -> NetWeaverError:
@@ -3869,7 +4420,7 @@ def unexpected(error: Exception) -> NetWeaverError:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    screen, verbose = Screen(), False
+    screen, verbose, arguments, failed = Screen(), False, None, True
     while os.open(os.devnull, os.O_RDWR) <= 2:       # no other file must get the number of a stream that is closed
         pass
     with Signals() as signals:
@@ -3878,6 +4429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = parser.parse_args(argv)
             screen, verbose = Screen(arguments.quiet, arguments.verbose), arguments.verbose
             code = run(arguments, parser, signals, screen)
+            failed = False
         except KeyboardInterrupt:
             screen.error("interrupted")
             code = 130
@@ -3887,7 +4439,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             screen.error(error if known else unexpected(error))
             code = getattr(error, "exit_code", 1)
-        return 128 + signals.number if signals.number else code
+        code = 128 + signals.number if signals.number else code
+        if failed and arguments and arguments.format == "prometheus":
+            text = prometheus(series_labels(arguments.hv, arguments.name_label, arguments.destination,
+                                            dict(arguments.label)), code)
+            try:
+                write_file(arguments.output, lambda file: file.write(text.encode("utf-8", "replace")))
+            except NetWeaverError:
+                pass                                 # what happened before matters more
+        return code
 
 
 if __name__ == "__main__":

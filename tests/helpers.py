@@ -27,7 +27,8 @@ import netweaver
 T = 1_700_000_000_123_456_789
 FAST = "hping3 -c {count} -S -L 0 -Q -i u1000 {destination}"
 ENDLESS = "hping3 -S -i u5000 {destination}"
-FEW = ("too few packets matched ({}) for the percentiles {}, which are hardly more than the maximum: send more (-c)")
+FEW = "too few packets matched ({}) for the percentiles {}, which are hardly more than the maximum: send more (-c)"
+FEW_FOR_P99_9 = "too few packets matched for p99.9 ({}): it is hardly more than the maximum: send more (-c)"
 
 
 # -- running netweaver --
@@ -87,20 +88,25 @@ def run_code(lab: Lab, code: str) -> str:
 
 
 class Terminal:
-    """Runs a command whose stderr is a terminal; keeps what a person saw."""
+    """Runs a command whose stderr is a terminal, or all of it; keeps what a person saw.
 
-    def __init__(self, *command: str, environment: dict[str, str], columns: int = 100) -> None:
+    `meanwhile` is called with what was seen so far and the process, whenever there is more.
+    """
+
+    def __init__(self, *command: str, environment: dict[str, str], columns: int = 100, whole: bool = False,
+                 meanwhile: Callable[[bytes, subprocess.Popen[bytes]], object] = lambda seen, process: None) -> None:
         master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=slave,
-                                   env={**environment, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"})
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=slave if whole else subprocess.PIPE,
+                                   stderr=slave, env={**environment, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"})
         os.close(slave)
         seen = bytearray()
         with contextlib.suppress(OSError):           # EIO: the other end is closed
             while data := os.read(master, 65536):
                 seen += data
+                meanwhile(bytes(seen), process)
         os.close(master)
-        self.stdout = process.communicate(timeout=60)[0].decode()
+        self.stdout = (process.communicate(timeout=60)[0] or b"").decode()
         self.returncode = process.returncode
         self.raw = seen.decode().replace("\r\n", "\n")
         self.text = re.sub(r"\x1b\[[\d;]*[mK]", "", self.raw)

@@ -278,12 +278,16 @@ class Network:
 
         ssh takes the home directory from /etc/passwd, and not from HOME.
         """
+        return self.inside(self.client, *words)
+
+    def inside(self, namespace: str, *words: str) -> list[str]:
+        """The same in another namespace, with the machine's own files."""
         passwd = self.directory / "client-passwd"
         if not passwd.exists():
             passwd.write_text(passwd_with_home(self.home))
             passwd.with_name("client-ssh_config").write_text("")
         own = 'mount --bind "$0" /etc/passwd && mount --bind "${0%passwd}ssh_config" /etc/ssh/ssh_config && exec "$@"'
-        return ["ip", "netns", "exec", self.client, "sh", "-c", own, str(passwd), *words]
+        return ["ip", "netns", "exec", namespace, "sh", "-c", own, str(passwd), *words]
 
     def arguments(self, *more: str, name: str | None = None, source: str | None = None) -> list[str]:
         """The seed's command line for this lab."""

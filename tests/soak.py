@@ -59,7 +59,7 @@ def strike(fault: str, lab: Lab, process: subprocess.Popen[str], chance: random.
 def one(lab: Lab, fault: str, chance: random.Random) -> str:
     """One run under a fault; how it ended, or an AssertionError."""
     count = chance.randrange(50, 800)
-    process = lab.start(*lab.arguments("-q", "-c", str(count), "--source-command", TRAFFIC, "--timeout", "10"))
+    process = lab.start(*lab.arguments("-q", "-c", str(count), "--source-command", TRAFFIC, "--duration", "10"))
     striker = threading.Timer(chance.uniform(0.1, 4), strike, (fault, lab, process, chance))
     striker.start()
     try:

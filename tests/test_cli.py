@@ -23,7 +23,7 @@ COMPLETE = ["-n", "web1", "--hv", "hv", "-s", "192.0.2.1", "-d", "192.0.2.2"]
     ([*COMPLETE, "-c", "0"], "'0' is not a whole number from 1 to 999999999"),
     ([*COMPLETE, "-c", "99999999999"], "'99999999999' is not a whole number from 1 to 999999999"),
     ([*COMPLETE, "--num", "x"], "'x' is not the number of an interface"),
-    ([*COMPLETE, "--timeout", "nan"], "'nan' is not a number of seconds"),
+    ([*COMPLETE, "--duration", "nan"], "'nan' is not a number of seconds"),
     ([*COMPLETE, "-i", "eth0; reboot"], "is not the name of a network interface"),
     ([*COMPLETE, "-i", "-w/etc/passwd"], "expected one argument"),
     ([*COMPLETE, "--interface=-w/etc"], "is not the name of a network interface"),

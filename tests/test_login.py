@@ -271,7 +271,7 @@ def serve(listener):
 
 listener = socket.create_server(("127.0.0.1", 0))
 threading.Thread(target=serve, args=[listener], daemon=True).start()
-access = netweaver.Access(sys.argv[1], "no")
+access = netweaver.Access(sys.argv[1], ["StrictHostKeyChecking no"])
 print(paramiko.__version__, flush=True)
 try:
     access.connect(access.settings(netweaver.Target(f"root@127.0.0.1:{listener.getsockname()[1]}"))).close()
@@ -302,16 +302,17 @@ def test_an_old_server(tmp_path: Path) -> None:
 def test_host_key_checking(own_lab: Lab) -> None:
     quick = ("-c", "3", "--source-command", FAST)
     known = own_lab.directory / "known"
-    own = ("--known-hosts", str(known))
-    line = failure(own_lab.netweaver(*own_lab.arguments(*quick, *own, "--host-key-checking", "yes"), seconds=15), 3)
+    own = ("-o", f"UserKnownHostsFile={known}")
+    strict = ("-o", "StrictHostKeyChecking=yes")
+    line = failure(own_lab.netweaver(*own_lab.arguments(*quick, *own, *strict), seconds=15), 3)
     assert "is not known, and StrictHostKeyChecking is yes" in line
     assert not known.exists()
-    done = own_lab.netweaver(*own_lab.arguments(*quick, *own, "--host-key-checking", "no"))
-    assert "host keys are not checked" in done.stderr.splitlines()[0]
+    done = own_lab.netweaver(*own_lab.arguments(*quick, *own, "-o", "StrictHostKeyChecking=no"))
+    assert f"root@{own_lab.hv.address}: its host key is not checked" in done.stderr.splitlines()[0]
     assert report(done)["packets"]["matched"] == 3
     assert not known.exists()
     report(own_lab.netweaver(*own_lab.arguments(*quick, *own)))
-    report(own_lab.netweaver(*own_lab.arguments(*quick, *own, "--host-key-checking", "yes")))
+    report(own_lab.netweaver(*own_lab.arguments(*quick, *own, *strict)))
     assert not (own_lab.home / ".ssh").exists()
 
 

@@ -286,7 +286,7 @@ def test_the_table_and_the_slowest(tmp_path: Path) -> None:
     (lambda vif: [(vif[0][0] - 9000, vif[0][1]), *vif[1:]], "1 delays are negative (down to -8 "),
     (lambda vif: [(vif[0][0] - 1000, vif[0][1]), *vif[1:]], "1 delays are exactly 0"),
     (lambda vif: [*vif[:-1], (vif[-1][0] + 2 * 10**9, vif[-1][1])], "1 delays are longer than 1 s"),
-    (lambda vif: vif[:40], "too few packets matched (40) for the percentiles 99, 99.9"),
+    (lambda vif: vif[:40], "too few packets matched (40) for the percentiles 99, "),
     (lambda vif: [*vif[:100], *((time, ipv4(tcp(seq=9), ident=9, source="10.9.9.9")) for time, _ in vif[100:])],
      "most packets of each interface were not seen on the other"),
 ])

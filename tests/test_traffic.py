@@ -248,7 +248,8 @@ def test_a_vxlan_pif_against_a_plain_vif() -> None:
             "-c", "20", "-d", "fd83:1::100", "--source-command", "ping -c {count} -i 0.02 {destination}")))
         assert found["packets"]["pif"] == found["packets"]["matched"] >= 20
         assert "--overlay" in failure(lab.netweaver(*lab.arguments(*command, "-i", "eth0")), 6)
-        found = report(lab.netweaver(*lab.arguments(*command, "-i", "eth0", "--pif-filter", "udp port 4789")))
+        found = report(lab.netweaver(*lab.arguments(*command, "-i", "eth0", "--filter",
+                                                     f"udp port 4789 or dst host {lab.destination}")))
         assert found["packets"]["matched"] == 600
         lab.wait_clean()
 
@@ -412,7 +413,7 @@ def test_filters_of_ones_own(lab: Lab) -> None:
     assert found["packets"]["matched"] == 600            # of two sources
     assert "-- 'tcp and dst host" in found["config"]["pif_command"]
     assert found["warnings"] == []
-    line = failure(lab.netweaver(*lab.arguments("--vif-filter", "tcp and and"), seconds=20), 5)
+    line = failure(lab.netweaver(*lab.arguments("--filter", "tcp and and"), seconds=20), 5)
     assert "syntax error" in line
     line = failure(lab.netweaver(*lab.arguments("--filter", "; touch /tmp/owned"), seconds=20), 5)
     assert "the capture on " in line
@@ -478,13 +479,36 @@ def test_labels_and_the_platform(lab: Lab) -> None:
 
 
 def test_platforms_of_other_kinds() -> None:
-    facts = ("status 1\ntcpdump tcpdump version 4.9.2\ntcpdump libpcap version 1.5.3\n"
-             "kernel 4.19.0+1\nload 0.50 0.40 0.30 1/400 123\ncpus 16\n"
-             "link 9: vif5.0: <UP> mtu 1500 qdisc mq state UP\nlink 2: eth0@if3: <UP> mtu 1500 link/ether 02::\n"
-             "free /dev/sda1 18000000 9000000 8000000 53% /\n"
-             "ovs ovs-vsctl (Open vSwitch) 2.5.3\nbackend openvswitch\n"
-             "driver eth0 ../../../../bus/pci/drivers/ixgbe\noffload eth0 generic-receive-offload\n"
-             "offload eth0 highdma\n")
+    facts = """= kernel
+4.19.0+1
+= load
+0.50 0.40 0.30 1/400 123
+= cpus
+16
+= free
+Filesystem     1024-blocks    Used Available Capacity Mounted on
+/dev/sda1         18000000 9000000   8000000      53% /
+= link
+9: vif5.0: <UP> mtu 1500 qdisc mq state UP
+2: eth0@if3: <UP> mtu 1500 link/ether 02::
+= ovs
+ovs-vsctl (Open vSwitch) 2.5.3
+= backend
+openvswitch
+= card eth0
+../../../../bus/pci/drivers/ixgbe
+Features for eth0:
+generic-receive-offload: on
+highdma: on [fixed]
+tcp-segmentation-offload: off
+\ttx-tcp-segmentation: off
+= tcpdump
+tcpdump version 4.9.2
+libpcap version 1.5.3
+
+= status
+1
+"""
     found = netweaver.Facts(facts)
     assert found.platform(["eth0"], "vif5.0") == {
         "kernel": "4.19.0+1", "tcpdump": "4.9.2", "switch": "Open vSwitch 2.5.3", "cpus": 16, "load": [0.5, 0.4, 0.3],
