@@ -31,7 +31,7 @@ from bisect import bisect, bisect_left
 from collections import defaultdict, namedtuple
 from functools import partialmethod
 from itertools import count, islice
-from operator import le, mul
+from operator import itemgetter, le, mul
 from shlex import quote
 from struct import Struct, unpack_from
 from struct import error as StructError
@@ -897,14 +897,15 @@ def flows(result: Result) -> dict[str, Any]:
     A switch or a firewall may know a flow only from its first packet on, which takes the slow path.
     """
     matching = result.matching
-    ways = map(flow_of, map(matching.identities.__getitem__, reversed(matching.numbers)))
-    first = set(dict(zip(ways, range(len(matching.numbers) - 1, -1, -1))).values())
-    parts: tuple[list[int], list[int]] = [], []
-    for rank, delay in enumerate(result.delays):
-        if delay != NO_DELAY:
-            parts[rank not in first].append(delay)
-    kinds = {name: statistics(delays) for name, delays in zip(("first", "later"), parts) if all(parts)}
-    return {"count": len(first), **kinds}
+    kinds = set(map(itemgetter(slice(0, 2)), matching.identities))
+    alike = len(kinds) == 1 and kinds < {b"\4\6", b"\4\x11"}           # TCP, or UDP, in IPv4
+    key = itemgetter(slice(ADDRESSES, ADDRESSES + 12)) if alike else flow_of
+    latest_first = map(key, map(matching.identities.__getitem__, reversed(matching.numbers)))
+    first = set(dict(zip(latest_first, range(len(matching.numbers) - 1, -1, -1))).values())
+    later = [delay for rank, delay in enumerate(result.delays) if delay != NO_DELAY and rank not in first]
+    begun = [delay for delay in map(result.delays.__getitem__, first) if delay != NO_DELAY]
+    both = {"first": statistics(begun), "later": statistics(later)} if begun and later else {}
+    return {"count": len(first), **both}
 
 
 def resized(result: Result) -> int:
@@ -997,9 +998,10 @@ def compare(baseline: Sequence[Sequence[int]], current: Sequence[Sequence[int]])
     """The shift of median and 99th percentile (µs) and of the loss ratio from some runs, by their outcomes, to others.
 
     Each has Student's interval for the difference of two means (Welch): of FEWEST_RUNS runs or more, those of the runs'
-    own figures.  Of fewer, those of blocks of successive packets, since neighbours are not independent; as such runs
-    don't tell how much the next one would differ by itself, a shift is distinguishable only if it is also larger than
-    RUN_TO_RUN.  With too few blocks, or packets for the 99th percentile, there is no interval and no verdict (None).
+    own figures, and `run_to_run` is their standard deviation.  Of fewer, those of blocks of successive packets, since
+    neighbours are not independent; as such runs don't tell how much the next one would differ by itself, a shift is
+    distinguishable only if it is also larger than RUN_TO_RUN.  With too few blocks, or packets for the 99th percentile,
+    there is no interval and no verdict (None).
     """
     sides = [[_figures(run) for run in runs] for runs in (baseline, current)]
     by_run = min(map(len, sides)) >= FEWEST_RUNS
@@ -1012,16 +1014,17 @@ def compare(baseline: Sequence[Sequence[int]], current: Sequence[Sequence[int]])
         columns = [[figures[name] for figures in side if name in figures] for side in sides]
         before, after = ((sum(column) / len(column) if by_run and column else figures.get(name, 0.0))
                          for column, figures in zip(columns, whole))
-        shift, usual = after - before, 0.0 if by_run else max(share * abs(before), least)
+        shift, usual = after - before, max(share * abs(before), least)
         interval = certain = None
         if min(map(len, columns)) >= (FEWEST_RUNS if by_run else FEWEST_BLOCKS) and (enough or name != "p99"):
             reach = _reach(*columns)
-            interval, certain = [shift - reach, shift + reach], abs(shift) > max(reach, usual)
+            interval, certain = [shift - reach, shift + reach], abs(shift) > (reach if by_run else max(reach, usual))
+            usual = (sum(map(_variance, columns)) / 2) ** 0.5 if by_run else usual
         digits = 6 if name == "loss_ratio" else 3
         comparison[name] = {
             "baseline": round(before, digits), "current": round(after, digits), "shift": round(shift, digits),
             "interval": interval and [round(end, digits) for end in interval],
-            "run_to_run": None if by_run else round(usual, digits), "distinguishable": certain}
+            "run_to_run": round(usual, digits), "distinguishable": certain}
     verdicts = [figure["distinguishable"] for figure in comparison.values()]
     verdict = True in verdicts if set(verdicts) != {None} else None
     return {**comparison, "distinguishable": verdict, "confidence": CONFIDENCE,
@@ -1042,12 +1045,15 @@ def _figures(outcomes: Sequence[int]) -> dict[str, float]:
     return figures
 
 
+def _variance(column: Sequence[float]) -> float:
+    """That of a sample."""
+    mean = sum(column) / len(column)
+    return sum((value - mean) ** 2 for value in column) / (len(column) - 1)
+
+
 def _reach(*columns: Sequence[float]) -> float:
     """Half of the width of Student's interval for the difference of two means (Welch)."""
-    errors = []
-    for column in columns:
-        mean, last = sum(column) / len(column), len(column) - 1
-        errors.append((sum((value - mean) ** 2 for value in column) / last / len(column), last))
+    errors = [(_variance(column) / len(column), len(column) - 1) for column in columns]
     error = sum(part for part, _ in errors)
     if not error:
         return 0.0
@@ -1727,9 +1733,9 @@ class LocalSession:
         self._process = Popen(["/bin/sh", "-c", command], stdin=PIPE, stdout=PIPE, stderr=PIPE, bufsize=0,
                               start_new_session=True)
         self._streams: list[Any] = [self._process.stdout, self._process.stderr]
-        self._open, self._selector = set(self._streams), selectors.DefaultSelector()
-        for stream in self._streams:
-            self._selector.register(stream, selectors.EVENT_READ)
+        self._ended, self._selector = [False, False], selectors.DefaultSelector()
+        for number, stream in enumerate(self._streams):
+            self._selector.register(stream, selectors.EVENT_READ, number)
 
     def settimeout(self, seconds: float) -> None:
         """A pipe to a shell on this machine doesn't block."""
@@ -1743,20 +1749,15 @@ class LocalSession:
 
     @property
     def eof_received(self) -> bool:
-        return not self._open
+        return all(self._ended)
 
     def _ready(self, number: int) -> bool:
-        stream = self._streams[number]
-        return (not self.closed and stream in self._open
-                and any(key.fileobj is stream for key, _ in self._selector.select(0)))
+        return not self.closed and not self._ended[number] and any(
+            key.data == number for key, _ in self._selector.select(0))
 
     def _receive(self, number: int, size: int) -> bytes:
-        stream = self._streams[number]
-        data: bytes = stream.read(size)
-        if not data:
-            self._open.remove(stream)
-            if self._open:                           # the last one stays readable, and wakes who polls
-                self._selector.unregister(stream)
+        data: bytes = self._streams[number].read(size)
+        self._ended[number] = not data
         return data
 
     recv_ready, recv = partialmethod(_ready, 0), partialmethod(_receive, 0)
@@ -3634,7 +3635,8 @@ def summary(report: Report, delays: Sequence[int], fancy: bool = True) -> list[s
             loss = f"{100 * part['loss_ratio']:.3g} %"
             packets.append(cells(way, *(numbers.get(kind, loss) for kind in kinds)))
     title = f"{'Interrupted: ' if report.get('interrupted') else ''}{title}"
-    lines = [title, f" pif {names['pif']}, vif {names['vif']}", *delay, *packets, *comparison_lines(report)]
+    by = f" (by {config['toolstack']})" if config.get("toolstack") else ""
+    lines = [title, f" pif {names['pif']}, vif {names['vif']}{by}", *delay, *packets, *comparison_lines(report)]
     bins = min(BINS, HEIGHT - len(lines) - 2)
     lines += ["Distribution of the delay", *(f" {line}" for line in histogram(delays, fancy, bins))] if bins > 1 else []
     return [printable(line)[:WIDTH] for line in lines]
@@ -3739,11 +3741,11 @@ def prometheus(labels: Mapping[str, str], code: int, report: Report | None = Non
     return "\n".join(lines) + "\n"
 
 
-def series_labels(hypervisor: str | None, name_label: str | None, destination: str | None,
-                  labels: Mapping[str, str]) -> dict[str, str]:
+def series_labels(config: Report) -> dict[str, str]:
     """What names a VM's series whatever becomes of it: neither its interfaces nor who has logged in."""
-    return {"hypervisor": Target(hypervisor).host if hypervisor else "", "name_label": name_label or "",
-            "destination": destination or "",
+    hypervisor, labels = config.get("hypervisor"), config["labels"]
+    return {"hypervisor": Target(hypervisor).host if hypervisor else "",
+            **{name: config.get(name) or "" for name in ("name_label", "destination")},
             **{re.sub(r"^(?=\d)|[^A-Za-z0-9_]", "_", key): value for key, value in labels.items()}}
 
 
@@ -3899,10 +3901,8 @@ examples:
     netweaver -n instance-<uuid> --hv HV_IP -s SOURCE_IP -d DESTINATION_IP -k KEYFILE
   what would be done, and whether all is there for it:
     netweaver -n web1 --hv root@hv:2222 -s 10.0.0.2 -d 10.0.0.1 --dry-run
-  a sweep of rates and kinds of traffic, three times each:
-    netweaver -n web1 --hv hv -s 10.0.0.2 -d 10.0.0.1 --rate 100,1000,10000 --traffic syn,flow --runs 3
-  the traffic that there is, both ways, for a minute, on a known interface:
-    netweaver --vif vif5.0 --hv HV_IP -d DESTINATION_IP --duration 60 --direction both
+  a sweep of rates and kinds of traffic:
+    netweaver -n web1 --hv hv -s 10.0.0.2 -d 10.0.0.1 --rate 100,1000,10000 --traffic syn,flow
   keep runs, and compare others with them later:
     netweaver ... --runs 5 --save before
     netweaver ... --runs 5 --baseline before --fail-if slower --fail-if 'loss>0.1%'
@@ -4280,8 +4280,9 @@ class Screen:
 class Outcome:
     """What becomes of the runs: documents, files, limits and words for people.  What fails of it ends nothing else."""
 
-    def __init__(self, arguments: argparse.Namespace, limits: Sequence[Limit], screen: Screen) -> None:
-        self._arguments, self._limits, self._screen = arguments, limits, screen
+    def __init__(self, arguments: argparse.Namespace, limits: Sequence[Limit], screen: Screen,
+                 signals: Signals) -> None:
+        self._arguments, self._limits, self._screen, self._signals = arguments, limits, screen, signals
         self._on_terminal = arguments.output == "-" and sys.stdout is not None and sys.stdout.isatty()
         self._reports: list[dict[str, Any]] = []
         self._texts: list[str] = []
@@ -4298,13 +4299,14 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        return self._problems[0].exit_code if self._problems else 7 if self._breaches else 0
+        return (128 + self._signals.number if self._signals.number else
+                self._problems[0].exit_code if self._problems else 7 if self._breaches else 0)
 
     def add(self, report: dict[str, Any], results: Sequence[Result]) -> None:
         """One run more; the limits on a comparison are for the run that has one."""
         arguments, limits = self._arguments, self._limits
         self._reports.append(report)
-        self._delays = results[0].samples()
+        self._delays = results[0].samples() if len(self._reports) == 1 else []
         self._breaches += [breach for limit in limits if (not limit.compares or "comparison" in report)
                            and (breach := limit.breach(report))]
         self.attempt(self._publish, report, results)
@@ -4317,10 +4319,7 @@ class Outcome:
         import json
         output, place = self._arguments.output, real_path(self._arguments.output)
         if self._arguments.format == "prometheus":
-            config = report["config"]
-            labels = series_labels(config.get("hypervisor"), config.get("name_label"), config["destination"],
-                                   config["labels"])
-            text = prometheus(labels, self.exit_code, report, results)
+            text = prometheus(series_labels(report["config"]), self.exit_code, report, results)
         elif self._on_terminal and not self._arguments.format:
             return                                   # the summary is the result
         else:
@@ -4344,7 +4343,7 @@ class Outcome:
                 screen.warn(warning)
         for breach in self._breaches:
             screen.say(f"netweaver: limit: {breach}", "31")
-        for problem in self._problems:
+        for problem in dict.fromkeys(map(str, self._problems)):
             screen.error(problem)
 
 
@@ -4371,7 +4370,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser, signals:
     check_arguments(arguments, parser)
     kept = saved_runs(arguments.pcaps) if arguments.pcaps else []
     direction = arguments.direction or (kept[0].report["config"]["direction"] if kept else "in")
-    outcome = Outcome(arguments, [Limit(text, direction) for text in arguments.fail_if], screen)
+    outcome = Outcome(arguments, [Limit(text, direction) for text in arguments.fail_if], screen, signals)
     probes = [] if arguments.pcaps else sweep(arguments)
     if arguments.pcaps:
         kinds: list[Any] = [kind_of({**run.report["config"], "direction": direction}) for run in kept] or [None]
@@ -4399,7 +4398,8 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser, signals:
             for name in weaver.unchecked:
                 screen.warn(f"{name}: its host key is not checked: anyone in between can read and change what is sent")
             if arguments.dry_run:
-                write_file("-", lambda file: file.write("\n".join(weaver.dry_run(probes)).encode()))
+                text = "".join(f"{line}\n" for line in weaver.dry_run(probes))
+                write_file("-", lambda file: file.write(text.encode("utf-8", "replace")))
                 return 0
             signals.interrupt = weaver.interrupt
             runs = measure(weaver, probes, outcome, screen, arguments.save)
@@ -4411,6 +4411,8 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser, signals:
                 now = [each for each, group in zip(outcomes, groups) if group == groups[place]]
                 report["comparison"] = {"path": path, "taken": taken, "left_out": left_out, **compare(before, now)}
             outcome.add(report, results)
+            if outcome.exit_code == ReaderGone.exit_code:
+                break
     return outcome.exit_code
 
 
@@ -4441,9 +4443,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = getattr(error, "exit_code", 1)
         code = 128 + signals.number if signals.number else code
         if failed and arguments and arguments.format == "prometheus":
-            text = prometheus(series_labels(arguments.hv, arguments.name_label, arguments.destination,
-                                            dict(arguments.label)), code)
             try:
+                text = prometheus(series_labels({
+                    **vars(arguments), "hypervisor": arguments.hv, "labels": dict(arguments.label)}), code)
                 write_file(arguments.output, lambda file: file.write(text.encode("utf-8", "replace")))
             except NetWeaverError:
                 pass                                 # what happened before matters more

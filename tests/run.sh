@@ -18,6 +18,6 @@ run() {
     if [ $status = 5 ]; then none=$((none + 1)); elif [ $status != 0 ]; then exit $status; fi       # 5: none selected
 }
 none=0
-run together -n 6 --dist loadgroup "$@"
+run together -n 6 "$@"
 run alone "$@"
 [ $none -lt 2 ] || exit 5
