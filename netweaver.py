@@ -754,11 +754,11 @@ def _pair_copies(matching: Matching, ranks: list[int], places: list[int], times:
 
 
 class Result(namedtuple("Result", "matching classes delays first second matched ambiguous lost undecided duplicated "
-                                  "second_only")):
+                                  "second_only stages", defaults=({},))):
     """The packets of a matching that count: how many there are of each class, and by rank the classes and delays.
 
     `first` and `second` are how many passed each point.  `matched` are ambiguous ones, too: those are counted, but have
-    neither a delay nor a place in the order.
+    neither a delay nor a place in the order.  `stages` are those of `account`, if the kernel's trace is known.
     """
 
     def samples(self) -> list[int]:
@@ -936,8 +936,8 @@ def closing_resets(result: Result) -> int:
     return resets
 
 
-def guest_times(inbound: Result, outbound: Matching) -> tuple[list[int], dict[str, int]]:
-    """How long the VM took from each probe's arrival at its interface to the answer's departure from there (ns).
+def guest_times(inbound: Result, outbound: Matching) -> tuple[dict[int, int], dict[str, int]]:
+    """How long the VM took, by rank, from a probe's arrival at its interface to the answer's departure from there (ns).
 
     A probe is a TCP SYN, answered by acknowledgment number, or an ICMP echo request, answered by identifier and
     sequence number.  Also counts the probes: `answered`, `unanswered`, and `ambiguous`: sent several times, so that
@@ -957,7 +957,7 @@ def guest_times(inbound: Result, outbound: Matching) -> tuple[list[int], dict[st
             took = when - matching.sent[rank] - inbound.delays[rank]
             if rank not in unclear and took >= 0:
                 times.setdefault(rank, took)
-    return list(times.values()), {"answered": len(times), "unanswered": len(asked) - len(unclear) - len(times),
+    return times, {"answered": len(times), "unanswered": len(asked) - len(unclear) - len(times),
                                   "ambiguous": len(unclear)}
 
 
@@ -979,6 +979,212 @@ def _exchange(identity: bytes) -> tuple[list[bytes], bytes]:
     elif identity[0] in (4, 6) and kind in ((ICMP, b"\0"), (ICMPV6, b"\x81")):
         return [], flow + rest[2:6]
     return [], b""
+
+
+# ---- Analysis: the kernel's own account of the way -----------------------------------------------------------
+# A trace of the hypervisor's kernel (TRACING, below) tells when its stack received a packet at the first interface,
+# when it reached the second one's queue and its driver, and where it was freed.  The captures say which packet that
+# was: an event belongs to a sighting by time and length, and the address of the packet's sk_buff (skb) only confirms
+# it, since a switch may copy the packet into another one.
+
+STAGES = ("before_stack", "forwarding", "queueing", "to_guest")
+PAGE, LOST_BEFORE, LOST_NUMBER = 4096, 1 << 31, 1 << 30      # of the ring buffer; flags of a page
+SOONEST, LATEST, LATEST_OF_SKB = -200, 10_000_000, NANOSECONDS       # of an event after its stamp (ns)
+# Where netback frees what it gave to the guest.
+DELIVERED = ("xenvif_rx_copy", "xenvif_rx_action", "xenvif_rx_skb", "xenvif_rx_next")
+
+# `name` is the event's, `device` the interface's; `end` is where a packet was freed and why (None before Linux 5.17).
+Event = namedtuple("Event", "when name device skb size end")
+
+
+class Passage:
+    """What happened to one packet, by the trace; times are 0 where it doesn't tell."""
+    __slots__ = ("end", "freed", "queued", "received", "received_size", "sent", "sent_size")
+
+    def __init__(self, received: int = 0, size: int = 0) -> None:
+        self.received, self.received_size = received, size
+        self.queued = self.sent = self.sent_size = self.freed = 0
+        self.end: tuple[str, int, str | None] = "", 0, None
+
+
+def trace_formats(text: str) -> dict[int, tuple[str, dict[str, int], dict[int, str]]]:
+    """Name, offsets of fields and names of reasons by an event's number, from the kernel's `format` files."""
+    formats = {}
+    for block in text.split("name: ")[1:]:
+        number = re.search(r"^ID: (\d{1,5})$", block, re.MULTILINE)
+        fields = re.findall(r"\tfield:[^;]*?(\w+)(?:\[\w*\])?;\toffset:(\d{1,5});", block)
+        reasons = re.findall(r'\{ (\d{1,5}), "(\w+)" \}', block)
+        if number:
+            formats[int(number[1])] = (block.split("\n", 1)[0].strip(), {name: int(at) for name, at in fields},
+                                       {int(code): name for code, name in reasons})
+    return formats
+
+
+def trace_records(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Time (ns), begin and end of each record in the ring buffer's pages; where some are lost, how many, 0 and 0."""
+    for base in range(0, len(data) - 15, PAGE):
+        when, commit = unpack_from("<QQ", data, base)
+        place, end = base + 16, min(base + 16 + (commit & 0xFFFFF), base + PAGE, len(data))
+        if commit & LOST_BEFORE:
+            known = commit & LOST_NUMBER and end + 8 <= len(data)
+            yield (unpack_from("<Q", data, end)[0] if known else 1), 0, 0
+        while place + 8 <= end:
+            head, word = unpack_from("<II", data, place)
+            kind, delta = head & 31, head >> 5
+            if kind == 29 and not delta:             # nothing more on this page
+                break
+            if kind == 31:                           # a whole time, but for its highest bits
+                when = when >> 59 << 59 | word << 27 | delta
+            else:
+                when += delta + (word << 27 if kind == 30 else 0)
+            size = {0: 4 + word, 29: 4 + word, 30: 8, 31: 8}.get(kind, 4 + 4 * kind)
+            if kind < 29 and place + size <= end:
+                yield when, place + (4 if kind else 8), place + size
+            place += size
+
+
+def trace_events(data: bytes, formats: Mapping[int, tuple[str, dict[str, int], dict[int, str]]], offset: int,
+                 lost: list[int]) -> Iterator[Event]:
+    """The events on one processor, in order, an offset later; what is lost is added to `lost`."""
+    for when, at, end in trace_records(data):
+        if not end:
+            lost.append(when)
+            continue
+        try:
+            name, fields, reasons = formats[unpack_from("<H", data, at)[0]]
+            skb, device, size = unpack_from("<Q", data, at + fields["skbaddr"])[0], "", 0
+            freed: tuple[str, int, str | None] = "", 0, None
+            if "name" in fields:
+                where, = unpack_from("<I", data, at + fields["name"])
+                start = at + (where & 0xFFFF)
+                device = data[start:min(start + (where >> 16), end)].split(b"\0")[0].decode(errors="replace")
+                size, = unpack_from("<I", data, at + fields["len"])
+            elif name in ("kfree_skb", "consume_skb"):
+                location = unpack_from("<Q", data, at + fields["location"])[0] if "location" in fields else 0
+                code = unpack_from("<I", data, at + fields["reason"])[0] if "reason" in fields else -1
+                freed = name, location, reasons.get(code)
+            yield Event(when + offset, name, device, skb, size, freed)
+        except (KeyError, *TOO_SHORT):               # an event of another kind, or a damaged one
+            continue
+
+
+def passages(events: Iterable[Event], vif: str, direction: Direction) -> list[Passage]:
+    """What happened to packets on their way, by events in order of time; all other interfaces are physical ones."""
+    under_way: dict[int, Passage] = {}               # by skb
+    found: list[Passage] = []
+
+    def begin(skb: int, passage: Passage) -> Passage:
+        under_way[skb] = passage
+        found.append(passage)
+        return passage
+
+    for when, name, device, skb, size, end in events:
+        passage, at_second = under_way.get(skb), (device == vif) == (direction is IN)
+        if name == "netif_receive_skb":
+            under_way.pop(skb, None)
+            if not at_second:
+                begin(skb, Passage(when, size))
+        elif name == "net_dev_queue" and at_second:
+            if passage is None or passage.queued:
+                passage = begin(skb, Passage())
+            passage.queued = when
+        elif name == "net_dev_start_xmit" and at_second and passage and not passage.sent:
+            passage.sent, passage.sent_size = when, size
+        elif end[0] and passage:
+            passage.freed, passage.end = when, end
+            del under_way[skb]
+    return found
+
+
+def attach(result: Result, found: Sequence[Passage]) -> tuple[dict[int, Passage], dict[int, Passage]]:
+    """The passages of packets, by rank, on the side of the first point and on that of the second.
+
+    The second point's tap is just before the driver: an event is of the last sighting before it.  At the first one a
+    batch may be stamped before all of it is received: the event is the first one after the sighting.
+    """
+    matching, used = result.matching, set()          # type: Matching, set[int]
+    sent, delays = matching.sent, result.delays
+
+    def fits(rank: int, size: int, header: int) -> bool:
+        """Whether that may be the length of a packet with so many bytes before it, a tag or padding included."""
+        identity = matching.identity(rank)
+        length = _u16(identity, 2) + (40 if identity[0] & 15 == 6 else 0) + header
+        padded = max(length, 46 + header)
+        return size in (length, length + 4, padded, padded + 4)
+
+    arrivals = sorted(result.arrivals(), key=lambda rank: sent[rank] + delays[rank])
+    times = [sent[rank] + delays[rank] for rank in arrivals]
+    behind: dict[int, Passage] = {}
+    for passage in sorted((passage for passage in found if passage.sent), key=lambda passage: passage.sent):
+        place = bisect(times, passage.sent - SOONEST) - 1
+        if place >= 0 and passage.sent - times[place] < LATEST and fits(arrivals[place], passage.sent_size, 14):
+            behind.setdefault(arrivals[place], passage)
+    before = {rank: passage for rank, passage in behind.items()
+              if passage.received and SOONEST <= passage.received - sent[rank] < LATEST_OF_SKB}
+    used = set(map(id, before.values()))
+    marks = sorted((passage for passage in found if passage.received and id(passage) not in used),
+                   key=lambda passage: passage.received)
+    starts, place = [passage.received for passage in marks], 0
+    for rank in result.ranks(MATCHED, LOST):
+        if rank in before:
+            continue
+        place = max(place, bisect_left(starts, sent[rank] + SOONEST))
+        for candidate in range(place, bisect_left(starts, sent[rank] + LATEST)):
+            if id(marks[candidate]) not in used and fits(rank, marks[candidate].received_size, 0):
+                used.add(id(marks[candidate]))
+                before[rank] = marks[candidate]
+                break
+    return before, behind
+
+
+def account(result: Result, found: Sequence[Passage], symbols: Mapping[int, str],
+            backend: str) -> tuple[dict[int, tuple[int, ...]], dict[str, Any]]:
+    """The times (ns) of each packet in STAGES, by rank, as far as they are known; and the report's account.
+
+    That is what was lost where, and what became of packets behind the second point, if there is a `backend` that takes
+    them (netback or tap).  `symbols` are the kernel's functions by address.
+    """
+    before, behind = attach(result, found)
+    sent, delays, (_, first, second) = result.matching.sent, result.delays, result.matching.direction
+    stages: dict[int, tuple[int, ...]] = {}
+    errors: list[int] = []
+    fates = {"delivered": 0, "dropped": 0, "stuck": 0}
+    losses: defaultdict[tuple[str, str | None, str | None], int] = defaultdict(int)
+
+    def lose(stage: str, passage: Passage) -> None:
+        kind, location, reason = passage.end
+        losses[stage, symbols.get(location, hex(location)) if kind else None, reason] += 1
+
+    matched, lost = result.ranks(MATCHED), result.ranks(LOST)
+    for rank in matched:
+        one, other = before.get(rank), behind.get(rank)
+        if not other:
+            continue
+        errors.append(other.sent - sent[rank] - delays[rank])
+        freed, location, _ = other.end
+        given = freed == "consume_skb" if backend == "tap" else symbols.get(location, "").startswith(DELIVERED)
+        fates["delivered" if given else "dropped" if freed else "stuck"] += 1
+        if backend and freed and not given:
+            lose("to_guest", other)
+        if one and other.queued:
+            times = one.received - sent[rank], other.queued - one.received, other.sent - other.queued
+            stages[rank] = (*times, other.freed - other.sent) if backend and given else times
+    known = [before[rank] for rank in lost if rank in before]
+    for passage in known:
+        lose("to_guest" if passage.sent else "queueing" if passage.queued else "forwarding", passage)
+    places = sorted(losses.items(), key=lambda item: -item[1])
+    ahead = [times[0] for times in stages.values()]
+    return stages, {
+        "lost_at": [{"stage": stage, "where": where, "reason": reason, "packets": number}
+                    for (stage, where, reason), number in places],
+        "after_vif": fates if backend else None,
+        "unattached": len(matched) + len(lost) - len(stages) - len(known),
+        "stamp_error": {point: microseconds(percentile(sorted(values), 500)) if values else None
+                        for point, values in ((first, ahead), (second, errors))}}
+
+
+def _of_stage(values: Iterable[int]) -> dict[str, Any]:
+    return {name: value for name, value in statistics(values).items() if name not in ("pdv", "negative", "zero")}
 
 
 # ---- Analysis: comparing two measurements --------------------------------------------------------------------
@@ -1134,6 +1340,61 @@ capture() {
   all="$all $!"
 }
 all=; trap 'kill -s TERM $all 2>/dev/null' TERM
+"""
+
+# Beside the captures: a trace in a private instance, drained into files each second, and certainly removed: by a keeper
+# outside of the process group, or else by the guard that watches the keeper, or else by the next run.
+TRACING = r"""
+tracing='
+remove() {
+  { echo 0 >"$1/tracing_on"; echo 0 >"$1/events/enable"; } 2>/dev/null
+  n=0; until rmdir "$1" 2>/dev/null || [ ! -d "$1" ] || [ $n = 9 ]; do n=$((n + 1)); sleep 0.2 || sleep 1; done
+  [ -z "$mounted" ] || umount "$mounted"
+}
+drain() {
+  for c in "$i"/per_cpu/cpu*; do dd if="$c/trace_pipe_raw" bs=4096 iflag=nonblock >>"trace-${c##*/}"; done
+}
+offset() { awk "/^ clock 1:/ { f = 1 } f && /offset/ { print \$2; exit }" /proc/timer_list >>trace-offset; }
+keep() {
+  trap "" HUP INT PIPE; trap stop=1 TERM; stop= i=$1
+  while [ -z "$stop" ] && kill -s 0 "$2" && kill -s 0 "$3"; do
+    drain; sleep 1 & wait $!; [ `du -sk . | cut -f 1` -lt "$4" ] || { stop=1; echo "dropped events: 1" >>trace-stats; }
+  done
+  echo 0 >"$i/tracing_on"; drain; cat "$i"/per_cpu/cpu*/stats >>trace-stats; offset; remove "$i"
+}'
+stages() {                                           # KIB MOST VIF PIF...
+  kib=$1 most=$2 vif=$3; shift 3; eval "$tracing"; mounted=
+  for t in /sys/kernel/tracing /sys/kernel/debug/tracing; do [ ! -d $t/instances ] || break; done
+  [ -d $t/instances ] || { t=/sys/kernel/tracing; mount -t tracefs nodev $t || return; mounted=$t; }
+  for i in $t/instances/netweaver-*; do
+    grep -q netweaver "/proc/${i##*-}/cmdline" 2>/dev/null || [ ! -d "$i" ] || (mounted= && remove "$i")
+  done
+  i=$t/instances/netweaver-$$
+  mkdir $i || { [ -z "$mounted" ] || umount "$mounted"; return 1; }
+  {
+    echo 0 >$i/tracing_on; echo mono >$i/trace_clock; echo "$kib" >$i/buffer_size_kb; echo 0 >$i/options/overwrite
+    for n in 1 2 3; do                               # of a bond or a VLAN those below
+      for p; do
+        shift; set -- "$@" `ls -d /sys/class/net/$p/lower_* 2>/dev/null | sed "s/.*lower_//" | grep . || echo "$p"`
+      done
+    done
+    filter="name == \"$vif\""; for p; do filter="$filter || name == \"$p\""; done
+    events='net/netif_receive_skb net/net_dev_queue net/net_dev_start_xmit skb/kfree_skb' failed=
+    kind=`readlink "/sys/class/net/$vif/device/driver"`; kind=${kind##*/}
+    if [ -e "/sys/class/net/$vif/tun_flags" ]; then
+      kind=tap events="$events skb/consume_skb"
+      echo 'comm ~ "vhost*" || comm ~ "qemu*" || comm ~ "kvm*" || comm ~ "CPU *"' >$i/events/skb/consume_skb/filter
+    fi
+    for e in $events; do
+      case $e in net/*) echo "$filter" >$i/events/$e/filter ;; esac
+      cat $i/events/$e/format >>trace-formats && echo 1 >$i/events/$e/enable || failed=1
+    done
+    [ -z "$failed" ] && offset && echo 1 >$i/tracing_on
+  } || { remove $i; return 1; }
+  `command -v setsid` sh -c "$tracing; mounted=$mounted; keep $i $$ $PPID $most 2>/dev/null" 3<&- >/dev/null 2>&1 & k=$!
+  (trap 'exit 0' TERM; while kill -s 0 $k 2>/dev/null; do sleep 1 & wait $!; done; remove $i) >/dev/null 2>&1 &
+  all="$all $k $!"
+}
 """
 
 CONNECT_SECONDS, CONNECT_ATTEMPTS = 10, 5            # for each step of a connection; a busy sshd drops new ones
@@ -1776,7 +2037,7 @@ class LocalSession:
 class LocalWay:
     """The way to this machine itself, with what is used here of Way, and of paramiko's Transport and SFTPClient."""
     name, checking = "local", "yes"
-    stat = staticmethod(os.stat)
+    stat, listdir = staticmethod(os.stat), staticmethod(os.listdir)
 
     def __init__(self) -> None:
         self.transport = self
@@ -2318,6 +2579,7 @@ def traffic_name(config: Report) -> str:
 
 SNAPLEN, OVERLAY_SNAPLEN = 128, 448                  # Ethernet, two tags, IPv6, TCP with options; the same in a tunnel
 BUFFER_KIB = 16384
+STAGES_BUFFER, LARGEST_TRACE = 8192, 1 << 27          # KiB for a processor; bytes for all of a run
 SMALLEST_FILE, USUAL_CAPTURE = 1 << 16, 256_000_000  # bytes for which there must be room, and that are enough
 OFFLOADS = ("generic-receive-offload", "generic-segmentation-offload", "large-receive-offload", "rx-vlan-offload",
             "tcp-segmentation-offload", "tx-vlan-offload")
@@ -2467,14 +2729,15 @@ class Facts:
 
 # What is to be done on the hypervisor.  `captures` are (side, interface, command); each ends after `limit` packets, if
 # that isn't None, and its file has `largest_file` bytes at the most.  `facts` are those before the run.
-Plan = namedtuple("Plan", "vif pifs overlay facts captures limit largest_file")
+Plan = namedtuple("Plan", "vif pifs overlay facts captures limit largest_file stages")
 
 
 def make_plan(facts: Facts, vif: str, pifs: Sequence[str], overlay: bool, flows: Flows, expression: str | None,
-              own: Mapping[str, str | None], count: int) -> Plan:
+              own: Mapping[str, str | None], count: int, stages: int) -> Plan:
     """What to capture, and how, while `count` packets are sent; CaptureError if it can't be done.
 
-    `expression` and `own`, by side, are a filter and whole commands instead of ours.
+    `expression` and `own`, by side, are a filter and whole commands instead of ours.  `stages` is the size of the
+    trace's buffer, in KiB for a processor; 0 for none.
     """
     if vif in pifs:
         raise UsageError(f"{vif} is the VM's own interface, and can't be the physical one (-i), too")
@@ -2492,8 +2755,8 @@ def make_plan(facts: Facts, vif: str, pifs: Sequence[str], overlay: bool, flows:
         ours = expression or (flows.plain() if side == "vif" else flows.expression(ethernet, overlay))
         command = own[side] or capture_command(interface, ours, facts.tcpdump, snaplen, limit)
         captures.append((side, interface, command))
-    bounds = (None, most) if any(own.values()) else (limit, PCAP_HEADER + room)
-    return Plan(vif, pifs, overlay, facts, captures, *bounds)
+    ends, largest = (None, most) if any(own.values()) else (limit, PCAP_HEADER + room)
+    return Plan(vif, pifs, overlay, facts, captures, ends, largest, stages)
 
 
 class Hosts:
@@ -2612,13 +2875,22 @@ class Recorder:
         self._hosts, self._plan, self._changed, self._timeout, self._wait = hosts, plan, changed, timeout, wait
         self._interrupted, self._tick = interrupted, tick
         commands = [command for _, _, command in plan.captures]
-        lines = (f"capture {number} {quote(command)}" for number, command in enumerate(commands, 1))
+        lines = [f"capture {number} {quote(command)}" for number, command in enumerate(commands, 1)]
+        if plan.stages:
+            names = " ".join(map(quote, (plan.vif, *plan.pifs)))
+            lines.insert(0, f"{TRACING}if stages {plan.stages} {LARGEST_TRACE // 1024} {names} 2>stages-errors\n"
+                            'then echo "stages on ${kind:--}" >&2\n'
+                            'else echo "stages off" `tail -n 1 stages-errors` >&2\nfi')
         self._job = hosts.hypervisor.start("\n".join([CAPTURES, *lines, "until wait; do :; done"]),
                                            timeout + wait + 6 * ANSWER_SECONDS, private=True, shown=commands)
-        self._until(lambda: self._job.ended or all(map(ready, self._said())), ANSWER_SECONDS)
+        self._until(lambda: self._job.ended or (
+            all(map(ready, self._said())) and bool(self._stages() or not plan.stages)), ANSWER_SECONDS)
         self._check_captures()
         self._incidents = [f"the {side}'s command didn't say that it is listening: packets at the start may be missing"
                            for (side, _, _), said in zip(plan.captures, self._said()) if not ready(said)]
+        if plan.stages and not self._stages().startswith("on"):
+            self._incidents.append("the kernel tells no stages: "
+                                   f"{self._stages().removeprefix('off').strip() or 'no answer'} (tracefs needs root)")
         version = re.search(r"libpcap version (\d)\.(\d)\b", plan.facts.tcpdump)
         if version and version.groups() < ("1", "9") and any(re.search(r"\bvlan\b", command) for command in commands):
             self._incidents.append(f"by the keyword vlan libpcap {version[1]}.{version[2]} finds no tagged frames that "
@@ -2650,6 +2922,9 @@ class Recorder:
             found["window"] = {name: iso_time(getattr(window, name)) for name in ("start", "end", "watched_until")}
         self._incidents += [f"a source failed, so its traffic is missing or not whole: {error}"
                             for error in self._hosts.failed.values()]
+        if self._stages().startswith("on"):
+            found["stages"] = {"buffer": self._plan.stages,
+                               "backend": {"tap": "tap", "vif": "netback"}.get(self._stages()[3:].strip(), "")}
         counts: dict[str, dict[str, int]] = {"pif": {}, "vif": {}}
         for (side, _, _), said in zip(self._plan.captures, self._said()):
             for name, packets in tcpdump_counts(said).items():
@@ -2667,6 +2942,10 @@ class Recorder:
         lines = [line.partition(" ") for line in self._job.errors.splitlines()]
         return [[text for number, _, text in lines if number == str(place)]
                 for place in range(1, len(self._plan.captures) + 1)]
+
+    def _stages(self) -> str:
+        """What the host said of the trace: "on", with what is behind the vif, or "off", and why."""
+        return "".join(re.findall(r"^stages (o.*)$", self._job.errors, re.MULTILINE)[:1])
 
     def _check_captures(self) -> None:
         """Raises CaptureError, in tcpdump's words, if a capture has ended by itself, but for its limit."""
@@ -2814,7 +3093,23 @@ def fetch_captures(host: Host, recording: Recording, directory: str, paths: dict
         local = os.path.join(directory, f"{side}{len(paths[side]) or ''}.pcap")
         host.fetch(recording.sftp, f"{recording.job.directory}/{number}.pcap", local, recording.plan.largest_file)
         paths[side].append(local)
+    left = LARGEST_TRACE
+    for name in sorted(recording.sftp.listdir(recording.job.directory)) if "stages" in recording.config else ():
+        if re.fullmatch(TRACE_FILE, name):
+            host.fetch(recording.sftp, f"{recording.job.directory}/{name}", os.path.join(directory, name), left)
+            left -= os.path.getsize(os.path.join(directory, name))
     recording.job.leave()
+
+
+TRACE_FILE = r"trace-(cpu\d{1,4}|formats|stats|offset|symbols)"
+
+
+def find_symbols(run: Run, addresses: Iterable[int]) -> str:
+    """The names of the kernel's functions around some addresses: a line "address name" of each."""
+    asked = " ".join(f"{address:016x}" for address in addresses)
+    return asked and run(
+        f"{{ printf '%s ?\\n' {asked}; awk '$2 ~ /[tT]/ {{ print $1, $3 }}' /proc/kallsyms; }} | LC_ALL=C sort | "
+        """awk '$2 == "?" { print $1, last; next } { last = $2 }'""")
 
 
 def check_interface(host: Host, plan: Plan, find_vif: Callable[[], str]) -> None:
@@ -2833,9 +3128,9 @@ def check_interface(host: Host, plan: Plan, find_vif: Callable[[], str]) -> None
 
 # ---- Measurement: analysing what was captured ----------------------------------------------------------------
 
-# What came of two captures: the result of each direction, by side what was in the files, what was odd, and what
-# `guest_times` found if both directions were measured.
-Analysis = namedtuple("Analysis", "results counts warnings guest")
+# What came of two captures: the result of each direction, by side what was in the files, what was odd, what
+# `guest_times` found if both directions were measured, and of each direction what `account` did.
+Analysis = namedtuple("Analysis", "results counts warnings guest accounts", defaults=((),))
 SavedRun = namedtuple("SavedRun", "report paths selection window limit")
 
 
@@ -2873,6 +3168,63 @@ def analyze_captures(paths: Mapping[str, Sequence[str]], selection: Selection, w
     matchings = [match(traffic.pop(0), window) for _ in selection.directions]        # its table of identities is large
     results = [classify(matching, window) for matching in matchings]
     return Analysis(results, counts, warnings, guest_times(results[0], matchings[1]) if len(results) > 1 else None)
+
+
+def trace_streams(directory: str, lost: list[int]) -> Iterator[Event]:
+    """The events of a trace in order of time; what is lost is added to `lost`."""
+    from heapq import merge
+    formats, offset = trace_formats(trace_text(directory, "formats")), trace_text(directory, "offset").split()[:1]
+    base = int(offset[0]) if offset and re.fullmatch(r"\d{1,19}", offset[0], re.ASCII) else 0
+    streams = []
+    for name in sorted(os.listdir(directory)):
+        if re.fullmatch(r"trace-cpu\d{1,4}", name):
+            with open(os.path.join(directory, name), "rb") as file:
+                streams.append(trace_events(file.read(LARGEST_TRACE), formats, base, lost))
+    return merge(*streams, key=lambda event: event.when)
+
+
+def trace_text(directory: str, name: str) -> str:
+    try:
+        with open(os.path.join(directory, f"trace-{name}"), encoding="utf-8", errors="replace") as file:
+            return file.read(LARGEST_TRACE)
+    except FileNotFoundError:
+        return ""
+
+
+def trace_locations(directory: str) -> list[int]:
+    """Where packets were freed, the most frequent places first."""
+    numbers: defaultdict[int, int] = defaultdict(int)
+    for event in trace_streams(directory, []):
+        if event.end[1]:
+            numbers[event.end[1]] += 1
+    return sorted(numbers, key=lambda address: -numbers[address])[:200]
+
+
+def with_stages(analysis: Analysis, directory: str, config: Report) -> Analysis:
+    """The same with what the kernel's trace in a directory tells of its packets, if there is one."""
+    if "stages" not in config:
+        return analysis
+    symbols = {int(address, 16): name for address, _, name in (
+        line.partition(" ") for line in trace_text(directory, "symbols").splitlines())
+        if re.fullmatch(r"[0-9a-f]{16}", address) and name}
+    results, accounts, warnings = [], [], list(analysis.warnings)
+    for result in analysis.results:
+        lost: list[int] = []
+        direction = result.matching.direction
+        found = passages(trace_streams(directory, lost), config["vif"], direction)
+        stages, told = account(result, found, symbols, config["stages"]["backend"] if direction is IN else "")
+        results.append(result._replace(stages=stages))
+        accounts.append(told)
+    counted = map(int, re.findall(r"(?:overrun|dropped events): (\d{1,12})", trace_text(directory, "stats")))
+    missing, whole = max(sum(lost), sum(counted)), sum(result.matched + result.lost for result in results)
+    unattached = sum(each["unattached"] for each in accounts)
+    if missing or unattached > whole / 100:
+        warnings.append(f"the trace has lost {missing} events, and {unattached} of {whole} packets have no stages: "
+                        f"give it a larger buffer (--stages-buffer {4 * config['stages']['buffer']}), or send less")
+    offsets = trace_text(directory, "offset").split()
+    if len(set(offsets)) > 1:
+        warnings.append("the hypervisor's clock was set during the run, so the stages may be wrong")
+    return analysis._replace(results=results, accounts=accounts, warnings=warnings)
 
 
 def open_capture(path: str, stack: ExitStack) -> BinaryIO:
@@ -3026,7 +3378,8 @@ class NetWeaver:
                  toolstack: str = "auto", direction: str = "in", overlay: bool = False,
                  capture_filter: str | None = None, count: int | None = None, duration: float | None = None,
                  timeout: float | None = None, wait: float = SHORTEST_WAIT, match_nat: bool = False, slowest: int = 0,
-                 labels: Mapping[str, str] | None = None, sudo: bool = False, ssh_options: Iterable[str] = (),
+                 stages: int = 0, labels: Mapping[str, str] | None = None, sudo: bool = False,
+                 ssh_options: Iterable[str] = (),
                  ask: Callable[[str], str] | None = None, progress: Callable[[str], None] = lambda line: None,
                  log: Callable[[str], None] = lambda line: None, tick: Callable[[float], None] | None = None) -> None:
         if toolstack not in ("auto", *TOOLSTACKS) or direction not in DIRECTIONS:
@@ -3043,6 +3396,7 @@ class NetWeaver:
         self.capture_filter, self.count, self.duration = capture_filter, count, duration
         self.timeout, self.wait = timeout, wait
         self.match_nat, self.slowest, self.labels, self.interrupted = match_nat, slowest, dict(labels or {}), False
+        self.stages = stages
         targets = [Target(text) for text in (destination_host_ip, *sources)]
         access = Access(ssh_key_path, ssh_options, ask)
         self._progress, self._tick, self._changed = progress, tick, threading.Condition()
@@ -3106,7 +3460,7 @@ class NetWeaver:
             lambda: physical_interfaces(self.run_command, self.host_interfaces, vif, links))
         flows = Flows(addresses, self.destination_ip, DIRECTIONS[self.direction], probes.told_by())
         plan = self._located(lambda: make_plan(facts, vif, pifs, self.overlay or tunnel, flows, self.capture_filter,
-                                               {"pif": dest_pif_cmd, "vif": dest_vif_cmd}, count))
+                                               {"pif": dest_pif_cmd, "vif": dest_vif_cmd}, count, self.stages))
         select = self.direction == "both" or (plan.overlay and not self.match_nat)   # else the filter has done it
         return plan, {
             "version": __version__, "hypervisor": hosts.hypervisor.name,
@@ -3163,6 +3517,10 @@ class NetWeaver:
         except OSError as error:
             raise CaptureError(f"can't make a directory on this machine: {error}") from error
         fetch_captures(host, recording, self._directory, self._paths)
+        if "stages" in recording.config:
+            symbols = find_symbols(self.run_command, trace_locations(self._directory))
+            with open(os.path.join(self._directory, "trace-symbols"), "w", encoding="utf-8", errors="replace") as file:
+                file.write(symbols)
         return ",".join(self._paths["pif"]), ",".join(self._paths["vif"])
 
     def analyze(self, seq_no_col: int | None = None, timestamp_col: int | None = None,
@@ -3179,6 +3537,7 @@ class NetWeaver:
             self._check_written({side: 0 for side, paths in self._paths.items()
                                  if min(map(os.path.getsize, paths)) < PCAP_HEADER})
             analysis = analyze_captures(self._paths, selection_of(config), recording.window, recording.plan.limit)
+            analysis = with_stages(analysis, self._directory, config)
             self._check_written({side: counts["records"] for side, counts in analysis.counts.items()})
         else:
             analysis = analyze_text(self._paths["pif"][0], self._paths["vif"][0], DIRECTIONS[self.direction][0],
@@ -3194,7 +3553,8 @@ class NetWeaver:
         config = self._recorded().config
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.destination_name_label or config['vif']}-{traffic_name(config)}")
         started = re.sub(r"[-:]|\..*", "", config["started"])
-        return keep_run(directory, f"{started}Z-{name}", [*self._paths["pif"], *self._paths["vif"]], report)
+        files = [os.path.join(self._directory, file) for file in sorted(os.listdir(self._directory))]
+        return keep_run(directory, f"{started}Z-{name}", files, report)
 
     def dry_run(self, probes: Sequence[Probes]) -> list[str]:
         """Logs in, looks for all that is needed, and returns lines on what would be run; raises what is missing."""
@@ -3303,6 +3663,7 @@ FIGURES: list[tuple[str, tuple[str, ...], str, str]] = [
     ("undecided", ("packets", "undecided"), "packets", "the same, but watched too short to call them lost"),
     ("duplicated", ("packets", "duplicated"), "packets", "copies that only the second point saw (RFC 5560)"),
     ("reordered", ("packets", "reordered"), "packets", "overtaken by a later one of the same stream (RFC 4737)"),
+    ("dropped", ("after_vif", "dropped"), "packets", "seen at the vif, but never given to the guest (--stages)"),
     ("negative", ("negative",), "delays", "delays below zero"),
     ("zero", ("zero",), "delays", "delays of exactly zero"),
     ("loss", ("loss_ratio",), "ratio", "lost / (first point - undecided) (RFC 7680)"),
@@ -3316,7 +3677,7 @@ def figures_in(part: Report | None) -> dict[str, Any]:
     for name, path, _, _ in FIGURES:
         value: Any = part
         for key in path:
-            value = value.get(key) if value else None
+            value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
             found[name] = value
     return found
@@ -3421,22 +3782,40 @@ def build_report(analysis: Analysis, config: Report, capture: Mapping[str, Repor
     warnings += [f"{side}: the kernel dropped {counts['dropped']} packets before tcpdump read them, so \"lost\" can't "
                  "be trusted: generate less traffic, or give the hypervisor more CPU"
                  for side, counts in captured.items() if counts.get("dropped")]
-    report = figures_of(result, warnings)
+    report = figures_of(result, warnings) | stage_fields(result, analysis.accounts[:1], warnings)
     for outbound in back:
         why = no_delay(outbound, config, 0)
         theirs: list[str] = [why] if why else []
-        report["outbound"] = None if why else figures_of(outbound, theirs)
+        report["outbound"] = None if why else (
+            figures_of(outbound, theirs) | stage_fields(outbound, analysis.accounts[1:], theirs))
         warnings += [f"outbound: {warning}" for warning in theirs]
     if analysis.guest:
         times, packets = analysis.guest
         if packets["ambiguous"]:
             warnings.append(f"guest: {packets['ambiguous']} probes were sent more than once (retransmissions?) and are "
                             "left out: which of them was answered is not known")
-        kept = {name: value for name, value in (statistics(times) if times else {}).items()
-                if name not in ("pdv", "negative", "zero")}
-        report["guest"] = {**kept, **({"unit": "microseconds"} if kept else {}), "packets": packets}
-    report |= {"capture": captured, "warnings": warnings, "config": dict(config), "schema_version": SCHEMA_VERSION}
+        unit = {"unit": "microseconds"} if times else {}
+        report["guest"] = {**(_of_stage(times.values()) if times else {}), **unit, "packets": packets}
+        if own := [times[rank] - result.stages[rank][3] for rank in times if len(result.stages.get(rank, ())) > 3]:
+            report["guest"]["own"] = {**_of_stage(own), **unit, "packets": len(own)}
+    stamps = {"stamp_error": analysis.accounts[0]["stamp_error"]} if analysis.accounts else {}
+    report |= {"capture": captured, "warnings": warnings, "config": {**config, **stamps},
+               "schema_version": SCHEMA_VERSION}
     return {**report, "slowest": slowest_packets(result, slowest)} if slowest else report
+
+
+def stage_fields(result: Result, accounts: Sequence[Report], warnings: list[str]) -> dict[str, Any]:
+    """What the report of a direction has of its stages, if they are known."""
+    if not accounts:
+        return {}
+    found, [account] = {}, accounts
+    for place, name in enumerate(STAGES):
+        if times := [each[place] for each in result.stages.values() if len(each) > place]:
+            found[name] = {**_of_stage(times), "packets": len(times)}
+    if dropped := (account["after_vif"] or {}).get("dropped"):
+        warnings.append(f"{dropped} of the packets that reached the vif never reached the guest: it took them too "
+                        "late, or not at all")
+    return {"stages": found, "lost_at": account["lost_at"], "after_vif": account["after_vif"]}
 
 
 def no_delay(result: Result, config: Report, cut: int) -> str:
@@ -3607,6 +3986,39 @@ def side_names(config: Report) -> dict[str, str]:
     return {side: ",".join(map(os.path.basename, str(config[side]).split(","))) for side in ("pif", "vif")}
 
 
+# What the kernel's words for a loss mean, and what to look at.
+LOSSES = {
+    **dict.fromkeys(("NETFILTER_DROP", "nft_do_chain", "nf_hook_slow"),
+                    ("dropped by a firewall rule", "nft list ruleset, iptables -vL")),
+    **dict.fromkeys(("TC_INGRESS", "TC_EGRESS"), ("dropped by a tc rule", "tc -s filter show dev {pif} ingress")),
+    **dict.fromkeys(("QDISC_DROP", "QDISC_OVERLIMIT", "kfree_skb_list_reason"),
+                    ("by the vif's queue", "tc -s qdisc show dev {vif}")),
+    "NO_TX_TARGET": ("by the bridge", "has the vif a carrier, does the guest run?"),
+    "br_handle_frame_finish": ("by the bridge", "bridge -d link: is a port blocked?"),
+    "xenvif_kthread_guest_rx": ("by netback", "the guest didn't take them in time")}
+
+
+def stage_lines(part: Report, config: Report) -> list[str]:
+    """Lines on where the time went, with each stage's share of all of it, and on where packets were lost."""
+    stages = part.get("stages", {})
+    whole = sum(stage["average"] for stage in stages.values()) or 1
+    lines = ["Stages" + cells("", "median", "p99", "packets")[6:]] if stages else []
+    for name, stage in stages.items():
+        bar = "#" * round(BAR * stage["average"] / whole)
+        lines.append(f" {name:<13}{duration_text(stage['median']):>10}{duration_text(stage['percentiles']['99']):>8}"
+                     f"{stage['packets']:>8}  {bar}".rstrip())
+    for loss in part.get("lost_at", ()):
+        name = next((name for name in (loss["reason"], loss["where"]) if name in LOSSES), loss["where"] or "no end")
+        by, look = LOSSES.get(name, ("", f"lost in {loss['stage']}"))
+        lines.append(f" {loss['packets']:>7} {by} ({name}): {look.format(**side_names(config))}".replace("  (", " ("))
+    if fates := part.get("after_vif"):
+        lines.append(" behind the vif: " + ", ".join(f"{number} {fate}" for fate, number in fates.items()))
+    if own := (part.get("guest") or {}).get("own"):
+        lines.append(f" the guest itself: median {duration_text(own['median'])}, "
+                     f"p99 {duration_text(own['percentiles']['99'])}")
+    return lines
+
+
 def cells(label: str, *texts: object) -> str:
     """A row of a table that is as wide as a terminal."""
     return f" {label:<7}" + "".join(f"{text:>8}" for text in texts)
@@ -3636,7 +4048,8 @@ def summary(report: Report, delays: Sequence[int], fancy: bool = True) -> list[s
             packets.append(cells(way, *(numbers.get(kind, loss) for kind in kinds)))
     title = f"{'Interrupted: ' if report.get('interrupted') else ''}{title}"
     by = f" (by {config['toolstack']})" if config.get("toolstack") else ""
-    lines = [title, f" pif {names['pif']}, vif {names['vif']}{by}", *delay, *packets, *comparison_lines(report)]
+    lines = [title, f" pif {names['pif']}, vif {names['vif']}{by}", *delay, *packets,
+             *stage_lines(report, config), *comparison_lines(report)]
     bins = min(BINS, HEIGHT - len(lines) - 2)
     lines += ["Distribution of the delay", *(f" {line}" for line in histogram(delays, fancy, bins))] if bins > 1 else []
     return [printable(line)[:WIDTH] for line in lines]
@@ -3702,6 +4115,7 @@ def prometheus(labels: Mapping[str, str], code: int, report: Report | None = Non
         "delay_seconds": ("gauge", "Time from one interface to the other; guest: that the VM took to answer."),
         "delay_distribution_seconds": ("histogram", "How the delays of this run are distributed."),
         "packets": ("gauge", "Packets by what became of them."),
+        "stage_seconds": ("gauge", "Time in one stage of the way, by the kernel's trace."),
         **{f"{name}_{unit}": ("gauge", f"{text[0].upper()}{text[1:]}.") for name, _, unit, text in FIGURES}}
     samples: defaultdict[str, list[tuple[str, dict[str, str], float]]] = defaultdict(list)
 
@@ -3723,8 +4137,12 @@ def prometheus(labels: Mapping[str, str], code: int, report: Report | None = Non
                     add("delay_seconds", value / 1e6, direction=way, statistic=name)
                 elif units[name] != "packets":
                     add(f"{name}_{units[name]}", value, direction=way)
-            for kind, number in (part or {}).get("packets", {}).items():
+            part = part or {}
+            for kind, number in {**part.get("packets", {}), **(part.get("after_vif") or {})}.items():
                 add("packets", number, direction=way, kind=kind)
+            for stage, of in part.get("stages", {}).items():
+                for name, value in figures_in(of).items():
+                    add("stage_seconds", value / 1e6, direction=way, stage=stage, statistic=name)
     for result in results:
         ranked, way = sorted(result.samples()), result.matching.direction.name
         for bound, most in (*((str(bound / 1e6), 1000 * bound) for bound in BUCKETS), ("+Inf", -NO_DELAY)):
@@ -3767,7 +4185,7 @@ class Limit:
         self.text, self.compares, self.name = text.strip(), text.strip() in CHANGES, ""
         if self.compares:
             return
-        parts = re.fullmatch(r"\s*(?:([a-z]+)\.)?([a-z_]+[\d.]*)\s*(>=|<=|>|<)\s*(\d+\.?\d*(?:e-?\d+)?)\s*(\S*)\s*",
+        parts = re.fullmatch(r"\s*(?:([a-z_]+)\.)?([a-z_]+[\d.]*)\s*(>=|<=|>|<)\s*(\d+\.?\d*(?:e-?\d+)?)\s*(\S*)\s*",
                              text.replace("\u03bc", "µ"))               # the Greek letter, too
         part, name, self._sign, number, self._unit = parts.groups() if parts else ("", "", "", "0", "")
         self.name, units = LIMIT_ALIASES.get(name, name), {name: unit for name, _, unit, _ in FIGURES}
@@ -3781,9 +4199,10 @@ class Limit:
             f"there is no figure {name!r}; there are {', '.join(units)}": not unit,
             f"{self._unit!r} is no unit of {name} ({', '.join(filter(None, self._factors)) or 'it has none'})":
                 self._unit not in self._factors,
-            f"there is no part {part!r}; there are outbound and guest": part not in (None, "outbound", "guest"),
-            f"{part} is known with --direction both alone": part and direction != "both",
-            f"the guest has no {name}": part == "guest" and (unit != "µs" or name in ("pdv", "ipdv")),
+            f"there is no part {part!r}; there are outbound, guest, {', '.join(STAGES)}":
+                part not in (None, "outbound", "guest", *STAGES),
+            f"{part} is known with --direction both alone": part in ("outbound", "guest") and direction != "both",
+            f"the {part} has no {name}": part in ("guest", *STAGES) and (unit != "µs" or name in ("pdv", "ipdv")),
             f"{name} is at most 1, or 100 %" + ("" if self._unit else f": do you mean {number}%?"):
                 unit == "ratio" and self._number > 1}
         for mistake, made in mistakes.items():
@@ -3799,7 +4218,9 @@ class Limit:
                 return f"{self.text}: not known, with too few packets"
             met = any(part["distinguishable"] and (part["shift"] > 0) >= sign for part in parts)
             return f"{self.text}: against {report['comparison']['path']}" if met else None
-        value = figures_in(parts_of(report)[self._part] if self._part else report).get(self.name)
+        of = (report if not self._part else report.get("stages", {}).get(self._part) if self._part in STAGES else
+              parts_of(report)[self._part])
+        value = figures_in(of).get(self.name)
         if value is None:
             return f"{self.text}: not known"
         met = {">": value > self._number, ">=": value >= self._number, "<": value < self._number,
@@ -3866,8 +4287,13 @@ def plot(path: str, report: Report, results: Sequence[Result]) -> None:
         times = [(when - start) / NANOSECONDS for when in result.matching.sent]
         seen, lost = result.ranks(MATCHED), [times[rank] for rank in result.ranks(LOST)]
         delays = [result.delays[rank] / 1000 for rank in seen]
-        over_time.plot([times[rank] for rank in seen], delays, marker, markersize=3, color=color, alpha=0.6,
-                       markeredgewidth=0, rasterized=len(seen) > 5000, label=f"{names[first]} to {names[second]}")
+        if result.stages and result is results[0]:
+            rows = list(result.stages.items())
+            over_time.stackplot([times[rank] for rank, _ in rows], *zip(*(
+                [part / 1000 for part in (*each, 0)[:4]] for _, each in rows)), labels=STAGES, alpha=0.7)
+        else:
+            over_time.plot([times[rank] for rank in seen], delays, marker, markersize=3, color=color, alpha=0.6,
+                           markeredgewidth=0, rasterized=len(seen) > 5000, label=f"{names[first]} to {names[second]}")
         if lost:
             over_time.plot(lost, [0.02] * len(lost), "x", markersize=6, color="#D55E00", label=f"lost ({len(lost)})",
                            transform=over_time.get_xaxis_transform())
@@ -3919,8 +4345,8 @@ exit codes:
 # an error.
 PARAMETERS = ("toolstack", "host_interface", "vif_number", "vif", "overlay", "capture_filter", "count", "duration",
               "wait", "sudo", "ssh_options")
-MEASURING = (*PARAMETERS, "name_label", "hv", "key", "traffic", "rate", "size", "port", "source_command", "load",
-             "runs", "dry_run", "save")
+MEASURING = (*PARAMETERS, "stages", "stages_buffer", "name_label", "hv", "key", "traffic", "rate", "size", "port",
+             "source_command", "load", "runs", "dry_run", "save")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -4010,6 +4436,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
              "DESTINATION is measured")
     add("--wait", metavar="SECONDS", type=SECONDS, default=SHORTEST_WAIT,
         help="wait this many seconds for the last packets (default: %(default)s)")
+    add("--stages", action="store_true",
+        help="also tell by the kernel's trace in which stage the time goes and where packets are lost, which costs all "
+             "of the hypervisor's traffic about 1 µs a packet")
+    add("--stages-buffer", metavar="KIB", default=STAGES_BUFFER, type=NUMBER,
+        help="of the trace, for each processor: 0.2 KiB a packet that passes in a second (default: %(default)s)")
     add("--dry-run", action="store_true",
         help="log in, look for all that is needed, send nothing, and say what would be run")
     add = parser.add_argument_group("analysis").add_argument
@@ -4097,8 +4528,9 @@ def new_weaver(arguments: argparse.Namespace, screen: Screen, alone: bool) -> Ne
     return NetWeaver(
         arguments.source, arguments.name_label or "", arguments.destination, arguments.hv, arguments.key,
         **{name: getattr(arguments, name) for name in PARAMETERS},
-        direction=arguments.direction or "in", match_nat=arguments.match_nat, slowest=arguments.slowest,
-        labels=dict(arguments.label), ask=getpass if sys.stdin is not None and sys.stdin.isatty() else None,
+        stages=arguments.stages_buffer if arguments.stages else 0, direction=arguments.direction or "in",
+        match_nat=arguments.match_nat, slowest=arguments.slowest, labels=dict(arguments.label),
+        ask=getpass if sys.stdin is not None and sys.stdin.isatty() else None,
         progress=screen.step if alone else screen.log, log=screen.log, tick=screen.ticking(arguments.duration))
 
 
@@ -4146,6 +4578,7 @@ def analyze_files(arguments: argparse.Namespace, run: SavedRun | None) -> tuple[
         raise UsageError("--direction both tells the directions apart by the VM's address: give it with -d, and not "
                          "--match-nat")
     analysis = analyze_captures(paths, selection_of(config), run.window if run else ALWAYS, run.limit if run else None)
+    analysis = with_stages(analysis, os.path.dirname(paths["pif"][0]), config) if run else analysis
     report = build_report(analysis, config, run.report["capture"] if run else {"pif": {}, "vif": {}}, arguments.slowest)
     if run:
         report |= {name: run.report[name] for name in ("failed_sources", "interrupted") if name in run.report}

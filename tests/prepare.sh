@@ -23,6 +23,7 @@ prepare() {
         [ -x /usr/sbin/libvirtd ] && command -v virsh >/dev/null || packages="$packages libvirt-daemon-system
             libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients"
         command -v tshark >/dev/null || packages="$packages tshark"
+        command -v nft >/dev/null || [ -x /usr/sbin/nft ] || packages="$packages nftables"
         command -v tcsh >/dev/null || packages="$packages tcsh"
         command -v fish >/dev/null || packages="$packages fish"
         command -v editcap >/dev/null || packages="$packages wireshark-common"

@@ -28,10 +28,14 @@ def test_a_domain_behind_a_bridge(kvm: KvmLab) -> None:
     """Its name has a blank; the source and the guest count what netweaver counts."""
     found = report(kvm.netweaver(*kvm.arguments(
         "-c", "300", "--source-command", "hping3 -c {count} -S -L 0 -Q -i u4000 {destination}", "-i", "auto",
-        "--direction", "both", *VIRSH)))
+        "--direction", "both", "--stages", *VIRSH)))
     assert (found["config"]["pif"], found["config"]["vif"]) == ("eth0", "vnet0")
     assert found["packets"]["pif"] == found["packets"]["vif"] == found["packets"]["matched"] == 300
     assert found["outbound"]["packets"]["matched"] == found["guest"]["packets"]["answered"] == 300
+    assert found["after_vif"] == {"delivered": 300, "dropped": 0, "stuck": 0}
+    assert found["stages"]["to_guest"]["packets"] == found["guest"]["own"]["packets"] == 300
+    assert found["stages"]["to_guest"]["average"] + found["guest"]["own"]["average"] == pytest.approx(
+        found["guest"]["average"], abs=0.01)
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

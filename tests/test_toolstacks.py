@@ -283,6 +283,7 @@ def test_nothing_leads_to_the_vm_but_eth0_is_there(own_lab: Lab) -> None:
     own_lab.hv.run("sh", "-ec", "ip link set vif5.0 nomaster; sysctl -qw net.ipv4.ip_forward=1 "
                                 "net.ipv4.conf.all.proxy_arp=1; ip addr add 10.83.1.250/24 dev eth0; "
                                 f"ip route add {own_lab.destination} dev vif5.0; ip link set eth0 nomaster")
+    wait_until(lambda: own_lab.source.answered_by(own_lab.destination), "an answer by the new way")
     found = report(own_lab.netweaver(*own_lab.arguments("-c", "300", "--source-command", FAST)))
     assert (found["config"]["pif"], found["config"]["toolstack"]) == ("eth0", "xe")
     assert found["packets"]["pif"] == found["packets"]["matched"] >= 295

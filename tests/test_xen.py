@@ -98,9 +98,10 @@ def test_a_client_that_is_killed_leaves_nothing(xen: XenLab) -> None:
 
 
 def test_a_guest_that_is_paused(xen: XenLab) -> None:
-    """What the captures saw is true: it waits in the vif's queue, behind both of them."""
+    """What the captures saw is true: it waits behind both of them, as the kernel's own account says."""
+    before = xen.counters()["Tcp.OutRsts"]
     process = xen.start(*xen.arguments("-c", "400", "--source-command", ENDLESS.replace("-S", "-c {count} -S"),
-                                       "--toolstack", "xl"))
+                                       "--toolstack", "xl", "--stages"))
     wait_until(lambda: sending(xen), "the traffic", 40)
     xen.hv.run("xl", "pause", NAME)
     try:
@@ -112,6 +113,10 @@ def test_a_guest_that_is_paused(xen: XenLab) -> None:
     xen.wait_for_guest()
     assert found["packets"]["pif"] == found["packets"]["vif"] == found["packets"]["matched"] >= 400
     assert found["packets"]["lost"] == 0
+    fates = found["after_vif"]
+    assert sum(fates.values()) == found["packets"]["matched"]
+    assert fates["delivered"] >= 400 == xen.counters()["Tcp.OutRsts"] - before
+    assert found["stages"]["to_guest"]["maximum"] > 500_000 > found["maximum"]
 
 
 def test_open_vswitchs_database_hangs(xen: XenLab) -> None:
