@@ -990,6 +990,7 @@ def _exchange(identity: bytes) -> tuple[list[bytes], bytes]:
 STAGES = ("before_stack", "forwarding", "queueing", "to_guest")
 PAGE, LOST_BEFORE, LOST_NUMBER = 4096, 1 << 31, 1 << 30      # of the ring buffer; flags of a page
 SOONEST, LATEST, LATEST_OF_SKB = -200, 10_000_000, NANOSECONDS       # of an event after its stamp (ns)
+NEAREST = 50                                         # events after a stamp, of which one may be its own
 # Where netback frees what it gave to the guest.
 DELIVERED = ("xenvif_rx_copy", "xenvif_rx_action", "xenvif_rx_skb", "xenvif_rx_next")
 
@@ -1102,8 +1103,7 @@ def attach(result: Result, found: Sequence[Passage]) -> tuple[dict[int, Passage]
     The second point's tap is just before the driver: an event is of the last sighting before it.  At the first one a
     batch may be stamped before all of it is received: the event is the first one after the sighting.
     """
-    matching, used = result.matching, set()          # type: Matching, set[int]
-    sent, delays = matching.sent, result.delays
+    matching, sent, delays = result.matching, result.matching.sent, result.delays
 
     def fits(rank: int, size: int, header: int) -> bool:
         """Whether that may be the length of a packet with so many bytes before it, a tag or padding included."""
@@ -1129,10 +1129,12 @@ def attach(result: Result, found: Sequence[Passage]) -> tuple[dict[int, Passage]
         if rank in before:
             continue
         place = max(place, bisect_left(starts, sent[rank] + SOONEST))
-        for candidate in range(place, bisect_left(starts, sent[rank] + LATEST)):
-            if id(marks[candidate]) not in used and fits(rank, marks[candidate].received_size, 0):
-                used.add(id(marks[candidate]))
-                before[rank] = marks[candidate]
+        while place < len(marks) and id(marks[place]) in used:
+            place += 1
+        for mark in marks[place:min(place + NEAREST, bisect_left(starts, sent[rank] + LATEST))]:
+            if id(mark) not in used and fits(rank, mark.received_size, 0):
+                used.add(id(mark))
+                before[rank] = mark
                 break
     return before, behind
 
@@ -1352,18 +1354,22 @@ remove() {
   [ -z "$mounted" ] || umount "$mounted"
 }
 drain() {
-  for c in "$i"/per_cpu/cpu*; do dd if="$c/trace_pipe_raw" bs=4096 iflag=nonblock >>"trace-${c##*/}"; done
+  for c in "$i"/per_cpu/cpu*; do                     # of all that there may be; those that run have a directory here
+    on=0 cpu=/sys/devices/system/cpu/${c##*/}; [ ! -d $cpu ] || on=1; [ ! -r $cpu/online ] || read -r on <$cpu/online
+    [ "$on" = 0 ] || dd if="$c/trace_pipe_raw" bs=4096 iflag=nonblock >>"trace-${c##*/}"
+  done
 }
 offset() { awk "/^ clock 1:/ { f = 1 } f && /offset/ { print \$2; exit }" /proc/timer_list >>trace-offset; }
 keep() {
   trap "" HUP INT PIPE; trap stop=1 TERM; stop= i=$1
   while [ -z "$stop" ] && kill -s 0 "$2" && kill -s 0 "$3"; do
-    drain; sleep 1 & wait $!; [ `du -sk . | cut -f 1` -lt "$4" ] || { stop=1; echo "dropped events: 1" >>trace-stats; }
+    drain; sleep 1 & wait $!
+    [ `du -ck trace-cpu* | tail -n 1 | cut -f 1` -lt "$4" ] || { stop=1; echo "dropped events: 1" >>trace-stats; }
   done
   echo 0 >"$i/tracing_on"; drain; cat "$i"/per_cpu/cpu*/stats >>trace-stats; offset; remove "$i"
 }'
-stages() {                                           # KIB MOST VIF PIF...
-  kib=$1 most=$2 vif=$3; shift 3; eval "$tracing"; mounted=
+stages() {                                           # KIB MOST DIRECTION VIF PIF...
+  kib=$1 most=$2 direction=$3 vif=$4; shift 4; eval "$tracing"; mounted=
   for t in /sys/kernel/tracing /sys/kernel/debug/tracing; do [ ! -d $t/instances ] || break; done
   [ -d $t/instances ] || { t=/sys/kernel/tracing; mount -t tracefs nodev $t || return; mounted=$t; }
   for i in $t/instances/netweaver-*; do
@@ -1378,7 +1384,8 @@ stages() {                                           # KIB MOST VIF PIF...
         shift; set -- "$@" `ls -d /sys/class/net/$p/lower_* 2>/dev/null | sed "s/.*lower_//" | grep . || echo "$p"`
       done
     done
-    filter="name == \"$vif\""; for p; do filter="$filter || name == \"$p\""; done
+    to="name == \"$vif\"" from=; for p; do from="$from || name == \"$p\""; done; from=${from# || }
+    case $direction in out) p=$to to=$from from=$p ;; both) to="$to || $from" from=$to ;; esac
     events='net/netif_receive_skb net/net_dev_queue net/net_dev_start_xmit skb/kfree_skb' failed=
     kind=`readlink "/sys/class/net/$vif/device/driver"`; kind=${kind##*/}
     if [ -e "/sys/class/net/$vif/tun_flags" ]; then
@@ -1386,7 +1393,10 @@ stages() {                                           # KIB MOST VIF PIF...
       echo 'comm ~ "vhost*" || comm ~ "qemu*" || comm ~ "kvm*" || comm ~ "CPU *"' >$i/events/skb/consume_skb/filter
     fi
     for e in $events; do
-      case $e in net/*) echo "$filter" >$i/events/$e/filter ;; esac
+      case $e in
+        net/netif*) echo "$from" >$i/events/$e/filter ;;
+        net/*) echo "$to" >$i/events/$e/filter ;;
+      esac
       cat $i/events/$e/format >>trace-formats && echo 1 >$i/events/$e/enable || failed=1
     done
     [ -z "$failed" ] && offset && echo 1 >$i/tracing_on
@@ -2579,7 +2589,7 @@ def traffic_name(config: Report) -> str:
 
 SNAPLEN, OVERLAY_SNAPLEN = 128, 448                  # Ethernet, two tags, IPv6, TCP with options; the same in a tunnel
 BUFFER_KIB = 16384
-STAGES_BUFFER, LARGEST_TRACE = 8192, 1 << 27          # KiB for a processor; bytes for all of a run
+STAGES_BUFFER, LARGEST_TRACE = 8192, 1 << 28          # KiB for a processor; bytes for all of a run
 SMALLEST_FILE, USUAL_CAPTURE = 1 << 16, 256_000_000  # bytes for which there must be room, and that are enough
 OFFLOADS = ("generic-receive-offload", "generic-segmentation-offload", "large-receive-offload", "rx-vlan-offload",
             "tcp-segmentation-offload", "tx-vlan-offload")
@@ -2729,15 +2739,22 @@ class Facts:
 
 # What is to be done on the hypervisor.  `captures` are (side, interface, command); each ends after `limit` packets, if
 # that isn't None, and its file has `largest_file` bytes at the most.  `facts` are those before the run.
-Plan = namedtuple("Plan", "vif pifs overlay facts captures limit largest_file stages")
+Plan = namedtuple("Plan", "vif pifs overlay facts captures limit largest_file trace")
+
+
+def trace_command(facts: Facts, kib: int, direction: str, vif: str, pifs: Iterable[str]) -> str:
+    """The shell commands that trace the way between interfaces beside the captures, with buffers of so many KiB."""
+    most = LARGEST_TRACE if facts.free is None else min(LARGEST_TRACE, facts.free // 4)
+    names = " ".join(map(quote, (vif, *pifs)))
+    return (f"{TRACING}if stages {kib} {most // 1024} {direction} {names} 2>stages-errors\n"
+            'then echo "stages on ${kind:--}" >&2\nelse echo "stages off" `tail -n 1 stages-errors` >&2\nfi')
 
 
 def make_plan(facts: Facts, vif: str, pifs: Sequence[str], overlay: bool, flows: Flows, expression: str | None,
-              own: Mapping[str, str | None], count: int, stages: int) -> Plan:
+              own: Mapping[str, str | None], count: int, trace: str) -> Plan:
     """What to capture, and how, while `count` packets are sent; CaptureError if it can't be done.
 
-    `expression` and `own`, by side, are a filter and whole commands instead of ours.  `stages` is the size of the
-    trace's buffer, in KiB for a processor; 0 for none.
+    `expression` and `own`, by side, are a filter and whole commands instead of ours; `trace` is run beside them.
     """
     if vif in pifs:
         raise UsageError(f"{vif} is the VM's own interface, and can't be the physical one (-i), too")
@@ -2756,7 +2773,7 @@ def make_plan(facts: Facts, vif: str, pifs: Sequence[str], overlay: bool, flows:
         command = own[side] or capture_command(interface, ours, facts.tcpdump, snaplen, limit)
         captures.append((side, interface, command))
     ends, largest = (None, most) if any(own.values()) else (limit, PCAP_HEADER + room)
-    return Plan(vif, pifs, overlay, facts, captures, ends, largest, stages)
+    return Plan(vif, pifs, overlay, facts, captures, ends, largest, trace)
 
 
 class Hosts:
@@ -2876,19 +2893,14 @@ class Recorder:
         self._interrupted, self._tick = interrupted, tick
         commands = [command for _, _, command in plan.captures]
         lines = [f"capture {number} {quote(command)}" for number, command in enumerate(commands, 1)]
-        if plan.stages:
-            names = " ".join(map(quote, (plan.vif, *plan.pifs)))
-            lines.insert(0, f"{TRACING}if stages {plan.stages} {LARGEST_TRACE // 1024} {names} 2>stages-errors\n"
-                            'then echo "stages on ${kind:--}" >&2\n'
-                            'else echo "stages off" `tail -n 1 stages-errors` >&2\nfi')
-        self._job = hosts.hypervisor.start("\n".join([CAPTURES, *lines, "until wait; do :; done"]),
+        self._job = hosts.hypervisor.start("\n".join([CAPTURES, plan.trace, *lines, "until wait; do :; done"]),
                                            timeout + wait + 6 * ANSWER_SECONDS, private=True, shown=commands)
         self._until(lambda: self._job.ended or (
-            all(map(ready, self._said())) and bool(self._stages() or not plan.stages)), ANSWER_SECONDS)
+            all(map(ready, self._said())) and bool(self._stages() or not plan.trace)), ANSWER_SECONDS)
         self._check_captures()
         self._incidents = [f"the {side}'s command didn't say that it is listening: packets at the start may be missing"
                            for (side, _, _), said in zip(plan.captures, self._said()) if not ready(said)]
-        if plan.stages and not self._stages().startswith("on"):
+        if plan.trace and not self._stages().startswith("on"):
             self._incidents.append("the kernel tells no stages: "
                                    f"{self._stages().removeprefix('off').strip() or 'no answer'} (tracefs needs root)")
         version = re.search(r"libpcap version (\d)\.(\d)\b", plan.facts.tcpdump)
@@ -2923,8 +2935,7 @@ class Recorder:
         self._incidents += [f"a source failed, so its traffic is missing or not whole: {error}"
                             for error in self._hosts.failed.values()]
         if self._stages().startswith("on"):
-            found["stages"] = {"buffer": self._plan.stages,
-                               "backend": {"tap": "tap", "vif": "netback"}.get(self._stages()[3:].strip(), "")}
+            found["backend"] = {"tap": "tap", "vif": "netback"}.get(self._stages()[3:].strip(), "")
         counts: dict[str, dict[str, int]] = {"pif": {}, "vif": {}}
         for (side, _, _), said in zip(self._plan.captures, self._said()):
             for name, packets in tcpdump_counts(said).items():
@@ -3094,7 +3105,7 @@ def fetch_captures(host: Host, recording: Recording, directory: str, paths: dict
         host.fetch(recording.sftp, f"{recording.job.directory}/{number}.pcap", local, recording.plan.largest_file)
         paths[side].append(local)
     left = LARGEST_TRACE
-    for name in sorted(recording.sftp.listdir(recording.job.directory)) if "stages" in recording.config else ():
+    for name in sorted(recording.sftp.listdir(recording.job.directory)) if "backend" in recording.config else ():
         if re.fullmatch(TRACE_FILE, name):
             host.fetch(recording.sftp, f"{recording.job.directory}/{name}", os.path.join(directory, name), left)
             left -= os.path.getsize(os.path.join(directory, name))
@@ -3202,7 +3213,7 @@ def trace_locations(directory: str) -> list[int]:
 
 def with_stages(analysis: Analysis, directory: str, config: Report) -> Analysis:
     """The same with what the kernel's trace in a directory tells of its packets, if there is one."""
-    if "stages" not in config:
+    if "backend" not in config:
         return analysis
     symbols = {int(address, 16): name for address, _, name in (
         line.partition(" ") for line in trace_text(directory, "symbols").splitlines())
@@ -3212,7 +3223,7 @@ def with_stages(analysis: Analysis, directory: str, config: Report) -> Analysis:
         lost: list[int] = []
         direction = result.matching.direction
         found = passages(trace_streams(directory, lost), config["vif"], direction)
-        stages, told = account(result, found, symbols, config["stages"]["backend"] if direction is IN else "")
+        stages, told = account(result, found, symbols, config["backend"] if direction is IN else "")
         results.append(result._replace(stages=stages))
         accounts.append(told)
     counted = map(int, re.findall(r"(?:overrun|dropped events): (\d{1,12})", trace_text(directory, "stats")))
@@ -3220,7 +3231,7 @@ def with_stages(analysis: Analysis, directory: str, config: Report) -> Analysis:
     unattached = sum(each["unattached"] for each in accounts)
     if missing or unattached > whole / 100:
         warnings.append(f"the trace has lost {missing} events, and {unattached} of {whole} packets have no stages: "
-                        f"give it a larger buffer (--stages-buffer {4 * config['stages']['buffer']}), or send less")
+                        f"give it a larger buffer (--stages-buffer {4 * config['stages_buffer']}), or send less")
     offsets = trace_text(directory, "offset").split()
     if len(set(offsets)) > 1:
         warnings.append("the hypervisor's clock was set during the run, so the stages may be wrong")
@@ -3459,8 +3470,10 @@ class NetWeaver:
         pifs, tunnel = self._located(
             lambda: physical_interfaces(self.run_command, self.host_interfaces, vif, links))
         flows = Flows(addresses, self.destination_ip, DIRECTIONS[self.direction], probes.told_by())
+        trace = trace_command(facts, self.stages, self.direction, vif, pifs) if self.stages else ""
+        own = {"pif": dest_pif_cmd, "vif": dest_vif_cmd}
         plan = self._located(lambda: make_plan(facts, vif, pifs, self.overlay or tunnel, flows, self.capture_filter,
-                                               {"pif": dest_pif_cmd, "vif": dest_vif_cmd}, count, self.stages))
+                                               own, count, trace))
         select = self.direction == "both" or (plan.overlay and not self.match_nat)   # else the filter has done it
         return plan, {
             "version": __version__, "hypervisor": hosts.hypervisor.name,
@@ -3477,7 +3490,8 @@ class NetWeaver:
                for side in self._paths},
             "capture_limit": plan.limit, "wait": self.wait,
             "timeout": seconds or self.timeout or max(600, count // 5, 2 * count // rate),
-            "labels": self.labels, "platform": plan.facts.platform(plan.pifs, vif)}
+            "stages_buffer": self.stages or None, "labels": self.labels,
+            "platform": plan.facts.platform(plan.pifs, vif)}
 
     def generate_and_record(self, source_command: str | None = None, dest_pif_cmd: str | None = None,
                             dest_vif_cmd: str | None = None, probes: Probes = SYNS) -> None:
@@ -3517,7 +3531,7 @@ class NetWeaver:
         except OSError as error:
             raise CaptureError(f"can't make a directory on this machine: {error}") from error
         fetch_captures(host, recording, self._directory, self._paths)
-        if "stages" in recording.config:
+        if "backend" in recording.config:
             symbols = find_symbols(self.run_command, trace_locations(self._directory))
             with open(os.path.join(self._directory, "trace-symbols"), "w", encoding="utf-8", errors="replace") as file:
                 file.write(symbols)
@@ -3777,6 +3791,8 @@ def build_report(analysis: Analysis, config: Report, capture: Mapping[str, Repor
     result, *back = analysis.results
     captured = {side: {**capture[side], **analysis.counts[side]} for side in analysis.counts}
     if why := no_delay(result, config, sum(counts.get("cut", 0) for counts in captured.values())):
+        for loss in (loss for account in analysis.accounts[:1] for loss in account["lost_at"][:1]):
+            why += f" By the kernel, {loss['packets']} were lost in {loss['where']} ({loss['reason']}), {loss['stage']}"
         raise NoMatchError(why)
     warnings = [*config.get("incidents", ()), *analysis.warnings, *traffic_warnings(result, config)]
     warnings += [f"{side}: the kernel dropped {counts['dropped']} packets before tcpdump read them, so \"lost\" can't "
@@ -4489,6 +4505,7 @@ def check_arguments(arguments: argparse.Namespace, parser: argparse.ArgumentPars
         "--load needs a --traffic, which tells the probes from it": arguments.source_command and arguments.load,
         "--csv, and --format prometheus, are for one run: with --save all are kept, for --pcaps":
             several and (arguments.csv or arguments.format == "prometheus"),
+        "--stages-buffer is that of --stages": arguments.stages_buffer != STAGES_BUFFER and not arguments.stages,
         "--fail-if changed, slower and lossier need a --baseline":
             not arguments.baseline and set(CHANGES) & {text.strip() for text in arguments.fail_if}}
     for mistake, made in mistakes.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import FAST, FEW_FOR_P99_9, Terminal, analyzed, failure, finished, noisy, offline, pair, report, sending
+from helpers import FAST, FEW_FOR_P99_9, Terminal, analyzed, failure, finished, noisy, offline, pair, report
 from lab import DATA6, NAME, NETWEAVER, PYTHON, Lab, wait_until
 
 import netweaver
@@ -105,6 +105,7 @@ LIVE = ("-n", "web1", "--hv", "hv", "-s", "192.0.2.1", "-d", "192.0.2.2")
     (("--rate", "0"), "'0' is not a rate"), (("--rate", "5,"), "'5,' is not a rate"),
     (("--runs", "2", "--csv", "x.csv"), "--csv, and --format prometheus, are for one run"),
     (("--rate", "5,6", "--format", "prometheus", "--output", "/dev/null"), "--format prometheus, are for one run"),
+    (("--stages-buffer", "100"), "--stages-buffer is that of --stages"),
     (("--fail-if", "changed"), "--fail-if changed, slower and lossier need a --baseline"),
     (("--fail-if", "quicker"), "or one of changed, slower, lossier"),
 ])
@@ -244,8 +245,12 @@ def test_a_reader_that_goes_away_ends_all_runs(lab: Lab) -> None:
 
 @pytest.mark.lab
 def test_an_interruption_ends_all_runs(lab: Lab) -> None:
+    def passed() -> int:
+        return int(lab.hv.run("cat", "/sys/class/net/vif5.0/statistics/tx_packets"))
+
+    before = passed()
     process = lab.start(*lab.arguments("-c", "1000", "--rate", "200", "--runs", "9"))
-    wait_until(lambda: sending(lab), "the traffic")
+    wait_until(lambda: passed() > before + 50, "the traffic")
     process.send_signal(signal.SIGTERM)
     done = finished(process)
     [found] = lines_of(done, 143)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Terminal, analyzed, finished, offline, report, sending
+from helpers import Terminal, analyzed, failure, finished, offline, report, sending
 from lab import NETWEAVER, Lab, wait_until
 from openvswitch import OpenVSwitchLab
 
@@ -145,7 +145,7 @@ def test_a_bridge_both_ways() -> None:
             adds_up(part)
             assert list(part["stages"]) == ["before_stack", "forwarding", "queueing"]
             assert (part["lost_at"], part["after_vif"]) == ([], None)
-        assert found["config"]["stages"] == {"buffer": 8192, "backend": ""}
+        assert (found["config"]["stages_buffer"], found["config"]["backend"]) == (8192, "")
         assert all(0 < found["config"]["stamp_error"][side] < 20 for side in ("pif", "vif"))
         lab.wait_clean()
     with traced() as place:
@@ -189,6 +189,8 @@ def test_causes_of_delay_and_loss(tmp_path: Path) -> None:
         assert found["packets"]["matched"] == 60
         assert found["lost_at"] == [
             {"stage": "forwarding", "where": "nft_do_chain", "reason": "NETFILTER_DROP", "packets": 40}]
+        line = failure(lab.netweaver(*lab.arguments("--stages", "-c", "30", "--rate", "500", "--port", "7")), 6)
+        assert "By the kernel, 30 were lost in nft_do_chain (NETFILTER_DROP), forwarding" in line
         lab.wait_clean()
 
 
