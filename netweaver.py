@@ -3453,7 +3453,8 @@ class NetWeaver:
         count = self.count or round(rate * self.duration if self.duration else 1000)
         # hping3 takes what a load gets for answers to its own, and ends too early.
         seconds = self.duration or (count / rate if probes.load else None)
-        command = source_command or probes.source_command(ENDLESS if seconds else count, self.destination_ip)
+        endless = probes.load or (self.duration and not self.count)
+        command = source_command or probes.source_command(ENDLESS if endless else count, self.destination_ip)
         hosts = self._connected()
 
         def find_facts() -> tuple[Facts, Links | None]:

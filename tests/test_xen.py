@@ -98,25 +98,27 @@ def test_a_client_that_is_killed_leaves_nothing(xen: XenLab) -> None:
 
 
 def test_a_guest_that_is_paused(xen: XenLab) -> None:
-    """What the captures saw is true: it waits behind both of them, as the kernel's own account says."""
+    """What the captures saw is true: it waits behind both of them, as the kernel's own account says.
+
+    For 256 packets netback has buffers, and doesn't wait.
+    """
     before = xen.counters()["Tcp.OutRsts"]
-    process = xen.start(*xen.arguments("-c", "400", "--source-command", ENDLESS.replace("-S", "-c {count} -S"),
-                                       "--toolstack", "xl", "--stages"))
+    process = xen.start(*xen.arguments("-c", "900", "--source-command", STEADY, "--toolstack", "xl", "--stages"))
     wait_until(lambda: sending(xen), "the traffic", 40)
     xen.hv.run("xl", "pause", NAME)
     try:
-        subprocess.run(xen.source.command("ping", "-c", "20", "-i", "0.05", "-W", "1", xen.destination),
+        subprocess.run(xen.source.command("ping", "-c", "40", "-i", "0.05", "-W", "1", xen.destination),
                        capture_output=True, check=False)
     finally:
         xen.hv.run("xl", "unpause", NAME)
     found = report(finished(process, 60))
     xen.wait_for_guest()
-    assert found["packets"]["pif"] == found["packets"]["vif"] == found["packets"]["matched"] >= 400
+    assert found["packets"]["pif"] == found["packets"]["vif"] == found["packets"]["matched"] >= 900
     assert found["packets"]["lost"] == 0
     fates = found["after_vif"]
     assert sum(fates.values()) == found["packets"]["matched"]
-    assert fates["delivered"] >= 400 == xen.counters()["Tcp.OutRsts"] - before
-    assert found["stages"]["to_guest"]["maximum"] > 500_000 > found["maximum"]
+    assert fates["delivered"] >= 900 == xen.counters()["Tcp.OutRsts"] - before
+    assert found["stages"]["to_guest"]["maximum"] > 300_000 > found["maximum"]
 
 
 def test_open_vswitchs_database_hangs(xen: XenLab) -> None:
