@@ -4015,13 +4015,13 @@ LOSSES = {
     "xenvif_kthread_guest_rx": ("by netback", "the guest didn't take them in time")}
 
 
-def stage_lines(part: Report, config: Report) -> list[str]:
+def stage_lines(part: Report, config: Report, fancy: bool) -> list[str]:
     """Lines on where the time went, with each stage's share of all of it, and on where packets were lost."""
     stages = part.get("stages", {})
     whole = sum(stage["average"] for stage in stages.values()) or 1
-    lines = ["Stages" + cells("", "median", "p99", "packets")[6:]] if stages else []
+    lines = [f"{'Stages':<14}{'median':>10}{'p99':>8}{'packets':>8}"] if stages else []
     for name, stage in stages.items():
-        bar = "#" * round(BAR * stage["average"] / whole)
+        bar = "#█"[fancy] * round(BAR * stage["average"] / whole)
         lines.append(f" {name:<13}{duration_text(stage['median']):>10}{duration_text(stage['percentiles']['99']):>8}"
                      f"{stage['packets']:>8}  {bar}".rstrip())
     for loss in part.get("lost_at", ()):
@@ -4066,7 +4066,7 @@ def summary(report: Report, delays: Sequence[int], fancy: bool = True) -> list[s
     title = f"{'Interrupted: ' if report.get('interrupted') else ''}{title}"
     by = f" (by {config['toolstack']})" if config.get("toolstack") else ""
     lines = [title, f" pif {names['pif']}, vif {names['vif']}{by}", *delay, *packets,
-             *stage_lines(report, config), *comparison_lines(report)]
+             *stage_lines(report, config, fancy), *comparison_lines(report)]
     bins = min(BINS, HEIGHT - len(lines) - 2)
     lines += ["Distribution of the delay", *(f" {line}" for line in histogram(delays, fancy, bins))] if bins > 1 else []
     return [printable(line)[:WIDTH] for line in lines]
@@ -4261,19 +4261,25 @@ def figure_class(path: str) -> Any:
 def plot_runs(path: str, reports: Sequence[Report]) -> None:
     """Draws median and 99th percentile of several runs, by kind of traffic, over the rate, or else from run to run."""
     figure = figure_class(path)(figsize=(10, 4.8), layout="constrained")
-    axes, kinds = figure.subplots(), defaultdict(list)       # type: Any, defaultdict[str, list[tuple[float, Report]]]
-    rates = {(report["config"].get("traffic") or {}).get("rate") for report in reports}
-    for number, report in enumerate(reports, 1):
-        traffic = report["config"].get("traffic") or {}
-        place = number if len(rates) == 1 else traffic.get("rate") or 0
-        kinds[traffic.get("pattern", "")].append((place, figures_in(report)))
+    axes, kinds = figure.subplots(), defaultdict(list)       # type: Any, defaultdict[str, list[tuple[int, Report]]]
+    traffic = [report["config"].get("traffic") or {} for report in reports]
+    rates = sorted({each.get("rate") or 0 for each in traffic})
+    for number, (report, each) in enumerate(zip(reports, traffic), 1):
+        place = each.get("rate") or 0 if len(rates) > 1 else number
+        kinds[each.get("pattern") or ""].append((place, figures_in(report)))
     for color, (kind, runs) in zip(COLOURS * len(kinds), kinds.items()):
-        runs.sort(key=lambda run: run[0])
-        for name, style in (("median", "o-"), ("p99", "^--")):
-            axes.plot([place for place, _ in runs], [figures[name] for _, figures in runs], style, color=color,
-                      label=f"{kind} {name}")
-    axes.set(xlabel="run" if len(rates) == 1 else "packets a second", ylabel="delay (µs)",
-             xscale="linear" if len(rates) == 1 else "log")
+        for name, marker, dashes in (("median", "o", "-"), ("p99", "^", "--")):
+            values = defaultdict(list)               # type: defaultdict[int, list[float]]
+            for place, figures in runs:
+                values[place].append(figures[name])
+            axes.plot([place for place, _ in runs], [figures[name] for _, figures in runs], marker, color=color)
+            axes.plot(sorted(values), [sum(values[place]) / len(values[place]) for place in sorted(values)], dashes,
+                      color=color, marker=marker, markersize=0, label=f"{kind} {name}".strip())
+    axes.set(xlabel="run", ylabel="delay (µs)", ylim=(0, None))
+    if len(rates) > 1:
+        axes.set(xlabel="packets a second", xscale="log")
+        axes.set_xticks(rates, map(str, rates))
+        axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", frameon=False)
     save_figure(figure, path, f"{reports[0]['config'].get('name_label') or 'delay'}: {len(reports)} runs")
@@ -4306,8 +4312,9 @@ def plot(path: str, report: Report, results: Sequence[Result]) -> None:
         delays = [result.delays[rank] / 1000 for rank in seen]
         if result.stages and result is results[0]:
             rows = list(result.stages.items())
+            most = max(map(len, result.stages.values()))
             over_time.stackplot([times[rank] for rank, _ in rows], *zip(*(
-                [part / 1000 for part in (*each, 0)[:4]] for _, each in rows)), labels=STAGES, alpha=0.7)
+                [part / 1000 for part in (*each, 0)[:most]] for _, each in rows)), labels=STAGES[:most], alpha=0.7)
         else:
             over_time.plot([times[rank] for rank in seen], delays, marker, markersize=3, color=color, alpha=0.6,
                            markeredgewidth=0, rasterized=len(seen) > 5000, label=f"{names[first]} to {names[second]}")
@@ -4790,7 +4797,7 @@ class Outcome:
             self.attempt(screen.result, lines, self._on_terminal and not self._arguments.format)
         asked = any(limit.name == "p99.9" for limit in self._limits)
         for warning in dict.fromkeys(warning for report in reports for warning in report["warnings"]):
-            if asked or not warning.startswith(FEW_FOR_P99_9):
+            if asked or FEW_FOR_P99_9 not in warning:
                 screen.warn(warning)
         for breach in self._breaches:
             screen.say(f"netweaver: limit: {breach}", "31")

@@ -171,7 +171,7 @@ def test_causes_of_delay_and_loss(tmp_path: Path) -> None:
         assert [again[name] for name in ("stages", "lost_at")] == [found[name] for name in ("stages", "lost_at")]
         shown = Terminal(sys.executable, str(NETWEAVER), "--pcaps", found["saved"], "--plot", str(tmp_path / "x.png"),
                          environment=dict(os.environ), columns=80, whole=True)
-        assert re.search(r"\n queueing .* ms .* #{35,40}\n", shown.text)
+        assert re.search(r"\n queueing .* ms .* █{35,40}\n", shown.text)
         assert f"\n {loss['packets']:>7} by the vif's queue (QDISC_DROP): tc -s qdisc show dev vif5.0\n" in shown.text
         assert (tmp_path / "x.png").exists()
         for limit, code in (("queueing.p99>1ms", 7), ("forwarding.median>1s", 0), ("dropped>0", 7)):
