@@ -543,8 +543,8 @@ def test_logins_without_root() -> None:
         with open(lab.hv.directory / "etc" / "sudoers", "a") as file:
             file.write(f"Defaults secure_path={lab.hv.directory / 'bin'}:/usr/sbin:/usr/bin:/sbin:/bin\n"
                        "Defaults env_keep+=POOL\n")
-        found = report(lab.netweaver(*arguments, "--sudo"))
-        assert found["packets"]["matched"] == 300
+        found = report(lab.netweaver(*arguments, "--sudo", "--stages"))
+        assert found["packets"]["matched"] == found["stages"]["forwarding"]["packets"] == 300
         assert found["config"]["hypervisor"] == f"op@{lab.hv.address}"
         found = report(lab.netweaver(*arguments, "--sudo", "--hv", lab.hv.address))
         assert found["packets"]["matched"] == 300
