@@ -3112,6 +3112,7 @@ def fetch_captures(host: Host, recording: Recording, directory: str, paths: dict
     recording.job.leave()
 
 
+MOST_PLACES = 1000                                   # in the kernel where packets are freed, of which names are asked
 TRACE_FILE = r"trace-(cpu\d{1,4}|formats|stats|offset|symbols)"
 
 
@@ -3203,12 +3204,8 @@ def trace_text(directory: str, name: str) -> str:
 
 
 def trace_locations(directory: str) -> list[int]:
-    """Where packets were freed, the most frequent places first."""
-    numbers: defaultdict[int, int] = defaultdict(int)
-    for event in trace_streams(directory, []):
-        if event.end[1]:
-            numbers[event.end[1]] += 1
-    return sorted(numbers, key=lambda address: -numbers[address])[:200]
+    """Where packets were freed."""
+    return sorted({event.end[1] for event in trace_streams(directory, [])} - {0})[:MOST_PLACES]
 
 
 def with_stages(analysis: Analysis, directory: str, config: Report) -> Analysis:
@@ -3719,7 +3716,7 @@ def figures_of(result: Result, warnings: list[str]) -> dict[str, Any]:
             "ambiguous": result.ambiguous, "lost": result.lost, "undecided": result.undecided,
             "duplicated": result.duplicated, "reordered": len(reordered),
             f"{direction.second}_only": result.second_only},
-        "flows": flows(result),
+        **({} if result.matching.identity(0)[0] == TEXT else {"flows": flows(result)}),
         "loss_ratio": result.lost / (result.first - result.undecided),
         "reordering": {"ratio": len(reordered) / (result.matched - result.ambiguous),
                        "maximum_extent": max(reordered.values(), default=0)},

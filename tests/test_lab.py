@@ -240,6 +240,7 @@ with netweaver.NetWeaver(SOURCE, NAME, DESTINATION, HV, KEY) as weaver:
     print(json.dumps(weaver.analyze(7, 1, ",", 0)["warnings"]))
 """)
     found, wrong = map(json.loads, out.splitlines())
+    assert "flows" not in found
     assert found["packets"]["pif"] == found["packets"]["matched"] == 500
     assert found["warnings"] == []
     assert 0 < found["average"] < 1e5
