@@ -2055,9 +2055,6 @@ class LocalWay:
     def is_active(self) -> bool:
         return True
 
-    def getpeername(self) -> tuple[str]:
-        return ("",)
-
     def open_session(self, timeout: float) -> LocalSession:
         return LocalSession()
 
@@ -3312,7 +3309,10 @@ def load_run(directory: str) -> SavedRun:
 
 def load_runs(directory: str) -> list[SavedRun]:
     """The run in a directory, or those in the directories there, by name."""
-    names = [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
+    try:
+        names = [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
+    except OSError as error:
+        raise UsageError(f"{directory}: can't read it: {error.strerror}") from error
     runs = [name for name in names if os.path.exists(os.path.join(name, "report.json"))]
     alone = not runs or os.path.exists(os.path.join(directory, "report.json"))
     return list(map(load_run, [directory] if alone else runs))
@@ -3371,9 +3371,9 @@ class NetWeaver:
 
     `source_ip` (one, several or none) and `destination_host_ip` are `[user@]host[:port]`; `destination_name_label` is
     the VM's name in the `toolstack` (one of TOOLSTACKS), `destination_ip` its address.  The other parameters are the
-    command line's options, times in seconds.  `progress` and `log` are called with lines for people (the steps, and
-    each command run), `tick` once a second while traffic runs with the seconds so far, and `ask` with a question for
-    the passphrase of a key.
+    command line's options, times in seconds; `stages` is the size of the trace's buffers in KiB (0: no trace).
+    `progress` and `log` are called with lines for people (the steps, and each command run), `tick` once a second while
+    traffic runs with the seconds so far, and `ask` with a question for the passphrase of a key.
 
     Use it as a context manager, or call `close`.  The methods are meant to be called in the order in which they
     stand here; each raises a NetWeaverError that says what happened and where.  For a hypervisor with another
