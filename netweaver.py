@@ -891,21 +891,21 @@ def _tcp(identity: bytes) -> tuple[bytes, bytes]:
     return addresses_of(identity), _transport_of(identity)
 
 
-def flows(result: Result) -> dict[str, Any]:
-    """How many flows there are (`count`) and, where there are both, the delays of their first and later packets.
+def by_flow(result: Result) -> tuple[int, list[int], list[int]]:
+    """How many flows there are, and the delays of their first and of their later packets, in order of size.
 
-    A switch or a firewall may know a flow only from its first packet on, which takes the slow path.
+    A switch or a firewall may know a flow only from its first packet on, which takes the slow path.  In text there are
+    none.
     """
-    matching = result.matching
+    matching, delays = result.matching, result.delays
     kinds = set(map(itemgetter(slice(0, 2)), matching.identities))
     alike = len(kinds) == 1 and kinds < {b"\4\6", b"\4\x11"}           # TCP, or UDP, in IPv4
     key = itemgetter(slice(ADDRESSES, ADDRESSES + 12)) if alike else flow_of
     latest_first = map(key, map(matching.identities.__getitem__, reversed(matching.numbers)))
-    first = set(dict(zip(latest_first, range(len(matching.numbers) - 1, -1, -1))).values())
-    later = [delay for rank, delay in enumerate(result.delays) if delay != NO_DELAY and rank not in first]
-    begun = [delay for delay in map(result.delays.__getitem__, first) if delay != NO_DELAY]
-    both = {"first": statistics(begun), "later": statistics(later)} if begun and later else {}
-    return {"count": len(first), **both}
+    first = set() if matching.identity(0)[0] == TEXT else set(
+        dict(zip(latest_first, range(len(matching.numbers) - 1, -1, -1))).values())
+    later = sorted(delay for rank, delay in enumerate(delays) if delay != NO_DELAY and rank not in first)
+    return len(first), sorted(delays[rank] for rank in first if delays[rank] != NO_DELAY), later
 
 
 def resized(result: Result) -> int:
@@ -3704,7 +3704,9 @@ def parts_of(report: Report) -> dict[str, Report | None]:
 
 def figures_of(result: Result, warnings: list[str]) -> dict[str, Any]:
     """The figures of one direction, of which at least one packet has a delay; what is wrong goes to the warnings."""
-    figures, reordered = statistics(result.samples()), reordering(result)
+    (flows, first, later), reordered = by_flow(result), reordering(result)
+    figures = statistics(first + later)
+    both = {"first": statistics(first), "later": statistics(later)} if first and later else {}
     ipdv, direction = variation(result.delays), result.matching.direction
     warnings += quality_warnings(result, figures)
     pdv, negative, zero = (figures.pop(name) for name in ("pdv", "negative", "zero"))
@@ -3716,7 +3718,7 @@ def figures_of(result: Result, warnings: list[str]) -> dict[str, Any]:
             "ambiguous": result.ambiguous, "lost": result.lost, "undecided": result.undecided,
             "duplicated": result.duplicated, "reordered": len(reordered),
             f"{direction.second}_only": result.second_only},
-        **({} if result.matching.identity(0)[0] == TEXT else {"flows": flows(result)}),
+        **({"flows": {"count": flows, **both}} if flows else {}),
         "loss_ratio": result.lost / (result.first - result.undecided),
         "reordering": {"ratio": len(reordered) / (result.matched - result.ambiguous),
                        "maximum_extent": max(reordered.values(), default=0)},
