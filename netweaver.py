@@ -4197,7 +4197,7 @@ class Limit:
     One of CHANGES is a condition on the comparison with a baseline.
     """
 
-    def __init__(self, text: str, direction: str) -> None:
+    def __init__(self, text: str, direction: str, stages: bool) -> None:
         self.text, self.compares, self.name = text.strip(), text.strip() in CHANGES, ""
         if self.compares:
             return
@@ -4218,6 +4218,7 @@ class Limit:
             f"there is no part {part!r}; there are outbound, guest, {', '.join(STAGES)}":
                 part not in (None, "outbound", "guest", *STAGES),
             f"{part} is known with --direction both alone": part in ("outbound", "guest") and direction != "both",
+            f"{part or name} is known with --stages alone": not stages and (part in STAGES or name == "dropped"),
             f"the {part} has no {name}": part in ("guest", *STAGES) and (unit != "µs" or name in ("pdv", "ipdv")),
             f"{name} is at most 1, or 100 %" + ("" if self._unit else f": do you mean {number}%?"):
                 unit == "ratio" and self._number > 1}
@@ -4827,7 +4828,8 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser, signals:
     check_arguments(arguments, parser)
     kept = saved_runs(arguments.pcaps) if arguments.pcaps else []
     direction = arguments.direction or (kept[0].report["config"]["direction"] if kept else "in")
-    outcome = Outcome(arguments, [Limit(text, direction) for text in arguments.fail_if], screen, signals)
+    limits = [Limit(text, direction, arguments.stages or bool(arguments.pcaps)) for text in arguments.fail_if]
+    outcome = Outcome(arguments, limits, screen, signals)
     probes = [] if arguments.pcaps else sweep(arguments)
     if arguments.pcaps:
         kinds: list[Any] = [kind_of({**run.report["config"], "direction": direction}) for run in kept] or [None]

@@ -107,6 +107,8 @@ LIVE = ("-n", "web1", "--hv", "hv", "-s", "192.0.2.1", "-d", "192.0.2.2")
     (("--rate", "5,6", "--format", "prometheus", "--output", "/dev/null"), "--format prometheus, are for one run"),
     (("--stages-buffer", "100"), "--stages-buffer is that of --stages"),
     (("--fail-if", "changed"), "--fail-if changed, slower and lossier need a --baseline"),
+    (("--fail-if", "to_guest.p99>1ms"), "--fail-if 'to_guest.p99>1ms': to_guest is known with --stages alone"),
+    (("--fail-if", "dropped>0"), "--fail-if 'dropped>0': dropped is known with --stages alone"),
     (("--fail-if", "quicker"), "or one of changed, slower, lossier"),
 ])
 def test_what_does_not_fit_is_a_usage_error(arguments: tuple[str, ...], words: str) -> None:
