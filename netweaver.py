@@ -1349,10 +1349,10 @@ all=; trap 'kill -s TERM $all 2>/dev/null' TERM
 TRACING = r"""
 tracing='
 remove() {
-  { echo 0 >"$1/tracing_on"; echo 0 >"$1/events/enable"; } 2>/dev/null
-  n=0; until rmdir "$1" 2>/dev/null || [ ! -d "$1" ] || [ $n = 9 ]; do n=$((n + 1)); sleep 0.2 || sleep 1; done
-  [ -z "$mounted" ] || umount "$mounted"
-}
+  echo 0 >"$1/tracing_on"; echo 0 >"$1/events/enable"
+  n=0; until rmdir "$1" || [ ! -d "$1" ] || [ $n = 9 ]; do n=$((n + 1)); sleep 0.2 || sleep 1; done
+  [ -z "$mounted" ] || ls -d "$mounted"/instances/netweaver-* || umount "$mounted"       # not while another run traces
+} >/dev/null 2>&1
 drain() {
   for c in "$i"/per_cpu/cpu*; do                     # of all that there may be; those that run have a directory here
     on=0 cpu=/sys/devices/system/cpu/${c##*/}; [ ! -d $cpu ] || on=1; [ ! -r $cpu/online ] || read -r on <$cpu/online
