@@ -1351,7 +1351,11 @@ tracing='
 remove() {
   echo 0 >"$1/tracing_on"; echo 0 >"$1/events/enable"
   n=0; until rmdir "$1" || [ ! -d "$1" ] || [ $n = 9 ]; do n=$((n + 1)); sleep 0.2 || sleep 1; done
-  [ -z "$mounted" ] || ls -d "$mounted"/instances/netweaver-* || umount "$mounted"       # not while another run traces
+  release
+} >/dev/null 2>&1
+release() {                                          # what was mounted for this, if no other run traces
+  ! grep -q "^netweaver /sys/kernel/tracing " /proc/mounts || ls -d /sys/kernel/tracing/instances/netweaver-* ||
+    umount /sys/kernel/tracing
 } >/dev/null 2>&1
 drain() {
   for c in "$i"/per_cpu/cpu*; do                     # of all that there may be; those that run have a directory here
@@ -1369,14 +1373,14 @@ keep() {
   echo 0 >"$i/tracing_on"; drain; cat "$i"/per_cpu/cpu*/stats >>trace-stats; offset; remove "$i"
 }'
 stages() {                                           # KIB MOST DIRECTION VIF PIF...
-  kib=$1 most=$2 direction=$3 vif=$4; shift 4; eval "$tracing"; mounted=
+  kib=$1 most=$2 direction=$3 vif=$4; shift 4; eval "$tracing"
   for t in /sys/kernel/tracing /sys/kernel/debug/tracing; do [ ! -d $t/instances ] || break; done
-  [ -d $t/instances ] || { t=/sys/kernel/tracing; mount -t tracefs nodev $t || return; mounted=$t; }
-  for i in $t/instances/netweaver-*; do
-    grep -q netweaver "/proc/${i##*-}/cmdline" 2>/dev/null || [ ! -d "$i" ] || (mounted= && remove "$i")
+  for i in $t/instances/netweaver-*; do              # of runs that could not remove them
+    grep -q netweaver "/proc/${i##*-}/cmdline" 2>/dev/null || [ ! -d "$i" ] || remove "$i"
   done
+  [ -d $t/instances ] || { t=/sys/kernel/tracing; mount -t tracefs netweaver $t || return; }
   i=$t/instances/netweaver-$$
-  mkdir $i || { [ -z "$mounted" ] || umount "$mounted"; return 1; }
+  mkdir $i || { release; return 1; }
   {
     echo 0 >$i/tracing_on; echo mono >$i/trace_clock; echo "$kib" >$i/buffer_size_kb; echo 0 >$i/options/overwrite
     for n in 1 2 3; do                               # of a bond or a VLAN those below
@@ -1401,7 +1405,7 @@ stages() {                                           # KIB MOST DIRECTION VIF PI
     done
     [ -z "$failed" ] && offset && echo 1 >$i/tracing_on
   } || { remove $i; return 1; }
-  `command -v setsid` sh -c "$tracing; mounted=$mounted; keep $i $$ $PPID $most 2>/dev/null" 3<&- >/dev/null 2>&1 & k=$!
+  `command -v setsid` sh -c "$tracing; keep $i $$ $PPID $most 2>/dev/null" 3<&- >/dev/null 2>&1 & k=$!
   (trap 'exit 0' TERM; while kill -s 0 $k 2>/dev/null; do sleep 1 & wait $!; done; remove $i) >/dev/null 2>&1 &
   all="$all $k $!"
 }

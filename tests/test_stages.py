@@ -232,8 +232,10 @@ def test_the_trace_goes_whatever_is_killed() -> None:
             finished(process)
             lab.wait_clean()
         (place / "netweaver-99999999").mkdir()
-        stages(lab, "-c", "20", "--rate", "1000")
+        lab.hv.run("mount", "-t", "tracefs", "netweaver", "/sys/kernel/tracing")
+        assert stages(lab, "-c", "20", "--rate", "1000")["stages"]["forwarding"]["packets"] == 20
         assert instances(place) == []
+        assert "netweaver /sys/kernel/tracing" not in lab.hv.run("cat", "/proc/mounts")
         assert {name: (place.parent / name).read_text() for name in own} == own
         lab.wait_clean()
 
