@@ -884,13 +884,6 @@ def reordering(result: Result) -> dict[int, int]:
     return extents
 
 
-def _tcp(identity: bytes) -> tuple[bytes, bytes]:
-    """Of a TCP segment's identity the addresses, and from the ports to the flags; both empty for other packets."""
-    if identity[0] not in (4, 6) or identity[1] != TCP:
-        return b"", b""
-    return addresses_of(identity), _transport_of(identity)
-
-
 def by_flow(result: Result) -> tuple[int, list[int], list[int]]:
     """How many flows there are, and the delays of their first and of their later packets, in order of size.
 
@@ -906,6 +899,13 @@ def by_flow(result: Result) -> tuple[int, list[int], list[int]]:
         dict(zip(latest_first, range(len(matching.numbers) - 1, -1, -1))).values())
     later = sorted(delay for rank, delay in enumerate(delays) if delay != NO_DELAY and rank not in first)
     return len(first), sorted(delays[rank] for rank in first if delays[rank] != NO_DELAY), later
+
+
+def _tcp(identity: bytes) -> tuple[bytes, bytes]:
+    """Of a TCP segment's identity the addresses, and from the ports to the flags; both empty for other packets."""
+    if identity[0] not in (4, 6) or identity[1] != TCP:
+        return b"", b""
+    return addresses_of(identity), _transport_of(identity)
 
 
 def resized(result: Result) -> int:
@@ -958,7 +958,7 @@ def guest_times(inbound: Result, outbound: Matching) -> tuple[dict[int, int], di
             if rank not in unclear and took >= 0:
                 times.setdefault(rank, took)
     return times, {"answered": len(times), "unanswered": len(asked) - len(unclear) - len(times),
-                                  "ambiguous": len(unclear)}
+                   "ambiguous": len(unclear)}
 
 
 def _exchange(identity: bytes) -> tuple[list[bytes], bytes]:
@@ -1211,17 +1211,16 @@ def compare(baseline: Sequence[Sequence[int]], current: Sequence[Sequence[int]])
     distinguishable only if it is also larger than RUN_TO_RUN.  With too few blocks, or packets for the 99th percentile,
     there is no interval and no verdict (None).
     """
-    sides = [[_figures(run) for run in runs] for runs in (baseline, current)]
-    by_run = min(map(len, sides)) >= FEWEST_RUNS
-    if not by_run:
-        sides = [[_figures(block) for run in runs for block in _blocks(run)] for runs in (baseline, current)]
+    by_run = min(len(baseline), len(current)) >= FEWEST_RUNS
+    sides = [[_figures(part) for run in runs for part in ([run] if by_run else _blocks(run))]
+             for runs in (baseline, current)]
+    wholes = [{} if by_run else _figures([outcome for run in runs for outcome in run]) for runs in (baseline, current)]
     enough = min(len(run) - run.count(NO_DELAY) for runs in (baseline, current) for run in runs) >= ENOUGH_FOR_P99
-    whole = [_figures([outcome for run in runs for outcome in run]) for runs in (baseline, current)]
     comparison: dict[str, Any] = {}
     for name, (share, least) in RUN_TO_RUN.items():
         columns = [[figures[name] for figures in side if name in figures] for side in sides]
-        before, after = ((sum(column) / len(column) if by_run and column else figures.get(name, 0.0))
-                         for column, figures in zip(columns, whole))
+        before, after = (sum(column) / len(column) if by_run and column else whole.get(name, 0.0)
+                         for column, whole in zip(columns, wholes))
         shift, usual = after - before, max(share * abs(before), least)
         interval = certain = None
         if min(map(len, columns)) >= (FEWEST_RUNS if by_run else FEWEST_BLOCKS) and (enough or name != "p99"):
@@ -2590,7 +2589,7 @@ def traffic_name(config: Report) -> str:
 
 SNAPLEN, OVERLAY_SNAPLEN = 128, 448                  # Ethernet, two tags, IPv6, TCP with options; the same in a tunnel
 BUFFER_KIB = 16384
-STAGES_BUFFER, LARGEST_TRACE = 8192, 1 << 28          # KiB for a processor; bytes for all of a run
+STAGES_BUFFER, LARGEST_TRACE = 8192, 1 << 28         # KiB for a processor; bytes for all of a run
 SMALLEST_FILE, USUAL_CAPTURE = 1 << 16, 256_000_000  # bytes for which there must be room, and that are enough
 OFFLOADS = ("generic-receive-offload", "generic-segmentation-offload", "large-receive-offload", "rx-vlan-offload",
             "tcp-segmentation-offload", "tx-vlan-offload")
@@ -3114,7 +3113,7 @@ def fetch_captures(host: Host, recording: Recording, directory: str, paths: dict
 
 
 MOST_PLACES = 1000                                   # in the kernel where packets are freed, of which names are asked
-TRACE_FILE = r"trace-(cpu\d{1,4}|formats|stats|offset|symbols)"
+TRACE_FILE = r"trace-(cpu\d{1,4}|formats|stats|offset)"
 
 
 def find_symbols(run: Run, addresses: Iterable[int]) -> str:
@@ -3450,12 +3449,9 @@ class NetWeaver:
     def plan(self, source_command: str | None = None, dest_pif_cmd: str | None = None, dest_vif_cmd: str | None = None,
              probes: Probes = SYNS) -> tuple[Plan, dict[str, Any]]:
         """What `generate_and_record` would do, and the account of it that the report gives as `config`."""
-        rate, template = probes.rate, source_command or probes.command
-        count = self.count or round(rate * self.duration if self.duration else 1000)
-        # hping3 takes what a load gets for answers to its own, and ends too early.
+        rate, template, count = probes.rate, source_command or probes.command, self._count(probes)
         seconds = self.duration or (count / rate if probes.load else None)
-        endless = probes.load or (self.duration and not self.count)
-        command = source_command or probes.source_command(ENDLESS if endless else count, self.destination_ip)
+        command = source_command or self._source_command(probes)
         hosts = self._connected()
 
         def find_facts() -> tuple[Facts, Links | None]:
@@ -3582,7 +3578,7 @@ class NetWeaver:
         lines = [f"{name}: {config[name]}" for name in ("hypervisor", "toolstack", "vif", "pif") if config[name]]
         lines += [f"{hosts.hypervisor.name}: {command}" for _, _, command in plan.captures]
         commands = dict.fromkeys(command for each in probes for command in (
-            each.load, each.source_command(self.count or 1000, self.destination_ip)) if command)
+            each.load, self._source_command(each)) if command)
         return [*lines, *(f"{name}: {command}" for name in hosts.sources for command in commands),
                 "All is there; nothing was sent."]
 
@@ -3625,6 +3621,18 @@ class NetWeaver:
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)
         self._directory, self._paths = "", {"pif": [], "vif": []}
+
+    def _count(self, probes: Probes) -> int:
+        """How many packets each source is expected to send."""
+        return self.count or round(probes.rate * self.duration if self.duration else 1000)
+
+    def _source_command(self, probes: Probes) -> str:
+        """What sends them, without an end where the time ends it.
+
+        hping3 takes what a load gets for answers to its own, and would end too early.
+        """
+        endless = probes.load or (self.duration and not self.count)
+        return probes.source_command(ENDLESS if endless else self._count(probes), self.destination_ip)
 
     def _find_vif(self) -> str:
         return self.vif or str(self._located(self.determine_vif_number))
@@ -3735,8 +3743,6 @@ def figures_of(result: Result, warnings: list[str]) -> dict[str, Any]:
 
 DISTINCT = ("to make packets distinct, send TCP SYNs or pings, or vary the payload, and with --match-nat use one "
             "source at a time")
-
-
 FEW_FOR_P99_9 = "too few packets matched for p99.9"   # of which nobody hears who doesn't ask for that
 
 
@@ -4262,6 +4268,9 @@ def figure_class(path: str) -> Any:
     return Figure
 
 
+COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7"         # of Okabe and Ito, which everyone tells apart
+
+
 def plot_runs(path: str, reports: Sequence[Report]) -> None:
     """Draws median and 99th percentile of several runs, by kind of traffic, over the rate, or else from run to run."""
     figure = figure_class(path)(figsize=(10, 4.8), layout="constrained")
@@ -4298,9 +4307,6 @@ def save_figure(figure: Any, path: str, title: str) -> None:
         text.set_usetex(False)
     kind = path[-3:].lower() if path.lower().endswith((".png", ".svg", ".pdf")) else "png"
     write_file(path, lambda file: figure.savefig(file, format=kind, dpi=150))
-
-
-COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7"         # of Okabe and Ito, which everyone tells apart
 
 
 def plot(path: str, report: Report, results: Sequence[Result]) -> None:
@@ -4841,8 +4847,8 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser, signals:
         arguments.destination = resolve(arguments.destination)       # once: it may be another address the next time
         for each in probes:
             each.source_command(1, arguments.destination)
-        kinds = [{"vm": arguments.name_label or arguments.vif, "direction": direction,
-                  "traffic": each.account() if arguments.source else None} for each in probes]
+        kinds = [kind_of({**vars(arguments), "direction": direction,
+                          "traffic": each.account() if arguments.source else None}) for each in probes]
     groups = list(map(kinds.index, kinds))           # the first of the same kind
     baselines = {group: load_baseline(
         arguments.baseline, DIRECTIONS[direction][0], arguments.destination if direction == "both" else None,

@@ -368,6 +368,10 @@ def test_a_dry_run(own_lab: Lab) -> None:
         assert words in done.stdout
     assert done.stdout.splitlines()[-1] == "All is there; nothing was sent."
     assert received() == before
+    load = f"ping -q {lab.destination}"
+    shown = lab.netweaver(*lab.arguments("--dry-run", "--load", load)).stdout
+    sent = report(lab.netweaver(*lab.arguments("--rate", "100", "-c", "100", "--load", load)))["config"]
+    assert f": {sent['source_command']}\n" in shown and f": {load}\n" in shown
     line = failure(lab.netweaver(*lab.arguments("--dry-run", "--source-command", "iperf9 -c {destination}")), 4)
     assert f"root@{lab.source.address}: iperf9: not found" in line
     lab.wait_clean()
