@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import kvm
@@ -11,6 +12,7 @@ import pytest
 import xen as xen_laboratory
 
 REQUIRED = os.environ.get("NETWEAVER_REQUIRE_LAB") == "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background jobs, and theirs, would ignore it
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
