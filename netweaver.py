@@ -3039,7 +3039,7 @@ class Recorder:
         hosts = self._hosts
         loads = self._start(load, LOAD_SECONDS) if load else {}
         begun, jobs = time.monotonic(), self._start(command)
-        in_time = self._watch(begun, lambda: (
+        in_time = self._watch(lambda: (
             (bool(jobs) and all(job.ended for job in jobs.values())) or self._interrupted() or self._job.ended
             or any(map(over, self._said()))))
         self._check_captures()
@@ -3058,8 +3058,9 @@ class Recorder:
             found["transmitted"] = sum(filter(None, sent))
         return found
 
-    def _watch(self, begun: float, done: Callable[[], bool]) -> bool:
+    def _watch(self, done: Callable[[], bool]) -> bool:
         """Waits for the end of the traffic, telling once a second how far it is; False if the time is over."""
+        begun = time.monotonic()
         while (left := begun + self._timeout - time.monotonic()) > 0:
             if self._until(done, min(left, 1) if self._tick else left):
                 return True
