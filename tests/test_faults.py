@@ -412,6 +412,19 @@ def test_login_shells_and_their_noise(own_lab: Lab, shell: str) -> None:
     assert "Welcome" not in done.stdout + done.stderr
 
 
+def test_a_host_whose_stderr_comes_late(own_lab: Lab) -> None:
+    """What tcpdump counted is told there, after all else."""
+    passwd = own_lab.hv.directory / "etc" / "passwd"
+    passwd.write_text(passwd.read_text().replace(":/root:/bin/sh\n", ":/root:/root/shell\n"))
+    shell = own_lab.hv.directory / "root" / "shell"
+    shell.write_text("#!/bin/bash\nlate() { while IFS= read -r line; do sleep 0.05; echo \"$line\" >&2; done; }\n"
+                     'exec /bin/sh "$@" 2> >(late)\n')
+    shell.chmod(0o755)
+    found = report(own_lab.netweaver(*own_lab.arguments("-c", "100", "--source-command", FAST)))
+    assert found["capture"]["pif"]["captured"] == found["capture"]["vif"]["captured"] == 100
+    assert found["capture"]["pif"]["dropped"] == found["capture"]["vif"]["dropped"] == 0
+
+
 # -- security --------------------------------------------------------------------------------------------------
 
 EVIL = ["x; touch OWNED", "$(touch OWNED)", "`touch OWNED`", "'; touch OWNED; '", "\"; touch OWNED; \"",
