@@ -42,6 +42,7 @@ PYTHON = os.path.abspath(os.environ.get("NETWEAVER_PYTHON", sys.executable))    
 MANAGEMENT, MANAGEMENT6, DATA, DATA6, OUTER = "10.83.0", "fd83:0:", "10.83.1", "fd83:1:", "10.83.2"
 HV_UUID, OTHER_HV_UUID = "5fb5a5a8-8a3b-4d5c-9d60-3a1a6d5b1f01", "0d1f7c52-6d7e-4d0c-8f5f-0f0c4d3e2b02"
 NAME = "instance-7c0ee45a-7a3c-4a0f-a8f4-3b7c5f7d1e90"
+LINKS = [name for name in ("alternatives", "ssl") if Path("/etc", name).is_dir()]       # full of them
 NEEDED = ("ip", "tcpdump", "hping3", "unshare", "nsenter", "setsid", "/usr/sbin/sshd", "ssh-keygen")
 
 
@@ -237,8 +238,9 @@ class Network:
 
     def _start_sshd(self, host: Host, *environment: str) -> None:
         host.directory.mkdir()
-        shutil.copytree("/etc", host.directory / "etc", symlinks=True)
-        for name in ("tmp", "root", "bin"):
+        shutil.copytree("/etc", host.directory / "etc", symlinks=True,       # links take longer than files
+                        ignore=shutil.ignore_patterns(*LINKS, "rc?.d"))
+        for name in ("tmp", "root", "bin", *(f"etc/{name}" for name in LINKS)):
             (host.directory / name).mkdir()
         for name in ("passwd", "shadow"):
             path = host.directory / "etc" / name
@@ -257,8 +259,9 @@ class Network:
 
     def restart_sshd(self, host: Host) -> None:
         """Starts a host's sshd, in a mount namespace of its own."""
-        own = "\n".join(f"mount --bind {shlex.quote(str(host.directory / name))} /{name} || exit 1"
-                        for name in ("tmp", "root", "etc"))
+        directory = shlex.quote(str(host.directory))
+        own = "\n".join([*(f"mount -o bind,ro /etc/{name} {directory}/etc/{name} || exit 1" for name in LINKS),
+                         *(f"mount --rbind {directory}/{name} /{name} || exit 1" for name in ("tmp", "root", "etc"))])
         config = shlex.quote(str(host.directory / "sshd_config"))
         script = f"{own}\nmount -t tmpfs none /run && mkdir /run/sshd && exec /usr/sbin/sshd -D -e -f {config}"
         with open(host.directory / "sshd.log", "ab") as log:

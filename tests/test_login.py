@@ -1,6 +1,7 @@
 """Logging in: what ssh itself would decide, keys of all kinds, and what a person is told."""
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,14 @@ try:
 except netweaver.NetWeaverError as error:
     sys.exit(str(error))
 """
+
+
+@functools.cache
+def rsa_key() -> list[str]:
+    """The two files of one RSA key, which takes long to make."""
+    with tempfile.TemporaryDirectory() as directory:
+        subprocess.run(["ssh-keygen", "-q", "-t", "rsa", "-N", "", "-f", f"{directory}/key"], check=True)
+        return [Path(directory, name).read_text() for name in ("key", "key.pub")]
 
 
 # -- side by side with ssh, on a real sshd --
@@ -61,7 +71,12 @@ class Server:
     @staticmethod
     def generate(path: Path, kind: str) -> str:
         """Makes a key; returns its type and its public half, as known_hosts has them."""
-        subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", "", "-f", str(path)], check=True)
+        if kind == "rsa":
+            for name, content in zip((path.name, f"{path.name}.pub"), rsa_key()):
+                path.with_name(name).write_text(content)
+            path.chmod(0o600)
+        else:
+            subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", "", "-f", str(path)], check=True)
         return " ".join(path.with_name(f"{path.name}.pub").read_text().split()[:2])
 
     def run(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
