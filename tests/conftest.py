@@ -24,12 +24,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             pytest.exit(f"NETWEAVER_REQUIRE_LAB=1, and the lab can't be built: {reason}", returncode=1)
         for item in wanted if reason else ():
             item.add_marker(pytest.mark.skip(reason=f"the lab can't be built: {reason}"))
-    phase = os.environ.get("NETWEAVER_PHASE")
-    alone = [item for item in items if item.get_closest_marker("alone")]
-    if phase:
-        chosen = [item for item in items if (item in alone) == (phase == "alone")]
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+    if wanted_phase := os.environ.get("NETWEAVER_PHASE"):
+        config.hook.pytest_deselected(items=[item for item in items if phase(item) != wanted_phase])
+        items[:] = [item for item in items if phase(item) == wanted_phase]
+
+
+def phase(item: pytest.Item) -> str:
+    return next((marker for marker in ("hypervisor", "alone") if item.get_closest_marker(marker)), "together")
 
 
 @pytest.fixture(scope="session")

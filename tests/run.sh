@@ -8,8 +8,8 @@ system=nothing
 if [ "$(id -u)" = 0 ] && [ "$(uname)" = Linux ]; then system=tests; fi
 prepare $system test
 
-# Most tests wait for something most of the time, so several run at once; those that measure, or need a whole emulated
-# machine's time, come after, one by one.
+# Most tests wait for something most of the time, so several run at once; those that measure come after, one by one, and
+# then those with a hypervisor, each of the two kinds on a processor of its own.
 run() {
     status=0
     NETWEAVER_PHASE=$1 && shift
@@ -20,4 +20,5 @@ run() {
 none=0
 run together -n 6 "$@"
 run alone "$@"
-[ $none -lt 2 ] || exit 5
+run hypervisor -n 2 --dist loadfile "$@"
+[ $none -lt 3 ] || exit 5

@@ -8,7 +8,7 @@ from helpers import ENDLESS, failure, finished, report, sending
 from kvm import NAME, KvmLab
 from lab import wait_until
 
-pytestmark = [pytest.mark.lab, pytest.mark.hypervisor, pytest.mark.alone]
+pytestmark = [pytest.mark.lab, pytest.mark.hypervisor]
 VIRSH = ("--toolstack", "virsh")
 
 

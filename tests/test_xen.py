@@ -11,7 +11,7 @@ from helpers import analyzed, failure, finished, report, sending
 from lab import wait_until
 from xen import NAME, VIFNAME, XenLab
 
-pytestmark = [pytest.mark.lab, pytest.mark.hypervisor, pytest.mark.alone]
+pytestmark = [pytest.mark.lab, pytest.mark.hypervisor]
 STEADY = "hping3 -c {count} -S -L 0 -Q -i u4000 {destination}"
 ENDLESS = "hping3 -S -i u10000 {destination}"
 

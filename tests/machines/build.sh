@@ -46,6 +46,7 @@ depmod -b dom0 "$kernel"
 install -D -m 600 key.pub dom0/root/.ssh/authorized_keys
 install -m 755 "$here/dom0.rc" dom0/etc/rc.dom0
 install -m 755 "$here/xe" dom0/usr/bin/xe
+chroot dom0 ovsdb-tool create /etc/openvswitch/conf.db
 ln -sf /bin/busybox dom0/sbin/init
 printf '::sysinit:/etc/rc.dom0\n::ctrlaltdel:/bin/busybox poweroff -f\n' >dom0/etc/inittab
 echo dom0 >dom0/etc/hostname
