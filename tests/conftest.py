@@ -12,7 +12,9 @@ import pytest
 import xen as xen_laboratory
 
 REQUIRED = os.environ.get("NETWEAVER_REQUIRE_LAB") == "1"
-signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's background jobs, and theirs, would ignore it
+# A shell's background jobs, and theirs, would ignore these, and so would those of nohup.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

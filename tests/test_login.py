@@ -352,7 +352,7 @@ Host vm
     arguments = ["-n", lab.arguments()[1], "--hv", "xen", "-s", "vm", "-d", lab.destination, "-c", "5",
                  "--source-command", FAST]
     assert report(lab.netweaver(*arguments))["packets"]["matched"] == 5
-    assert len((lab.directory / "known").read_text().splitlines()) == 2
+    assert len(set((lab.directory / "known").read_text().splitlines())) == 2     # ssh, which jumps, may add one, too
     text = (ssh / "config").read_text()
     (ssh / "config").write_text(text.replace("ProxyJump vm", "ProxyCommand ssh -W %h:%p vm"))
     assert report(lab.netweaver(*arguments))["packets"]["matched"] == 5
