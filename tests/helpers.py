@@ -20,7 +20,7 @@ from typing import Any
 import numpy
 import pytest
 from frames import ethernet, icmp, ipv4, ipv6, pcap, tcp, udp, write
-from lab import NAME, NETWEAVER, Lab, Network
+from lab import NAME, NETWEAVER, Lab, Network, wait_until
 
 import netweaver
 
@@ -73,6 +73,18 @@ def finished(process: subprocess.Popen[str], seconds: float = 30) -> subprocess.
 
 def sending(lab: Network) -> bool:
     return all(any("hping3" in line for line in host.processes().values()) for host in lab.sources)
+
+
+def received(lab: Network) -> int:
+    """How many packets the hypervisor's eth0 has got so far."""
+    return int(lab.hv.run("cat", "/sys/class/net/eth0/statistics/rx_packets"))
+
+
+def wait_for_packets(lab: Network) -> None:
+    """Waits until some packets of a run's traffic have passed."""
+    wait_until(lambda: sending(lab), "the traffic")
+    enough = received(lab) + 50
+    wait_until(lambda: received(lab) > enough, "some packets")
 
 
 def run_code(lab: Lab, code: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ENDLESS, FAST, failure, finished, report, sending
+from helpers import ENDLESS, FAST, failure, finished, report, sending, wait_for_packets
 from lab import NETWEAVER, Lab, wait_until
 
 pytestmark = pytest.mark.lab
@@ -58,8 +58,7 @@ def test_a_connection_cut_without_a_word(side: str) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_one_signal_ends_the_traffic_and_gives_a_report(lab: Lab, number: signal.Signals, code: int) -> None:
     process = lab.start(*lab.arguments("--source-command", ENDLESS))
-    wait_until(lambda: sending(lab), "the traffic")
-    time.sleep(0.5)                                  # some packets
+    wait_for_packets(lab)
     process.send_signal(number)
     done = finished(process)
     assert done.returncode == code, done.stderr
@@ -97,8 +96,7 @@ def test_the_terminal_closes(lab: Lab, tmp_path: Path) -> None:
         words = lab.on_client(sys.executable, str(NETWEAVER), *lab.arguments(
             "--source-command", ENDLESS, "--output", str(tmp_path / "result.json"), "--save", str(tmp_path / "runs")))
         os.execvpe(words[0], words, lab.environment)
-    wait_until(lambda: sending(lab), "the traffic")
-    time.sleep(0.5)                                  # some packets
+    wait_for_packets(lab)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
     found = json.loads((tmp_path / "result.json").read_text())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import FAST, FEW_FOR_P99_9, Terminal, analyzed, failure, finished, noisy, offline, pair, report
+from helpers import FAST, FEW_FOR_P99_9, Terminal, analyzed, failure, finished, noisy, offline, pair, received, report
 from lab import DATA6, NAME, NETWEAVER, PYTHON, Lab, wait_until
 
 import netweaver
@@ -121,11 +121,11 @@ def test_what_does_not_fit_is_a_usage_error(arguments: tuple[str, ...], words: s
     ("udp", "ping -q -i 0.002 -s 1000 {}", "UDP"), ("ping", "hping3 -S -i u300 {}", "ICMP")])
 def test_a_load_is_not_counted(lab: Lab, tmp_path: Path, pattern: str, load: str, protocol: str) -> None:
     """It runs from before the probes until after them, and is gone then."""
-    before = int(lab.hv.run("cat", "/sys/class/net/eth0/statistics/rx_packets"))
+    before = received(lab)
     load = load.format(lab.destination)
     found = report(lab.netweaver(*one_source(lab, "--rate", "200", "-c", "200", "--traffic", pattern, "--load", load,
                                              "--direction", "both", "--csv", str(tmp_path / "x.csv"))))
-    assert int(lab.hv.run("cat", "/sys/class/net/eth0/statistics/rx_packets")) - before > 700
+    assert received(lab) - before > 700
     assert 1 <= found["config"]["duration"]
     assert 20 < found["packets"]["pif"] == found["packets"]["matched"] <= 200 * found["config"]["duration"] + 2
     with open(tmp_path / "x.csv", newline="") as file:
