@@ -2926,7 +2926,7 @@ class Recorder:
         self._check_captures()
         marks.append(self._mark())
         self._job.stop()
-        if not self._until(lambda: self._job.ended, ANSWER_SECONDS):
+        if not self._until(lambda: self._job.ended, ANSWER_SECONDS) and self._job.status is None:
             raise CaptureError(f"{self._job.name}: a capture doesn't end")
         self._hosts.hypervisor.check_job(self._job)
         window = self._window(marks)
