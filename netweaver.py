@@ -1575,7 +1575,7 @@ class Host:
     def check(self) -> None:
         """HostConnectionError if the connection is lost."""
         if not self._transport.is_active():
-            reason = self._transport.get_exception()
+            reason = str(self._transport.get_exception() or "")      # EOFError has no words
             raise HostConnectionError(f"the connection to {self.name} is lost{f': {reason}' if reason else ''}")
 
     def _session(self) -> paramiko.Channel:
@@ -1590,7 +1590,7 @@ class Host:
             except ChannelException:
                 time.sleep(0.02 * 2 ** attempt)
             except (SSHException, EOFError, OSError) as error:
-                raise HostConnectionError(f"{self.name}: can't start a session: {error or 'no answer'}") from error
+                raise HostConnectionError(f"{self.name}: can't start a session: {str(error) or 'no answer'}") from error
         raise HostConnectionError(f"{self.name}: sshd allows too few sessions on a connection: its sshd_config needs "
                                   "MaxSessions 2 or more")
 
@@ -1645,8 +1645,8 @@ class Host:
             channel.invoke_subsystem("sftp")
             return SFTPClient(channel)
         except (SFTPError, SSHException, EOFError, OSError) as error:
-            raise CaptureError(f"{self.name}: has no SFTP ({error or 'it ended at once'}): its sshd_config needs a "
-                               "line such as 'Subsystem sftp internal-sftp'") from error
+            raise CaptureError(f"{self.name}: has no SFTP ({str(error) or 'it ended at once'}): its sshd_config needs "
+                               "a line such as 'Subsystem sftp internal-sftp'") from error
 
     def fetch(self, sftp: Any, path: str, local: str, most: int) -> None:
         """Copies a file of the host, of `most` bytes at the most; CaptureError if it can't be copied whole."""
@@ -1665,7 +1665,7 @@ class Host:
             if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
                 raise CaptureError(f"can't write {local} on this machine: {os.strerror(number)}") from error
             self.check()
-            raise CaptureError(f"{self.name}: can't fetch {path}: {error or 'the transfer broke off'}") from error
+            raise CaptureError(f"{self.name}: can't fetch {path}: {str(error) or 'the transfer broke off'}") from error
 
     def leave(self) -> None:
         """Ends all that still runs there."""
@@ -2967,6 +2967,9 @@ class Recorder:
                 if self._job.ended:
                     raise CaptureError(f"{name}: the captures can't run: {last_line(self._job.errors)}")
             elif said[-1] != "exit 0" or not plan.limit or tcpdump_counts(said).get("captured", 0) < plan.limit:
+                if said[-1] == "exit 0":             # somebody has ended it, and maybe all that runs there
+                    self._until(lambda: self._job.ended, 2)
+                    self._hosts.hypervisor.check_job(self._job)
                 words = "; ".join(line.strip() for line in said[:-1] if "listening on" not in line)
                 raise CaptureError(f"{name}: the capture on {interface} ended with status {said[-1][5:]}: "
                                    f"{words[-500:] or 'no message'}{self._hint(side, interface, words)}")

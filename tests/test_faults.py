@@ -105,6 +105,18 @@ def test_the_terminal_closes(lab: Lab, tmp_path: Path) -> None:
     lab.wait_clean()
 
 
+@pytest.mark.parametrize(("program", "number", "words"), [
+    ("sh", signal.SIGTERM, "is lost (or its shell there was killed)"), ("sshd: root@notty", signal.SIGKILL, "is lost")])
+def test_what_holds_a_session_is_killed(lab: Lab, program: str, number: signal.Signals, words: str) -> None:
+    """The captures end with it, and by themselves without an error."""
+    process = lab.start(*lab.arguments("--source-command", ENDLESS))
+    wait_until(lambda: sending(lab), "the traffic")
+    os.kill(min(pid for pid, line in lab.hv.processes().items() if line == program), number)
+    line = failure(finished(process), 3)
+    assert line.endswith(f"the connection to root@{lab.hv.address} {words}")
+    wait_until(lambda: hosts_clean(lab), "clean hosts", 15)
+
+
 def test_a_host_behind_a_jump_dies(own_lab: Lab) -> None:
     """By heartbeats it is known within 12 s, and the jump, which lives, needn't say so."""
     lab = own_lab
