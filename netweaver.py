@@ -1587,10 +1587,12 @@ class Host:
                 channel: paramiko.Channel = self._transport.open_session(timeout=CONNECT_SECONDS)
                 channel.settimeout(CONNECT_SECONDS)
                 return channel
-            except ChannelException:
-                time.sleep(0.02 * 2 ** attempt)
             except (SSHException, EOFError, OSError) as error:
-                raise HostConnectionError(f"{self.name}: can't start a session: {str(error) or 'no answer'}") from error
+                # Of several that are refused at once, paramiko tells only one why.
+                if not isinstance(error, ChannelException) and str(error) != "Unable to open channel.":
+                    raise HostConnectionError(
+                        f"{self.name}: can't start a session: {str(error) or 'no answer'}") from error
+            time.sleep(0.02 * 2 ** attempt)
         raise HostConnectionError(f"{self.name}: sshd allows too few sessions on a connection: its sshd_config needs "
                                   "MaxSessions 2 or more")
 

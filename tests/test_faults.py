@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ENDLESS, FAST, failure, finished, report, sending, wait_for_packets
+from helpers import ENDLESS, FAST, failure, finished, report, run_code, sending, wait_for_packets
 from lab import NETWEAVER, Lab, wait_until
 
 pytestmark = pytest.mark.lab
@@ -382,6 +382,28 @@ def test_too_few_sessions_on_a_connection(own_lab: Lab) -> None:
     change_sshd(own_lab, "UseDNS no", "UseDNS no\nMaxSessions 1")
     line = failure(own_lab.netweaver(*own_lab.arguments("-c", "600", "--source-command", FAST)), 3)
     assert "its sshd_config needs MaxSessions 2 or more" in line
+    said = run_code(own_lab, """
+import threading
+netweaver.import_paramiko()
+access = netweaver.Access(KEY, ["StrictHostKeyChecking no"])
+host = access.connect(access.settings(netweaver.Target(f"root@{HV}")))
+held = host.start("sleep 60", 60)
+
+def run():
+    try:
+        host.run("true")
+    except netweaver.NetWeaverError as error:
+        print(str(error).partition(": ")[2] + "\\n", end="")
+
+threads = [threading.Thread(target=run) for _ in range(16)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+held.leave()
+host.close()
+""")
+    assert said.splitlines() == [line.partition(f"{own_lab.hv.address}: ")[2]] * 16      # refused at once, too
     own_lab.wait_clean()
 
 
