@@ -20,7 +20,7 @@ from typing import Any
 import numpy
 import pytest
 from frames import ethernet, icmp, ipv4, ipv6, pcap, tcp, udp, write
-from lab import NAME, NETWEAVER, Lab, Network, wait_until
+from lab import NAME, NETWEAVER, PYTHON, Lab, Network, wait_until
 
 import netweaver
 
@@ -92,7 +92,7 @@ def run_code(lab: Lab, code: str) -> str:
     names = {"SOURCE": lab.source.address, "NAME": NAME, "DESTINATION": lab.destination, "HV": lab.hv.address,
              "KEY": str(lab.key)}
     head = "import json, netweaver\n" + "".join(f"{name} = {value!r}\n" for name, value in names.items())
-    done = subprocess.run(lab.on_client(sys.executable, "-c", head + code), env={
+    done = subprocess.run(lab.on_client(PYTHON, "-c", head + code), env={
         **lab.environment, "PYTHONPATH": str(Path(netweaver.__file__).parent)}, capture_output=True, text=True,
         check=False, timeout=60)
     assert done.returncode == 0, done.stderr
