@@ -32,6 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def phase(item: pytest.Item) -> str:
+    """The part of run.sh in which a test runs."""
     return next((marker for marker in ("hypervisor", "alone") if item.get_closest_marker(marker)), "together")
 
 

@@ -42,7 +42,7 @@ PYTHON = os.path.abspath(os.environ.get("NETWEAVER_PYTHON", sys.executable))    
 MANAGEMENT, MANAGEMENT6, DATA, DATA6, OUTER = "10.83.0", "fd83:0:", "10.83.1", "fd83:1:", "10.83.2"
 HV_UUID, OTHER_HV_UUID = "5fb5a5a8-8a3b-4d5c-9d60-3a1a6d5b1f01", "0d1f7c52-6d7e-4d0c-8f5f-0f0c4d3e2b02"
 NAME = "instance-7c0ee45a-7a3c-4a0f-a8f4-3b7c5f7d1e90"
-LINKS = [name for name in ("alternatives", "ssl") if Path("/etc", name).is_dir()]       # full of them
+LINKS = [name for name in ("alternatives", "ssl") if Path("/etc", name).is_dir()]       # with hundreds of links
 NEEDED = ("ip", "tcpdump", "hping3", "unshare", "nsenter", "setsid", "/usr/sbin/sshd", "ssh-keygen")
 
 
