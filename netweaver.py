@@ -11,70 +11,157 @@ the packets of the two captures: t_vif - t_pif of each, by one kernel's clock.
 
     python netweaver.py -n instance-<uuid> --hv HV_IP -s SOURCE_IP -d DESTINATION_IP -k KEYFILE
 
-The rooms of this file, each of which knows only those before it: captures (a
-file in, identities and times out), analysis (who was seen where, and what that
-says), remote (commands that certainly end, and logging in), toolstacks (a VM's
-name in, its interfaces out), measurement (plan, record, fetch, analyse), report
-(the document and its files), people and monitors, and the command line.
+Sections, each of which uses those before it, and the main name of each:
+
+    Times              ANSWER_SECONDS       times that depend on each other
+    Model              DirectionResult      the values that the phases of an analysis exchange
+    Packets            identify             a frame in, the identities of its packets out
+    Selection          Selection            which packets are measured; writes the capture filter
+    Capture files      Capture              a file in, blocks of identities and times out
+    Matching           collect, match       the packets seen at both points, and when
+    Statistics         delay_statistics     delays, flows, reordering, the guest's time
+    Comparison         compare_runs         two sets of runs
+    Kernel trace       attach_stages        --stages: recording, reading, attribution, report
+    Remote shell       Host, Job            commands that end, whatever happens
+    Login              Access               SSH as OpenSSH does it, and the local machine
+    Toolstacks         TOOLSTACKS           a VM's name in, its interface out
+    Uplinks            physical_interfaces  a VM's interface in, the physical ones out
+    Platform           Facts                the hypervisor's kernel, links and tcpdump
+    Traffic            Traffic              the packets that the sources send
+    Run information    RunInfo              the document's `config`, in both directions
+    Planning           make_plan            all commands, before anything is sent
+    Recording          make_recording       captures, traffic, the measured period
+    Analysis           analyze_captures     files in, results out; no SSH from here on
+    Saved runs         save_run, load_run   directories of --save
+    NetWeaver          NetWeaver            a whole run, and its steps
+    Report             FIGURES, build_report, warnings; Limits: parse_limit
+    Outputs            Output, Outcome      text, JSON, CSV, Prometheus, pictures
+    Options, Files     Options              the command line; saved runs and captures as input
+    Main               main                 the only place that exits
+
+To add              change                                               guarded by
+    a toolstack     a function (UnknownVMError lets the next one try),   unit/test_toolstacks.py
+                    a row of TOOLSTACKS; README: requirements, tests     unit/test_readme.py
+    a header        TAG_SIZES, or _after_header; while capturing, only   unit/test_packets.py
+                    tags and tunnels are looked into; WRAPPINGS of tests
+    a tunnel        TUNNEL_PORTS, _udp_tunnel_content; unless its        unit/test_tunnel_ports.py
+                    header has 8 bytes, _tunnel_expression; TUNNEL_KINDS unit/test_capture_filter.py
+                    finds it by itself; --overlay's help; WRAPPINGS
+    a figure        a row of FIGURES; its value: of delays in            unit/test_report.py,
+                    delay_statistics, others in direction_report;        unit/test_readme.py
+                    DELAY_COLUMNS shows it; README's table
+    ... to compare  COMPARED, run_figures, STUDENT_T, CHANGE_LIMITS      unit/test_comparison.py
+    an output       a subclass of Output, Outcome._make_outputs,         unit/test_options.py
+                    FORMATS; what is asked about "prometheus"
+    an option       a field of Options (with_pcaps=True, or a field of   unit/test_options.py
+                    Settings and new_weaver if it is for measuring)
+    a time-out      the others in Times follow it; README names          unit/test_readme.py
+                    IDLE_SECONDS
 """
+
 from __future__ import annotations
 
-import errno
+import argparse
+import atexit
+import csv
+import difflib
+import fcntl
+import io
+import json
+import math
 import os
+import pwd
+import random
 import re
 import select
+import selectors
+import shutil
+import signal
+import socket
+import stat
+import subprocess
 import sys
+import tempfile
+import textwrap
 import threading
 import time
 from array import array
+from base64 import b64decode
 from bisect import bisect, bisect_left
-from collections import defaultdict, namedtuple
-from functools import partialmethod
-from itertools import count, islice
-from operator import itemgetter, le, mul
+from calendar import timegm
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from enum import Enum, IntEnum
+from functools import cached_property, partial
+from getpass import getpass
+from heapq import merge
+from ipaddress import ip_address
+from itertools import accumulate, count, cycle, islice, pairwise
+from operator import attrgetter, ge, gt, itemgetter, le, lt, mul
+from queue import Empty, SimpleQueue
 from shlex import quote
+from shlex import split as split_words
 from struct import Struct, unpack_from
 from struct import error as StructError
+from textwrap import shorten, wrap
+from types import MappingProxyType, ModuleType
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, Protocol, TypeVar, cast
 
-# What takes more than 2 ms, or isn't needed to analyse files, is imported where it is needed.
-TYPE_CHECKING = False                                # importing typing takes 7 ms
+# paramiko and matplotlib take long to import, and are not needed by every run.
 if TYPE_CHECKING:
-    import argparse
-    import subprocess
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from contextlib import ExitStack
-    from typing import Any, BinaryIO, NoReturn
-
     import paramiko
 
-    Block = tuple[list[bytes], array[int], dict[int, list[bytes]]]       # see Capture
-    Report = Mapping[str, Any]
-    Run = Callable[..., str]                         # see the toolstacks
+Report = Mapping[str, Any]
+Term = Callable[[str], str]  # an address in, a part of a pcap-filter(7) expression out
+T = TypeVar("T")
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
+__all__ = [
+    "NetWeaver",
+    "Settings",
+    "Traffic",
+    "main",
+    "NetWeaverError",
+    "UsageError",
+    "HostConnectionError",
+    "RemoteCommandError",
+    "UnknownVMError",
+    "CaptureError",
+    "NoMatchError",
+]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 NANOSECONDS = 1_000_000_000
 DAY = 86_400 * NANOSECONDS
 
 
 class NetWeaverError(Exception):
-    """What a user can do something about; only `main` turns it into an exit code."""
+    """An error that a user can do something about; only `main` turns it into an exit code."""
+
     exit_code = 1
 
 
 class UsageError(NetWeaverError):
     """An argument that can't be used, or a file that can't be written."""
+
     exit_code = 2
 
 
 class HostConnectionError(NetWeaverError):
     """A host can't be reached, its key or ours was refused, or the connection broke."""
+
     exit_code = 3
 
 
+class NoAnswerError(HostConnectionError):
+    """No answer came in time."""
+
+
 class RemoteCommandError(NetWeaverError):
-    """A remote command failed, or its answer was not the one that was needed."""
+    """A remote command failed, or its answer can't be used."""
+
     exit_code = 4
 
 
@@ -84,2041 +171,5613 @@ class UnknownVMError(RemoteCommandError):
 
 class CaptureError(NetWeaverError):
     """A capture could not be made, fetched or read."""
+
     exit_code = 5
 
 
 class NoMatchError(NetWeaverError):
-    """Both captures are fine, and there is no delay in them."""
+    """Both captures can be read, but contain no delay."""
+
     exit_code = 6
 
 
 class ReaderGone(NetWeaverError):
-    """Who read standard output doesn't any more."""
+    """The reader of standard output has closed the pipe."""
+
     exit_code = 141
 
 
-# ---- Captures: identities ------------------------------------------------------------------------------------
-# An identity is what tells a packet from all others wherever it is seen: IP's version (1 byte; 0 for a line of text;
-# with NOT_FIRST for a fragment but the first), protocol (1), length (2), id (2), source and destination (8 or 32), and
-# of the transport header or the payload what no router changes.
-
-TEXT, NOT_FIRST = 0, 0x80
-ADDRESSES = 6                                        # where they begin in an identity
-PAYLOAD = 32                                         # bytes of payload that take part
-MOST_HEADERS = 32                                    # in one frame; more are no traffic that anyone sends
-
-UNKNOWN, ANY_IP = 0, -1                              # beside ethertypes
-IPV4, ARP, IPV6, TRANSPARENT_ETHERNET = 0x0800, 0x0806, 0x86DD, 0x6558
-VLAN_TAGS, MPLS = (0x8100, 0x88A8, 0x9100), (0x8847, 0x8848)
-EN10MB, LINUX_SLL, LINUX_SLL2 = 1, 113, 276
-# By link type: where the ethertype is (None: there are IP packets alone), and what follows the header.
-LINK_HEADERS: dict[int, tuple[int | None, int]] = {
-    EN10MB: (12, 14), LINUX_SLL: (14, 16), LINUX_SLL2: (0, 20), 0: (None, 4), 108: (None, 4),        # NULL, LOOP
-    **dict.fromkeys((12, 14, 101, 228, 229), (None, 0))}
-ICMP, IP_IN_IP, TCP, UDP, IPV6_IN_IP, FRAGMENT, GRE, AUTHENTICATION, ICMPV6 = 1, 4, 6, 17, 41, 44, 47, 51, 58
-EXTENSION_HEADERS = (0, 43, FRAGMENT, AUTHENTICATION, 60)    # hop-by-hop, routing, ..., destination options
-GENEVE_PORT, TUNNEL_PORTS = 6081, (4789, 8472, 6081)         # the others are VXLAN's
-FIN, SYN, RST, PSH, ACK, CWR = 0x01, 0x02, 0x04, 0x08, 0x10, 0x80
-IPV4_IN_ETHERNET = b"\x08\0\x45"                     # ethertype, version and size
-TOO_SHORT = IndexError, StructError                  # what reading beyond the end of a frame raises
-
-_ipv4_fields = Struct(">Bx4s2sxc2x8s").unpack_from   # version and size; length, id; fragment; protocol; addresses
-_ipv6_fields = Struct(">B3x2sBx32s").unpack_from     # version; length; next header; addresses
+@contextmanager
+def naming(subject: str) -> Iterator[None]:
+    """Begin the message of an error with the option or the run that it is about."""
+    try:
+        yield
+    except NetWeaverError as error:
+        name_error(error, subject)
+        raise
 
 
-def identify(frame: bytes, linktype: int) -> list[bytes]:
-    """The identities of the IP packets in a frame: the outermost first, then what a tunnel carries.
-
-    There is none in a frame that carries ARP.  Raises one of TOO_SHORT if the frame ends before the innermost packet
-    is identified, unless the packet around it is whole: then what is inside is malformed.
-    """
-    if linktype == EN10MB and frame[12:15] == IPV4_IN_ETHERNET and (identity := _plain(frame)):
-        return [identity]
-    packets: list[bytes] = []
-    place, at = LINK_HEADERS.get(linktype, (None, len(frame)))
-    ethertype = ANY_IP if place is None else _u16(frame, place)
-    end = 0                                          # of the packet around
-    for _ in range(MOST_HEADERS):
-        try:
-            if ethertype in (UNKNOWN, ARP):
-                return [] if ethertype == ARP else packets
-            if ethertype not in (IPV4, IPV6):
-                ethertype, at = _other_header(frame, ethertype, at)
-                continue
-            identity, at, size = (_ipv4 if ethertype == IPV4 else _ipv6)(frame, at)
-            packets.append(_with_transport(frame, identity, at, size))
-            end = at + size
-            ethertype, at = _inside(frame, identity, at)
-        except TOO_SHORT:
-            if not packets or end > len(frame):
-                raise
-            break
-        except ValueError:                           # no IP header, whatever the ethertype says
-            break
-    return packets
+def name_error(error: NetWeaverError, subject: str) -> None:
+    """Begin the message of an error with its subject; one without words stays so."""
+    message = str(error)
+    if subject and message and not message.startswith(subject):
+        error.args = (f"{subject}: {message}",)
 
 
-def _plain(frame: bytes) -> bytes:
-    """The identity of what most frames are, TCP or UDP in IPv4, at once; empty for any other packet."""
-    if len(frame) < 54 or frame[21] or frame[20] & 0x3F:
-        return b""
-    if frame[23] == TCP and (frame[46] == 0x50 or frame[47] & SYN):          # no options, or none that count
-        return b"\4\6" + frame[16:20] + frame[26:48]
-    if (frame[23] == UDP and len(frame) >= 42 + PAYLOAD and frame[38:40] >= b"\0\x28" and frame[16:18] >= b"\0\x3c"
-            and _u16(frame, 36) not in TUNNEL_PORTS):
-        return b"\4\x11" + frame[16:20] + frame[26:40] + frame[42:42 + PAYLOAD]
-    return b""
+def counted(number: int, singular: str, plural: str = "") -> str:
+    """Return a number with a noun, which may be followed by its verb: "1 run is", "2 runs are"."""
+    if number == 1:
+        return f"1 {singular}"
+    return f"{number} {plural or singular + 's'}"
 
 
-def _u16(frame: bytes, at: int) -> int:
-    return frame[at] << 8 | frame[at + 1]
+# ---- Times -----------------------------------------------------------------------------------
+# In seconds. Each follows from those before it.
+
+HEARTBEAT_SECONDS = 2  # between two renewals of a job's lease, each of which the host answers
+# Without a sign of life for five heartbeats, either end gives the other up.
+IDLE_SECONDS = 5 * HEARTBEAT_SECONDS
+CONNECT_SECONDS = IDLE_SECONDS  # for each step of a connection and each block of a file
+# The kernel gives up a peer that acknowledges nothing a heartbeat earlier: it knows the reason.
+DEAD_PEER_SECONDS = IDLE_SECONDS - HEARTBEAT_SECONDS
+# An answer is overdue a heartbeat later, so that a lost connection is reported as such, and not as
+# a slow command. Wherever a connection stalls, the run ends within this time.
+ANSWER_SECONDS = IDLE_SECONDS + HEARTBEAT_SECONDS  # for a look-up, the start and the end of a tool
+LONG_ANSWER_SECONDS = 2 * ANSWER_SECONDS  # for a look-up by many commands, on a busy host
+KILL_SECONDS = ANSWER_SECONDS // 4  # from TERM to KILL; WRAPPER counts as many
+GRACE_SECONDS = 0.5  # for a call to remove its files, when a signal ends the program meanwhile
+
+# ---- Model -----------------------------------------------------------------------------------
+# The values that the phases of an analysis exchange.  All times and delays are integer nanoseconds.
+
+NO_DELAY = -(1 << 63)
 
 
-def _part(frame: bytes, at: int, size: int) -> bytes:
-    if at + size > len(frame):
-        raise IndexError
-    return frame[at:at + size]
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: there are just two
+class Direction:
+    """A direction of traffic: the capture points ("pif" and "vif") in the order of passage."""
+
+    name: str
+    first: str
+    second: str
 
 
-# These two return the ethertype of what follows, and where that begins.
-
-def _other_header(frame: bytes, ethertype: int, at: int) -> tuple[int, int]:
-    if ethertype in VLAN_TAGS:
-        return _u16(frame, at + 2), at + 4
-    if ethertype == TRANSPARENT_ETHERNET:
-        return _u16(frame, at + 12), at + 14
-    if ethertype in MPLS:                            # the lowest label of the stack, or another one
-        return ANY_IP if frame[at + 2] & 1 else ethertype, at + 4
-    return {4: IPV4, 6: IPV6}.get(frame[at] >> 4, UNKNOWN) if ethertype == ANY_IP else UNKNOWN, at
-
-
-def _inside(frame: bytes, identity: bytes, at: int) -> tuple[int, int]:
-    """What a packet with its transport header at an offset carries, if it is a tunnel's."""
-    protocol = UNKNOWN if identity[0] & NOT_FIRST else identity[1]
-    if protocol == UDP and (port := _u16(frame, at + 2)) in TUNNEL_PORTS:
-        first = frame[at + 8]
-        if port != GENEVE_PORT and first & 8:        # with a valid VNI
-            return TRANSPARENT_ETHERNET, at + 16
-        if port == GENEVE_PORT and not first >> 6:   # version 0
-            return _u16(frame, at + 10), at + 16 + (first & 63) * 4
-    elif protocol == GRE:                            # checksum, key and sequence number are there or not
-        return _u16(frame, at + 2), at + 4 + 4 * sum(frame[at] >> bit & 1 for bit in (7, 5, 4))
-    elif protocol in (IP_IN_IP, IPV6_IN_IP):
-        return IPV4 if protocol == IP_IN_IP else IPV6, at
-    return UNKNOWN, at
-
-
-# These two return an identity without the transport header's part, where that begins, and the payload's size.
-
-def _ipv4(frame: bytes, at: int) -> tuple[bytes, int, int]:
-    version, length_id, fragment, protocol, addresses = _ipv4_fields(frame, at)  # type: int, bytes, bytes, bytes, bytes
-    if not 0x45 <= version <= 0x4F:
-        raise ValueError
-    if fragment[0] & 0x1F or fragment[1]:
-        return bytes((4 | NOT_FIRST,)) + protocol + length_id + addresses + fragment, 0, 0
-    header = (version & 15) * 4
-    return b"\4" + protocol + length_id + addresses, at + header, _u16(length_id, 0) - header
-
-
-def _ipv6(frame: bytes, at: int) -> tuple[bytes, int, int]:
-    version, length, protocol, addresses = _ipv6_fields(frame, at)       # type: int, bytes, int, bytes
-    if version >> 4 != 6:
-        raise ValueError
-    here, ip_id = at + 40, b"\0\0"
-    while protocol in EXTENSION_HEADERS:
-        extension, protocol, size = protocol, frame[here], frame[here + 1]
-        if extension == FRAGMENT:
-            fragment, size = _part(frame, here + 2, 6), 0        # offset and flags, id
-            ip_id = fragment[4:]
-            if fragment[0] or fragment[1] & 0xF8:
-                return bytes((6 | NOT_FIRST, protocol)) + length + ip_id + addresses + fragment, 0, 0
-        here += (size + 2) * 4 if extension == AUTHENTICATION else (size + 1) * 8
-    return bytes((6, protocol)) + length + ip_id + addresses, here, _u16(length, 0) - (here - at - 40)
-
-
-def _with_transport(frame: bytes, identity: bytes, at: int, size: int) -> bytes:
-    """An identity with the part of the transport header at an offset, of a payload of so many bytes."""
-    protocol = identity[1]
-    if identity[0] & NOT_FIRST:
-        return identity
-    if protocol == TCP:
-        identity += _part(frame, at, 14)             # ports, sequence and acknowledgment numbers, flags
-        # Of a SYN routers do edit the options; in others are the time stamps of a retransmission.
-        options = 0 if identity[-1] & SYN else (identity[-2] >> 4) * 4 - 20
-        return identity + _part(frame, at + 20, max(options, 0))
-    if protocol == UDP:
-        length = _u16(frame, at + 4) or size         # of a jumbogram there is none
-        return identity + _part(frame, at, 6) + _part(frame, at + 8, min(max(min(length, size) - 8, 0), PAYLOAD))
-    if protocol in (ICMP, ICMPV6):                   # type and code; identifier and sequence number
-        return identity + frame[at:at + 2] + _part(frame, at + 4, 4)
-    return identity + _part(frame, at, min(max(size, 0), PAYLOAD))
-
-
-def addresses_of(identity: bytes) -> bytes:
-    """Source and destination as they stand in the packet; empty for a line of text."""
-    version = identity[0] & ~NOT_FIRST
-    return identity[ADDRESSES:ADDRESSES + (8 if version == 4 else 32)] if version else b""
-
-
-def _transport_of(identity: bytes) -> bytes:
-    """What an identity has of the transport header; of a fragment but the first, its offset."""
-    return identity[ADDRESSES + len(addresses_of(identity)):]
-
-
-def flow_of(identity: bytes) -> bytes:
-    """What all packets of a flow share: IP version, protocol, addresses and ports."""
-    addresses = addresses_of(identity)
-    ports = 4 if identity[1] in (TCP, UDP) and addresses and not identity[0] & NOT_FIRST else 0
-    return identity[:2] + identity[ADDRESSES:ADDRESSES + len(addresses) + ports]
-
-
-def describe(identity: bytes) -> dict[str, Any]:
-    """The fields of an identity, for people; those that it doesn't have are missing."""
-    if identity[0] == TEXT:
-        return {"sequence": identity[1:].decode()}
-    from ipaddress import ip_address
-    six, protocol, flow, rest = identity[0] & 15 == 6, identity[1], addresses_of(identity), _transport_of(identity)
-    half = len(flow) // 2
-    fields: dict[str, Any] = {
-        "length": _u16(identity, 2) + 40 * six, "source": str(ip_address(flow[:half])),
-        "destination": str(ip_address(flow[half:])),
-        "protocol": {ICMP: "ICMP", ICMPV6: "ICMPv6", TCP: "TCP", UDP: "UDP"}.get(protocol, str(protocol))}
-    if not six or any(identity[4:6]):
-        fields["ip_id"] = _u16(identity, 4)
-    names, form = (), ""                             # type: tuple[str, ...], str
-    if identity[0] & NOT_FIRST:
-        fields["fragment_offset"] = _u16(rest, 0) & 0xFFF8 if six else (_u16(rest, 0) & 0x1FFF) * 8
-    elif protocol in (TCP, UDP):
-        names = ("source_port", "destination_port", "sequence", "acknowledgment")
-        form = ">HHII" if protocol == TCP else ">HH"
-    elif protocol in (ICMP, ICMPV6):
-        names, form = ("icmp_type", "icmp_code", "identifier", "sequence"), ">BBHH"
-    return fields | dict(zip(names, unpack_from(form, rest)))
-
-
-# ---- Captures: files -----------------------------------------------------------------------------------------
-
-CHUNK = 1 << 19
-PCAP_HEADER, RECORD_HEADER, LARGEST_RECORD, LARGEST_BLOCK = 24, 16, 1 << 18, 1 << 24     # bytes; libpcap's own limits
-# What generators send are records of one length with Ethernet, IPv4 and TCP, none with options that count.  Where all
-# of a chunk are, which a few columns of bytes tell, there are only four fields to take from each: seconds, fraction,
-# length and id, addresses with the TCP header.
-UNIFORM_RECORD, UNIFORM_SIZE = "II24x4s6x22s", 54
-UNIFORM_COLUMNS = (8, 9, 10, 11, 28, 29, 30, 36, 37, 39, 62)    # size, ethertype, version, fragment, protocol, TCP size
-
-
-class Capture:
-    """The packets in a pcap or pcapng file, which may be a pipe; CaptureError for what is neither.
-
-    Yields blocks: the identities of the innermost packets, their times, and by place in these lists the identities of
-    the packets around, where there are any.  When the iteration is complete, so are the counts: `records` in the file,
-    `other` of them without an IP packet, `cut` of them too short to identify it, `filtered` of them left out by `read`,
-    and `partial`, the number of bytes of a last record that is not whole.  `resolution` is the number of ticks per
-    second of the coarsest time stamps, and `last` the last one.
-    """
-
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        self.name, self._file = name, file
-        self.records = self.other = self.cut = self.filtered = self.partial = self.last = 0
-        self.resolution = NANOSECONDS
-        self._order, self._linktype = "<", EN10MB
-        self._interfaces: list[tuple[int, int, int]] = []    # of a pcapng file, see _interface
-
-    def __iter__(self) -> Iterator[Block]:
-        data, base = self._read(PCAP_HEADER), 0
-        if data[:2] == b"\x1f\x8b":
-            raise self._error("compressed: gunzip it first")
-        if len(data) < PCAP_HEADER:
-            raise self._error(f"too short for a capture file (it ends at byte {len(data)})")
-        take = self._blocks
-        if data[:4] != b"\n\r\r\n":
-            self._header(data)
-            data, base, take = b"", PCAP_HEADER, self._records
-        while more := self._read(CHUNK):
-            data += more
-            block: Block = [], array("q"), {}
-            used = take(data, base, block)
-            self.last = max((self.last, *block[1][-1:]))
-            yield block
-            data, base = data[used:], base + used
-        self.partial = len(data)
-
-    def _error(self, what: str) -> CaptureError:
-        return CaptureError(f"{self.name}: {what}")
-
-    def _read(self, size: int) -> bytes:
-        try:
-            return self._file.read(size)
-        except OSError as error:
-            raise self._error(f"can't read it: {error.strerror}") from error
-
-    def _header(self, data: bytes) -> None:
-        """Reads the header of a pcap file."""
-        for self._order in "<>":
-            magic, linktype = unpack_from(self._order + "I16xI", data)
-            if magic in (0xA1B2C3D4, 0xA1B23C4D):
-                break
-        else:
-            raise self._error(f"not a capture file (byte 0: {data[:4].hex()})")
-        self._linktype = linktype & 0xFFFF
-        if self._linktype not in LINK_HEADERS:
-            raise self._error(f"link type {self._linktype} is not supported (byte 20)")
-        self.resolution = NANOSECONDS if magic == 0xA1B23C4D else 1_000_000
-
-    def _records(self, data: bytes, base: int, block: Block) -> int:
-        """Adds the packets of the whole records at the start of the data; returns how many bytes those have."""
-        header, unit = Struct(self._order + "4I").unpack_from, NANOSECONDS // self.resolution
-        at, last = self._uniform(data, block), len(data)
-        while at + RECORD_HEADER <= last:
-            seconds, fraction, size, length = header(data, at)
-            frame = at + RECORD_HEADER
-            if frame + size > last:
-                if size > LARGEST_RECORD:
-                    raise self._error(f"impossible record length {size} at byte {base + at + 8}")
-                break
-            at = frame + size
-            self._add(data[frame:at], length, self._linktype, seconds * NANOSECONDS + fraction * unit, block)
-        return at
-
-    def _uniform(self, data: bytes, block: Block) -> int:
-        """The same if all records are alike, else 0."""
-        stride: int = RECORD_HEADER + unpack_from(self._order + "I", data.ljust(12), 8)[0]
-        number, first = len(data) // stride, data[RECORD_HEADER:stride]
-        if (self._linktype != EN10MB or first[12:15] != IPV4_IN_ETHERNET or len(first) < UNIFORM_SIZE
-                or first[23] != TCP or not _plain(first)):
-            return 0
-        end = number * stride
-        for at in UNIFORM_COLUMNS if first[46] == 0x50 else (*UNIFORM_COLUMNS, 63):      # with options: TCP's flags
-            if data[at:end:stride].count(data[at]) != number:
-                return 0
-        add_identity, add_time, unit = block[0].append, block[1].append, NANOSECONDS // self.resolution
-        records = Struct(f"{self._order}{UNIFORM_RECORD}{stride - RECORD_HEADER - 48}x").iter_unpack(data[:end])
-        for seconds, fraction, length_id, rest in records:
-            add_identity(b"\4\6" + length_id + rest)
-            add_time(seconds * NANOSECONDS + fraction * unit)
-        self.records += number
-        return end
-
-    def _add(self, frame: bytes, length: int, linktype: int, when: int, block: Block) -> None:
-        """Counts a record, of a frame that was `length` bytes long, and adds its packet to the block."""
-        self.records += 1
-        try:
-            packets = identify(frame, linktype)
-        except TOO_SHORT:
-            if len(frame) < length:
-                self.cut += 1
-                return
-            packets = []                             # malformed: whole, yet shorter than its headers say
-        if not packets:
-            self.other += 1
-            return
-        if len(packets) > 1:
-            block[2][len(block[0])] = packets[:-1]
-        block[0].append(packets[-1])
-        block[1].append(when)
-
-    def _blocks(self, data: bytes, base: int, block: Block) -> int:
-        """The same as _records for the blocks of a pcapng file."""
-        at = 0
-        while at + 12 <= len(data):
-            kind, = unpack_from(self._order + "I", data, at)
-            if kind == 0x0A0D0D0A:                   # a new section: its byte order, and interfaces of its own
-                self._order = {b"\x4d\x3c\x2b\x1a": "<", b"\x1a\x2b\x3c\x4d": ">"}.get(data[at + 8:at + 12], "")
-                if not self._order:
-                    raise self._error(f"damaged section header at byte {base + at}")
-                self._interfaces = []
-            size, = unpack_from(self._order + "I", data, at + 4)
-            if size < 12 or size % 4 or size > LARGEST_BLOCK:
-                raise self._error(f"impossible block length {size} at byte {base + at + 4}")
-            if at + size > len(data):
-                break
-            if kind == 1:
-                self._interfaces.append(self._interface(data[at + 8:at + size - 4]))
-            elif kind in (2, 6) and size >= 32:      # (obsolete) packet block, enhanced packet block
-                fields = self._order + ("Hxx4I" if kind == 2 else "5I")
-                number, high, low, kept, length = unpack_from(fields, data, at + 8)
-                if number >= len(self._interfaces) or kept > size - 32:
-                    raise self._error(f"damaged packet block at byte {base + at}")
-                linktype, per_second, offset = self._interfaces[number]
-                when = (high << 32 | low) * NANOSECONDS // per_second + offset * NANOSECONDS
-                if not 0 <= when < NANOSECONDS << 32:
-                    raise self._error(f"impossible time stamp at byte {base + at + 12}")
-                self.resolution = min(self.resolution, per_second)
-                self._add(data[at + 28:at + 28 + kept], length, linktype, when, block)
-            elif kind == 3:                          # a simple packet block has no time
-                self.records += 1
-                self.other += 1
-            at += size
-        return at
-
-    def _interface(self, body: bytes) -> tuple[int, int, int]:
-        """(link type, ticks per second, seconds to add) of an interface description block."""
-        linktype, at = int.from_bytes(body[:2], "little" if self._order == "<" else "big"), 8
-        per_second, offset = 1_000_000, 0            # type: Any, int
-        while at + 4 <= len(body):
-            code, size = unpack_from(self._order + "HH", body, at)
-            value = body[at + 4:at + 4 + size]
-            if code == 9 and value:                  # if_tsresol
-                per_second = 2 ** (value[0] & 127) if value[0] & 128 else 10 ** value[0]
-            elif code == 14 and len(value) == 8:     # if_tsoffset
-                offset, = unpack_from(self._order + "q", value)
-            elif not code:
-                break
-            at += 4 + (size + 3 & ~3)
-        return linktype, per_second, offset
-
-
-class TextCapture:
-    """The packets in a text capture, one a line: identities and times of all of them, in order.
-
-    The identity is column `seq_no_col` (from 0, columns are separated by white space), of which part
-    `seq_no_split_index` counts after a split by `seq_no_split_by` (None or "": the whole column).  The time is column
-    `timestamp_col`: HH:MM:SS[.fraction], after a date YYYY-MM-DD in the column before it if there is one, or seconds
-    since the epoch.  Without a date a step back by more than half a day is a new day; `dated` says that there is none
-    of these times.  Lines without these columns are counted in `skipped`.
-    """
-
-    def __init__(self, lines: Iterable[str], seq_no_col: int, timestamp_col: int, seq_no_split_by: str | None = None,
-                 seq_no_split_index: int = 0) -> None:
-        self.identities: list[bytes] = []
-        self.times: array[int] = array("q")
-        self.skipped, self.dated = 0, False
-        days = last = 0
-        for columns in filter(None, map(str.split, lines)):
-            try:
-                key = columns[seq_no_col]
-                if seq_no_split_by:
-                    key = key.split(seq_no_split_by)[seq_no_split_index]
-                when, dated = _text_time(columns[timestamp_col], columns[timestamp_col - 1] if timestamp_col else "")
-            except (IndexError, ValueError):
-                self.skipped += 1
-                continue
-            if not dated:
-                days += last - when > DAY // 2
-                last = when
-                when += days * DAY
-            self.dated |= dated
-            self.identities.append(bytes((TEXT,)) + key.encode(errors="replace"))
-            self.times.append(when)
-
-
-def _text_time(text: str, before: str) -> tuple[int, bool]:
-    """Nanoseconds of a time (since the epoch, or midnight), and whether a date is known; ValueError if it is none."""
-    parts = re.fullmatch(r"(?:(\d\d?):(\d\d):)?(\d{1,10})(?:[.,](\d{1,9}))?", text, re.ASCII)
-    if not parts:
-        raise ValueError(text)
-    hours, minutes, seconds = int(parts[1] or 0), int(parts[2] or 0), int(parts[3])
-    when = ((hours * 60 + minutes) * 60 + seconds) * NANOSECONDS + int((parts[4] or "").ljust(9, "0"))
-    if not parts[1] or not re.fullmatch(r"\d{4}-\d\d-\d\d", before, re.ASCII):
-        return when, not parts[1]
-    import datetime
-    return when + (datetime.date.fromisoformat(before) - datetime.date(1970, 1, 1)).days * DAY, True
-
-
-# ---- Captures: which packets count, and in which direction they go -------------------------------------------
-
-Direction = namedtuple("Direction", "name first second")     # from which point packets go to which
-IN, OUT = Direction("in", "pif", "vif"), Direction("out", "vif", "pif")
+IN = Direction("in", first="pif", second="vif")
+OUT = Direction("out", first="vif", second="pif")
 DIRECTIONS = {"in": (IN,), "out": (OUT,), "both": (IN, OUT)}
 
 
-class Selection:
-    """Which packets count, and in which direction they go, by their addresses.
+@dataclass(frozen=True)
+class Window:
+    """The period that is measured, by the clock of the captures; without arguments, all of it.
 
-    What goes from one of the sources (none: from anywhere) to one of the destinations goes IN, and the opposite OUT.
-    Without any address all packets count, as those of the first of the directions.  `translated` says that addresses
-    are translated on the way, so that they are no part of what is the same at both points.  `probes` are a protocol and
-    a port (None: any), if nothing else counts.
+    If `is_live`, `watched_until` cuts through traffic that goes on: packets that may have been
+    under way then are undecided, and so is all that was sent after the first of them.
     """
 
-    def __init__(self, directions: Sequence[Direction] = (IN,), sources: Iterable[str] = (),
-                 destinations: Iterable[str] = (), translated: bool = False,
-                 probes: tuple[int, int | None] | None = None) -> None:
-        self.directions, self.translated, self._probes = directions, translated, probes
-        self._ends = frozenset(map(_packed, sources)), frozenset(map(_packed, destinations))
-        self.everything = not any(self._ends) and not translated and not probes
+    start: int = -(1 << 62)  # earlier packets and arrivals are in no count
+    end: int = 1 << 62  # of the traffic, or of the first point's capture
+    watched_until: int = 1 << 62  # the second point; later packets are not certainly captured
+    wait: int = 0  # how long the user is willing to wait for a packet
+    watched_from: int = -(1 << 62)  # the second point
+    is_live: bool = True
 
-    def is_probe(self, packet: bytes) -> bool:
-        """Whether a packet counts, by its protocol and ports."""
-        if not self._probes:
-            return True
-        protocol, port = self._probes
-        ports = () if port is None or packet[0] & NOT_FIRST else unpack_from(">HH", _transport_of(packet))
-        return packet[1] in ((ICMP, ICMPV6) if protocol == ICMP else (protocol,)) and (port is None or port in ports)
+    def decided(self, longest: int) -> tuple[int, int]:
+        """Return the period in which a packet must have been sent to be lost if it is missing.
 
-    def direction(self, flow: bytes) -> Direction | None:
-        """The direction of a packet by its source and destination as they stand in it; None if it doesn't count."""
-        addresses = flow[:len(flow) // 2], flow[len(flow) // 2:]
-        for direction in self.directions:
-            ends = self._ends[::-1] if direction is OUT else self._ends
-            if all(not end or address in end for address, end in zip(addresses, ends)):
-                return direction
-        return None
-
-
-def _packed(address: str) -> bytes:
-    """An IP address as it stands in a packet."""
-    from ipaddress import ip_address
-    return ip_address(address).packed
-
-
-class Traffic:
-    """The packets of one direction: each has a number, and at each point there are numbers and times, in order.
-
-    `numbers` are by what is the same of a packet at both points, `identities` by number.
-    """
-
-    def __init__(self, direction: Direction) -> None:
-        self.direction = direction
-        self.numbers: defaultdict[bytes, int] = defaultdict(count().__next__)
-        self.seen = {point: (array("I"), array("q")) for point in (direction.first, direction.second)}
-        self._originals: list[bytes] = []            # identities, where they are not what is the same
-
-    def add(self, point: str, keys: Iterable[bytes], times: Iterable[int], originals: Iterable[bytes] = ()) -> None:
-        """Adds what was seen at a point; `originals` are the identities, if the keys are not."""
-        numbers, stamps = self.seen[point]
-        old = len(numbers)
-        stamps.extend(times)
-        numbers.extend(map(self.numbers.__getitem__, keys))
-        for identity, number in zip(originals, islice(numbers, old, None)):
-            if number == len(self._originals):
-                self._originals.append(identity)
-
-    @property
-    def identities(self) -> list[bytes]:
-        return self._originals or list(self.numbers)
-
-    def sort(self, point: str) -> None:
-        """Brings what several captures saw at a point (the slaves of a bond) into the order of time."""
-        numbers, times = self.seen[point]
-        order = sorted(range(len(times)), key=times.__getitem__)
-        self.seen[point] = array("I", map(numbers.__getitem__, order)), array("q", map(times.__getitem__, order))
-
-    def coarsen(self, point: str, resolution: int) -> None:
-        """Brings the times at a point to so many ticks a second."""
-        numbers, times = self.seen[point]
-        ticks = (when * resolution // NANOSECONDS for when in times)
-        self.seen[point] = numbers, array("q", (tick * NANOSECONDS // resolution for tick in ticks))
-
-
-def read(captures: Mapping[str, Sequence[Capture]], selection: Selection) -> list[Traffic]:
-    """The traffic of each direction, in one pass over the captures of each point (pif and vif).
-
-    If a point has coarser time stamps than the other, both get its resolution: no delay must be negative by rounding.
-    """
-    traffic = [Traffic(direction) for direction in selection.directions]
-    for point, files in captures.items():
-        for capture in files:
-            for block in capture:
-                if selection.everything:
-                    traffic[0].add(point, *block[:2])
-                else:
-                    capture.filtered += _select(block, selection, traffic, point)
-        for each in traffic if len(files) > 1 else ():
-            each.sort(point)
-    finest = {point: max(capture.resolution for capture in files) for point, files in captures.items()}
-    coarsest = min(capture.resolution for files in captures.values() for capture in files)
-    for point in captures:
-        for each in traffic if finest[point] > coarsest else ():
-            each.coarsen(point, coarsest)
-    return traffic
-
-
-def _select(block: Block, selection: Selection, traffic: Sequence[Traffic], point: str) -> int:
-    """Adds what counts of a block, of each frame the innermost packet that does; returns how many frames don't."""
-    chosen: dict[Direction | None, list[tuple[int, bytes]]] = {each.direction: [] for each in traffic}
-    known: dict[bytes, Direction | None] = {}
-    left_out = 0
-    for place, identity in enumerate(block[0]):
-        direction = None
-        for packet in (identity, *reversed(block[2].get(place, ()))):
-            flow = addresses_of(packet)
-            if flow not in known:
-                known[flow] = selection.direction(flow)
-            direction = known[flow] if selection.is_probe(packet) else None
-            if direction:
-                chosen[direction].append((block[1][place], packet))
-                break
-        left_out += direction is None
-    for each in traffic:
-        times, packets = zip(*chosen[each.direction]) if chosen[each.direction] else ((), ())
-        if selection.translated:
-            each.add(point, (packet[:ADDRESSES] + _transport_of(packet) for packet in packets), times, packets)
-        else:
-            each.add(point, packets, times)
-    return left_out
-
-
-# ---- Analysis: who was seen at both points -------------------------------------------------------------------
-# RFC 7679 and its kin speak of a packet's one-way delay between two points.  A lost packet has no delay.  All times and
-# delays are integer nanoseconds.
-
-NO_DELAY = -1 << 63
-OUTSIDE, MATCHED, AMBIGUOUS, LOST, UNDECIDED = range(5)      # the classes of packets
-STRANGER, REPEATED = -1, -2                          # in the place of a rank
-LONGEST_WAIT = NANOSECONDS                           # a longer delay, in one host, decides nothing about other packets
-
-
-class Window(namedtuple("Window", "start end watched_until wait", defaults=(NO_DELAY, -NO_DELAY, -NO_DELAY, 0))):
-    """The time that counts, by the clock of the captures.
-
-    All captures ran from `start` on; the traffic ended at `end`; what passed until `watched_until` is certainly in the
-    captures.  `wait` is for how long the user wanted to wait for a packet.
-    """
+        `longest` is the delay of the slowest packet: in live traffic the second point must have
+        been watched for so long.
+        """
+        if self.is_live:
+            return self.watched_from, self.watched_until - longest
+        return self.watched_from, self.watched_until
 
 
 ALWAYS = Window()
 
 
-class Matching:
-    """Which packets that passed one point were seen at a second one, and when.
+@dataclass
+class PointSightings:
+    """The packets that were seen at one capture point, in order of time."""
 
-    By the packet's rank in the order of the first point: `sent`, the time there, and `delays`, NO_DELAY for those that
-    have none.  `arrivals` are the ranks of those that have one in the order of the second point, and `extra_copies`
-    says how often they came once more.  Of packets that share their identity it isn't known which is which, unless
-    one was sent or none is missing: else they are in `unclear`, by identity, as the ranks of those that may count, and
-    the numbers of matched and of duplicated ones.  `strangers` and `stranger_times` are what was never seen at the
-    first point.
+    ids: array[int] = field(default_factory=lambda: array("I"))
+    times: array[int] = field(default_factory=lambda: array("q"))
+    in_order: bool = True
+
+    def add(self, ids: list[int], times: list[int]) -> None:
+        """Add the packets that were seen next."""
+        if times != sorted(times) or (self.times and times and times[0] < self.times[-1]):
+            self.in_order = False
+        self.ids.fromlist(ids)
+        self.times.fromlist(times)
+
+    def sort(self) -> None:
+        """Restore the order of time, which several captures or queues may have mixed up."""
+        if self.in_order:
+            return
+        order = sorted(range(len(self.times)), key=self.times.__getitem__)
+        self.ids = array("I", [self.ids[index] for index in order])
+        self.times = array("q", [self.times[index] for index in order])
+        self.in_order = True
+
+    def since(self, start: int) -> PointSightings:
+        """Return the sightings from a time on, which must be in order of time."""
+        begin = bisect_left(self.times, start)
+        if begin == 0:
+            return self
+        return PointSightings(self.ids[begin:], self.times[begin:])
+
+    def ranks_between(self, earliest: int, latest: int) -> range:
+        """Return the ranks of the sightings of a period."""
+        return range(bisect_left(self.times, earliest), bisect(self.times, latest))
+
+    def truncate(self, size: int) -> None:
+        """Forget the sightings after the first `size` ones."""
+        del self.ids[size:]
+        del self.times[size:]
+
+
+class Sightings:
+    """The packets of one direction that were seen at each capture point.
+
+    Packets with the same identity share an id: ids count distinct identities from 0.
     """
 
-    def __init__(self, traffic: Traffic) -> None:
-        self.direction, self.identities = traffic.direction, traffic.identities
-        self.numbers, self.sent = traffic.seen[traffic.direction.first]
-        self.delays = array("q", (NO_DELAY,)) * len(self.sent)
-        self.arrivals, self.stranger_times = array("I"), array("q")
-        self.extra_copies: defaultdict[int, int] = defaultdict(int)
-        self.unclear: list[tuple[list[int], int, int]] = []
-        self.strangers: list[bytes] = []
+    def __init__(self, direction: Direction, translated: bool = False) -> None:
+        self.direction = direction
+        self.points = {direction.first: PointSightings(), direction.second: PointSightings()}
+        self.translated = translated
+        self._ids: defaultdict[bytes, int] = defaultdict(count().__next__)
+        self._sequence: list[bytes] = []  # by id, what the capture points read so far have seen
+        self._next_id = 0  # of the packet that is expected next
+        self._originals: list[bytes] = []  # the identities with addresses, if those are ignored
+
+    def take_identities(self) -> list[bytes]:
+        """Return the identity of each id, and forget them, since the table of ids is large.
+
+        If addresses are ignored, it is the identity of the first sighting.
+        """
+        identities = self._originals
+        if not self.translated:
+            self._complete_sequence()
+            identities = self._sequence
+        self._ids.clear()
+        return identities
+
+    def add(self, point: str, identities: Sequence[bytes], times: list[int]) -> None:
+        """Add the packets that were seen next at a point."""
+        if not self.translated:
+            self.points[point].add(self._look_up(identities), times)
+            return
+        ids = self._look_up(
+            identity[:ADDRESSES] + _transport_of(identity) for identity in identities
+        )
+        self.points[point].add(ids, times)
+        for packet_id, identity in zip(ids, identities):
+            if packet_id == len(self._originals):
+                self._originals.append(identity)
+
+    def end(self, point: str) -> None:
+        """Note that all packets of a point have been added."""
+        self.points[point].sort()
+        self._complete_sequence()
+
+    def _complete_sequence(self) -> None:
+        if len(self._sequence) < len(self._ids):
+            self._sequence = list(self._ids)
+
+    def _look_up(self, identities: Iterable[bytes]) -> list[int]:
+        """Return the ids of packets.
+
+        The second point sees most packets in the order of the first: a comparison with the packet
+        that is expected next is faster than a look-up.
+        """
+        sequence = self._sequence
+        if not sequence:
+            return list(map(self._ids.__getitem__, identities))
+        expected = self._next_id
+        ids = []
+        for identity in identities:
+            if expected < len(sequence) and identity == sequence[expected]:
+                packet_id = expected
+            else:
+                packet_id = self._ids[identity]
+            ids.append(packet_id)
+            expected = packet_id + 1
+        self._next_id = expected
+        return ids
+
+
+class PacketClass(IntEnum):
+    """The fate of a packet that passed the first point."""
+
+    MATCHED = 0
+    AMBIGUOUS = 1  # shares its identity with other packets sent: counted, but never timed
+    LOST = 2
+    UNDECIDED = 3  # missing at the second point, which may not have been watched: not counted
+    # While packets are matched: as many of those that share an identity are LOST or UNDECIDED.
+    AMBIGUOUS_LOST = 4
+    AMBIGUOUS_UNDECIDED = 5
+
+
+@dataclass
+class Undecided:
+    """The numbers of packets that are in no other count, by the reason."""
+
+    under_way: int = 0  # when the captures were stopped, and all that were sent later
+    unwatched: int = 0  # missing at the second point, which was not captured at that time
+    unwatched_first: int = 0  # the same, with the points exchanged
+    uncaptured: int = 0  # missing, as many as the second point's capture dropped or cut
+
+    @property
+    def sent(self) -> int:
+        """The number of packets that passed the first point."""
+        return self.under_way + self.unwatched + self.uncaptured
+
+    @property
+    def total(self) -> int:
+        return self.sent + self.unwatched_first
+
+
+@dataclass
+class Counts:
+    """The numbers of packets of one direction, those that are undecided apart."""
+
+    matched: int  # seen at both points, ambiguous ones included
+    ambiguous: int
+    lost: int
+    duplicated: int  # further arrivals of packets that had arrived already
+    second_only: int
+    strays: int  # arrivals too long before or after the packet was sent: not taken for its own
+    undecided: Undecided
+
+    @property
+    def first(self) -> int:
+        """The number of packets that passed the first point."""
+        return self.matched + self.lost
+
+    @property
+    def second(self) -> int:
+        """The number of packets that passed the second point."""
+        return self.matched + self.duplicated + self.second_only
+
+    @property
+    def timed(self) -> int:
+        """The number of packets with a delay."""
+        return self.matched - self.ambiguous
+
+    @property
+    def loss_ratio(self) -> float:
+        """The share of lost packets (RFC 7680)."""
+        return self.lost / self.first
+
+
+@dataclass
+class DirectionResult:
+    """The fates and delays of the packets of one direction.
+
+    Packets are referred to by rank, their position in the order in which they passed the first
+    point, from the first that counts to the last.
+    """
+
+    direction: Direction
+    identities: list[bytes]  # by id
+    ids: array[int]  # by rank
+    sent: array[int]  # time at the first point, by rank
+    delays: array[int]  # by rank; NO_DELAY if there is none
+    classes: bytearray  # PacketClass by rank
+    arrivals: array[int]  # ranks of the packets with a delay, in the order of the second point
+    duplicates: Counter[int]  # number of further arrivals, by rank
+    unsent_ids: array[int]  # packets that only the second point saw
+    counts: Counts
+    until: int  # the first point was watched until then; later packets are undecided
+    translated: bool = False  # packets of different addresses may share their identity
+    trace: TraceAccount | None = None  # what the kernel's trace shows
+
+    @cached_property
+    def kinds(self) -> dict[bytes, bytes]:
+        """One identity of each kind: IP version and protocol."""
+        return dict(zip(map(itemgetter(slice(2)), self.identities), self.identities))
 
     def identity(self, rank: int) -> bytes:
-        return self.identities[self.numbers[rank]]
+        return self.identities[self.ids[rank]]
 
-
-def match(traffic: Traffic, window: Window = ALWAYS) -> Matching:
-    """Finds the packets of the first point among those of the second."""
-    matching = Matching(traffic)
-    sent, delays = matching.sent, matching.delays
-    numbers, times = traffic.seen[matching.direction.second]
-    rank_of = array("i", (STRANGER,)) * len(matching.identities)         # by number
-    repeated: dict[int, list[int]] = {}              # the ranks of packets that were sent several times, by number
-    for rank, number in enumerate(matching.numbers):
-        if rank_of[number] == STRANGER:
-            rank_of[number] = rank
-        else:
-            repeated.setdefault(number, [rank_of[number]]).append(rank)
-    places: dict[int, list[int]] = {number: [] for number in repeated}
-    for place, number in enumerate(numbers) if repeated else ():
-        if number in places:
-            places[number].append(place)
-    partners: dict[int, int] = {}                    # ranks, by the place at the second point
-    for number, ranks in repeated.items():
-        rank_of[number] = REPEATED
-        partners.update(_pair_copies(matching, ranks, places[number], times, window))
-    arrive = matching.arrivals.append
-    for place, rank in enumerate(map(rank_of.__getitem__, numbers)):
-        if rank == REPEATED:
-            rank = partners.get(place, REPEATED)
-        if rank >= 0 and delays[rank] == NO_DELAY:
-            delays[rank] = times[place] - sent[rank]
-            arrive(rank)
-        elif rank == STRANGER:
-            matching.strangers.append(matching.identities[numbers[place]])
-            matching.stranger_times.append(times[place])
-        elif rank >= 0:
-            matching.extra_copies[rank] += 1
-    return matching
-
-
-def _pair_copies(matching: Matching, ranks: list[int], places: list[int], times: Sequence[int],
-                 window: Window) -> dict[int, int]:
-    """The ranks of packets of one identity, by their places at the second point; empty, and noted, if that is unclear.
-
-    Only what was sent from the window's start on counts, since one capture may have begun before the other.  What
-    arrived then may still have been sent before: the first ones, and only if so many can have been on their way.  When
-    the last ones were sent, the second point must have been watched for long enough.
-    """
-    sent, start = matching.sent, window.start
-    counting = [rank for rank in ranks if sent[rank] >= start]
-    arrived = [place for place in places if times[place] >= start]
-    early, earlier = len(arrived) - len(counting), len(ranks) - len(counting)
-    if not counting or not arrived:
-        return {}
-    if 0 <= early <= earlier:
-        pairs = dict(zip(arrived[early:], counting))
-        longest = max(times[place] - sent[rank] for place, rank in pairs.items())
-        in_flight = sum(start - longest <= sent[rank] < start for rank in ranks)
-        if early == in_flight and sent[counting[-1]] + longest <= window.watched_until:
-            return pairs
-    matching.unclear.append((counting, min(len(counting), len(arrived)), max(0, early - earlier)))
-    return {}
-
-
-class Result(namedtuple("Result", "matching classes delays first second matched ambiguous lost undecided duplicated "
-                                  "second_only stages", defaults=({},))):
-    """The packets of a matching that count: how many there are of each class, and by rank the classes and delays.
-
-    `first` and `second` are how many passed each point.  `matched` are ambiguous ones, too: those are counted, but have
-    neither a delay nor a place in the order.  `stages` are those of `account`, if the kernel's trace is known.
-    """
-
-    def samples(self) -> list[int]:
-        """The delays, in the order of the first point."""
-        return [delay for delay in self.delays if delay != NO_DELAY]
-
-    def arrivals(self) -> Sequence[int]:
-        """The ranks of the packets with a delay, in the order of the second point."""
-        ranks: array[int] = self.matching.arrivals
-        return [rank for rank in ranks if self.classes[rank] == MATCHED] if OUTSIDE in self.classes else ranks
-
-    def ranks(self, *classes: int) -> list[int]:
-        """Those of the packets of these classes, in order."""
+    def ranks(self, *classes: PacketClass) -> list[int]:
+        """Return the ranks of the packets of these classes, in order."""
         return [rank for rank, kind in enumerate(self.classes) if kind in classes]
 
-    def outcomes(self) -> Sequence[int]:
-        """The delays in the order of the first point, NO_DELAY for lost packets."""
-        return array("q", map(self.delays.__getitem__, self.ranks(MATCHED, LOST)))
+    def samples(self) -> list[int]:
+        """Return the delays that are known, in the order of the first point."""
+        return [delay for delay in self.delays if delay != NO_DELAY]
 
 
-def classify(matching: Matching, window: Window = ALWAYS) -> Result:
-    """Says which packets count.
+@dataclass
+class GuestTimes:
+    """The VM's times to answer probes, and the numbers of answered and unanswered ones."""
 
-    What passed the first point before the start is outside.  What isn't at the second is lost, or undecided if it was
-    watched for less time than the longest delay, but at most LONGEST_WAIT or what the user wanted; if it passed after
-    the traffic's end, it is outside then.  What only the second saw counts if it must have passed the first meanwhile.
+    times: dict[int, int]  # from the probe's arrival at the vif to its answer's departure, by rank
+    unanswered: int
+    undecided: int  # not answered, but not watched for as long as the slowest answer took
+    ambiguous: int  # sent several times, so that it is unknown which of them was answered
+
+    @property
+    def answered(self) -> int:
+        return len(self.times)
+
+
+@dataclass
+class Analysis:
+    """The comparison of two captures, or of two sets of captures."""
+
+    results: Sequence[DirectionResult]
+    counts: Mapping[str, Report]  # what was in the files, by point, for the report
+    warnings: list[str]
+    guest: GuestTimes | None = None  # if both directions were measured
+
+
+# ---- Packets ---------------------------------------------------------------------------------
+# An identity distinguishes a packet from all others wherever it is captured.  It consists of:
+#   1 byte         version of IP, with NOT_FIRST for all fragments of a datagram but the first;
+#                  TEXT for a line of a text capture
+#   1 byte         protocol
+#   2 bytes        length field of the IP header
+#   2 bytes        identification of the datagram; 0 in IPv6 without a fragment header
+#   8 or 32 bytes  source and destination address
+#   the rest       what no router changes of the transport header and the first bytes of payload;
+#                  the offset of a later fragment; the text of a line
+
+TEXT = 0
+NOT_FIRST = 0x80
+ADDRESSES = 6  # offset of the addresses in an identity
+PAYLOAD = 32  # bytes of payload in an identity
+MOST_HEADERS = 32  # in one frame; real traffic has fewer
+
+# Ethertypes, and two values that no frame contains.
+UNKNOWN = 0  # no IP packet follows
+ANY_IP = -1  # an IP header follows, which has the version
+IPV4 = 0x0800
+ARP = 0x0806
+TRANSPARENT_ETHERNET = 0x6558
+IPV6 = 0x86DD
+MPLS = (0x8847, 0x8848)
+PPPOE_SESSION = 0x8864
+MACSEC = 0x88E5
+LARGEST_LENGTH = 1500  # a field with less is no ethertype, but the length of a frame with LLC
+TAG_SIZES = {  # of headers that end with the ethertype of what follows
+    0x8100: 4,  # VLAN (802.1Q)
+    0x88A8: 4,  # service VLAN (802.1ad)
+    0x9100: 4,  # service VLANs of older switches
+    0x9200: 4,
+    0x8926: 6,  # VN-Tag
+    0x892F: 6,  # HSR (IEC 62439-3)
+    0xF1C1: 6,  # redundancy tag (802.1CB)
+    0x8909: 8,  # Cisco's security group tag
+    0x893F: 8,  # E-Tag (802.1BR)
+    0xDADA: 8,  # Marvell's DSA tag
+    0x8903: 16,  # FabricPath, with an Ethernet header
+    0x88E7: 18,  # provider backbone bridge (802.1ah), with an Ethernet header
+    TRANSPARENT_ETHERNET: 14,
+}
+LLC_SNAP = b"\xaa\xaa\x03\0\0\0"  # an ethertype follows
+PPP_IP = (0x0021, 0x0057)  # protocols of PPP
+
+# Link types.
+EN10MB = 1
+LINUX_SLL = 113  # of tcpdump -i any
+LINUX_SLL2 = 276
+IP_OFFSETS = {  # of link types that have only IP packets, after a header of this size
+    0: 4,  # BSD's loopback
+    12: 0,
+    14: 0,
+    101: 0,
+    108: 4,  # OpenBSD's loopback
+    228: 0,
+    229: 0,
+}
+LINK_TYPES = {EN10MB, LINUX_SLL, LINUX_SLL2, *IP_OFFSETS}
+
+# Protocols.
+HOP_BY_HOP_OPTIONS = 0
+ICMP = 1
+IP_IN_IP = 4
+TCP = 6
+UDP = 17
+IPV6_IN_IP = 41
+ROUTING = 43
+FRAGMENT = 44
+GRE = 47
+AUTHENTICATION = 51
+ICMPV6 = 58
+DESTINATION_OPTIONS = 60
+EXTENSION_HEADERS = (
+    HOP_BY_HOP_OPTIONS,
+    ROUTING,
+    FRAGMENT,
+    AUTHENTICATION,
+    DESTINATION_OPTIONS,
+)
+PROTOCOL_NAMES = {ICMP: "ICMP", ICMPV6: "ICMPv6", TCP: "TCP", UDP: "UDP"}
+
+# The kinds of tunnels in UDP, by their usual ports.
+VXLAN = "vxlan"
+GENEVE = "geneve"
+TUNNEL_PORTS = {4789: VXLAN, 8472: VXLAN, 6081: GENEVE}
+
+# Flags of TCP.
+FIN = 0x01
+SYN = 0x02
+RST = 0x04
+PSH = 0x08
+ACK = 0x10
+CWR = 0x80
+
+# A plain frame is Ethernet, with one VLAN tag at most, and contains a TCP segment or UDP datagram
+# in an IPv4 packet without options.
+PLAIN_FRAME = (
+    "12x3s"  # ethertype, version and size of the IP header
+    "x4s"  # length and identification
+    "2s"  # flags and offset of fragmentation
+    "xB"  # protocol
+    "2x22s"  # addresses; transport header up to TCP's flags
+)
+PLAIN_FRAME_SIZE = 48
+PLAIN_SIZE = 54  # of a whole TCP header
+TAGGED = b"\x81\x00"
+PLAIN_IPV4 = b"\x08\x00\x45"
+UNFRAGMENTED = (b"\0\0", b"\x40\0")  # without and with the flag "don't fragment"
+NO_TCP_OPTIONS = 0x50
+PLAIN_TCP = bytes([4, TCP])
+PLAIN_UDP = bytes([4, UDP])
+
+TOO_SHORT = (IndexError, StructError)  # raised by reading beyond the end of a frame
+
+_plain_fields = Struct(">" + PLAIN_FRAME).unpack_from
+_plain_udp_fields = Struct(">H18xHH").unpack_from  # from the length of the IP packet on
+_ipv4_fields = Struct(">Bx4sHxB2x8s").unpack_from
+_ipv6_fields = Struct(">4x2sBx32s").unpack_from
+
+
+def identify(
+    frame: bytes, linktype: int, tunnel_ports: Mapping[int, str] = TUNNEL_PORTS
+) -> list[bytes]:
+    """Return the identities of the IP packets in a frame, the outermost first.
+
+    A frame that carries ARP has none.  `tunnel_ports` are the kinds of UDP tunnels by port.
+    Raises one of TOO_SHORT if the frame ends before the innermost packet is identified, unless the
+    packet around it is whole: then its content is malformed.
     """
-    sent, delays = matching.sent, matching.delays
-    if min(sent, default=window.start) < window.start:
-        delays = array("q", (NO_DELAY if when < window.start else delay for when, delay in zip(sent, delays)))
-    longest = max(0, min(max(delays, default=0), max(LONGEST_WAIT, window.wait)))
-    decided = window.watched_until - longest
-
-    def fate(rank: int) -> int:
-        """The class of a packet that isn't at the second point."""
-        if sent[rank] < window.start or (sent[rank] > decided and sent[rank] > window.end):
-            return OUTSIDE
-        return UNDECIDED if sent[rank] > decided else LOST
-
-    classes = bytearray((MATCHED,)) * len(sent)
-    for rank, delay in enumerate(delays):
-        if delay == NO_DELAY:
-            classes[rank] = fate(rank)
-    ambiguous = lost = undecided = duplicated = 0
-    for ranks, matched, more in matching.unclear:
-        missing = sorted(map(fate, ranks), key=(OUTSIDE, UNDECIDED, LOST).index)[:len(ranks) - matched]
-        ambiguous, lost = ambiguous + matched, lost + missing.count(LOST)
-        undecided, duplicated = undecided + missing.count(UNDECIDED), duplicated + more
-        for rank in ranks:
-            classes[rank] = AMBIGUOUS
-    duplicated += sum(more for rank, more in matching.extra_copies.items() if classes[rank] == MATCHED)
-    second_only = sum(window.start + longest <= when <= window.watched_until for when in matching.stranger_times)
-    matched, lost = classes.count(MATCHED) + ambiguous, classes.count(LOST) + lost
-    undecided += classes.count(UNDECIDED)
-    return Result(matching, classes, delays, matched + lost + undecided, matched + duplicated + second_only, matched,
-                  ambiguous, lost, undecided, duplicated, second_only)
+    if linktype == EN10MB:
+        identity = _identify_plain(frame, 0, len(frame), tunnel_ports)
+        if identity:
+            return [identity]
+    return _dissect(frame, linktype, tunnel_ports)
 
 
-# ---- Analysis: figures ---------------------------------------------------------------------------------------
+def _dissect(frame: bytes, linktype: int, tunnel_ports: Mapping[int, str]) -> list[bytes]:
+    """Identify the packets in a frame of any kind, as `identify` does."""
+    packets: list[bytes] = []
+    packet_end = 0
+    try:
+        ethertype, offset = _link_header(frame, linktype)
+        for _ in range(MOST_HEADERS):
+            if ethertype in (IPV4, IPV6, ANY_IP):
+                version = frame[offset] >> 4
+                if version == 4 and frame[offset] >= 0x45:
+                    identity, transport, size = _identify_ipv4(frame, offset)
+                elif version == 6:
+                    identity, transport, size = _identify_ipv6(frame, offset)
+                else:
+                    break
+                packets.append(identity)
+                packet_end = transport + size
+                ethertype, offset = _tunnel_content(frame, identity, transport, tunnel_ports)
+            elif ethertype == ARP:
+                return []
+            elif ethertype == UNKNOWN:
+                break
+            else:
+                ethertype, offset = _after_header(frame, ethertype, offset)
+    except TOO_SHORT:
+        if not packets or packet_end > len(frame):
+            raise
+    return packets
 
-def statistics(delays: Iterable[int]) -> dict[str, Any]:
-    """Average, extremes, population standard deviation and percentiles of delays, exact until the last rounding.
 
-    Takes integer nanoseconds, at least one, and returns microseconds with three decimals; `negative` and `zero` are
-    numbers of delays.
+def _identify_plain(data: bytes, start: int, end: int, tunnel_ports: Mapping[int, str]) -> bytes:
+    """Return the identity of the packet in a plain frame, or b"" if it needs full dissection.
+
+    `start` and `end` are where the frame is in the data.
     """
-    ranked = sorted(delays)
-    size, total = len(ranked), sum(ranked)
-    squares, negative = sum(map(mul, ranked, ranked)), bisect_left(ranked, 0)
-    median, *tail = (percentile(ranked, permille) for permille in (500, 900, 950, 990, 999))
-    return {
-        "average": microseconds(total / size),
-        "minimum": microseconds(ranked[0]),
-        "maximum": microseconds(ranked[-1]),
-        "stdev": microseconds((size * squares - total * total) ** 0.5 / size),
-        "median": microseconds(median),
-        "percentiles": dict(zip(("90", "95", "99", "99.9"), map(microseconds, tail))),
-        "pdv": microseconds(tail[2] - ranked[0]),
-        "negative": negative,
-        "zero": bisect(ranked, 0) - negative,
-    }
+    if end - start < PLAIN_SIZE:
+        return b""
+    kind, length_and_id, fragmentation, protocol, header = _plain_fields(data, start)
+    if kind != PLAIN_IPV4 and kind[:2] == TAGGED and end - start >= PLAIN_SIZE + 4:
+        start += 4  # from here on the frame is as one without a tag
+        kind, length_and_id, fragmentation, protocol, header = _plain_fields(data, start)
+    if kind != PLAIN_IPV4 or fragmentation not in UNFRAGMENTED:
+        return b""
+    if protocol == TCP:
+        segment: bytes = PLAIN_TCP + length_and_id + header
+        if header[20] == NO_TCP_OPTIONS or header[21] & SYN:
+            return segment
+        options_end = start + 34 + (header[20] >> 4) * 4
+        if options_end <= end:
+            return segment + data[start + PLAIN_SIZE : options_end]
+    elif protocol == UDP:
+        headers: bytes = PLAIN_UDP + length_and_id + header[:14]
+        return _identify_plain_udp(data, start, end, headers, tunnel_ports)
+    return b""
+
+
+def _identify_plain_udp(
+    data: bytes, start: int, end: int, headers: bytes, tunnel_ports: Mapping[int, str]
+) -> bytes:
+    """Do so for a UDP datagram, given the part of its identity that comes from the headers."""
+    ip_length, port, udp_length = _plain_udp_fields(data, start + 16)
+    payload = start + 42
+    payload_end = payload + udp_length - 8
+    if payload_end > payload + PAYLOAD:
+        payload_end = payload + PAYLOAD
+    if ip_length != 20 + udp_length or not payload <= payload_end <= end or port in tunnel_ports:
+        return b""
+    return headers + data[payload:payload_end]
+
+
+def _u16(data: bytes, offset: int) -> int:
+    return data[offset] << 8 | data[offset + 1]
+
+
+def _part(data: bytes, offset: int, size: int) -> bytes:
+    """Return a part of the data; raises IndexError if the data end before it does."""
+    if offset + size > len(data):
+        raise IndexError
+    return data[offset : offset + size]
+
+
+def _link_header(frame: bytes, linktype: int) -> tuple[int, int]:
+    """Return the ethertype of what a frame carries, and where that begins."""
+    if linktype == EN10MB:
+        return _u16(frame, 12), 14
+    if linktype == LINUX_SLL:
+        return _u16(frame, 14), 16
+    if linktype == LINUX_SLL2:
+        return _u16(frame, 0), 20
+    return ANY_IP, IP_OFFSETS[linktype]
+
+
+def _after_header(frame: bytes, ethertype: int, offset: int) -> tuple[int, int]:
+    """Return the ethertype of what follows a header other than IP's, and where it begins."""
+    if ethertype in TAG_SIZES:
+        offset += TAG_SIZES[ethertype]
+        return _u16(frame, offset - 2), offset
+    if ethertype in MPLS:
+        is_last = frame[offset + 2] & 1
+        if not is_last:
+            return ethertype, offset + 4
+        if frame[offset + 4] >> 4 == 0:  # control word of a pseudowire
+            return TRANSPARENT_ETHERNET, offset + 8
+        return ANY_IP, offset + 4
+    if ethertype == PPPOE_SESSION and _u16(frame, offset + 6) in PPP_IP:
+        return ANY_IP, offset + 8
+    if ethertype == MACSEC:
+        flags = frame[offset]
+        is_encrypted = flags & 0x0C
+        size = 8
+        if flags & 0x20:  # with the channel's identifier
+            size = 16
+        if not is_encrypted:
+            return _u16(frame, offset + size - 2), offset + size
+    if ethertype <= LARGEST_LENGTH and frame.startswith(LLC_SNAP, offset):
+        return _u16(frame, offset + 6), offset + 8
+    return UNKNOWN, offset
+
+
+def _tunnel_content(
+    frame: bytes, identity: bytes, transport: int, tunnel_ports: Mapping[int, str]
+) -> tuple[int, int]:
+    """Return the ethertype of what a packet carries if it belongs to a tunnel, and where it begins.
+
+    `transport` is where the packet's payload begins.
+    """
+    protocol = identity[1]
+    if identity[0] & NOT_FIRST:
+        return UNKNOWN, transport
+    if protocol == UDP:
+        kind = tunnel_ports.get(_u16(frame, transport + 2))
+        return _udp_tunnel_content(frame, kind, transport)
+    if protocol == GRE:
+        content = transport + 4
+        for optional_field in (0x80, 0x20, 0x10):  # checksum, key, sequence number
+            if frame[transport] & optional_field:
+                content += 4
+        return _u16(frame, transport + 2), content
+    if protocol == IP_IN_IP:
+        return IPV4, transport
+    if protocol == IPV6_IN_IP:
+        return IPV6, transport
+    return UNKNOWN, transport
+
+
+def _udp_tunnel_content(frame: bytes, kind: str | None, udp: int) -> tuple[int, int]:
+    if kind is None:
+        return UNKNOWN, udp
+    header = udp + 8
+    flags = frame[header]
+    if kind == GENEVE:
+        version = flags >> 6
+        options = (flags & 0x3F) * 4
+        if version == 0:
+            return _u16(frame, header + 2), header + 8 + options
+    if kind == VXLAN and flags & 0x08:  # its identifier is valid
+        return TRANSPARENT_ETHERNET, header + 8
+    return UNKNOWN, udp
+
+
+def _identify_ipv4(frame: bytes, offset: int) -> tuple[bytes, int, int]:
+    """Return a packet's identity, where its payload begins, and the payload's size."""
+    version_and_size, length_and_id, fragmentation, protocol, addresses = _ipv4_fields(
+        frame, offset
+    )
+    header_size = (version_and_size & 0x0F) * 4
+    size = _u16(length_and_id, 0) - header_size
+    offset += header_size
+    if fragmentation & 0x1FFF:
+        identity = bytes([4 | NOT_FIRST, protocol]) + length_and_id + addresses
+        identity += fragmentation.to_bytes(2, "big")
+    else:
+        identity = bytes([4, protocol]) + length_and_id + addresses
+        identity += _transport_identity(frame, protocol, offset, size)
+    return identity, offset, size
+
+
+def _identify_ipv6(frame: bytes, offset: int) -> tuple[bytes, int, int]:
+    """Return a packet's identity, where its payload begins, and the payload's size.
+
+    Extension headers do not belong to the payload.
+    """
+    length, protocol, addresses = _ipv6_fields(frame, offset)
+    offset += 40
+    end = offset + _u16(length, 0)
+    ip_id = b"\0\0"
+    while protocol in EXTENSION_HEADERS:
+        extension = protocol
+        protocol = frame[offset]
+        extension_size = (frame[offset + 1] + 1) * 8
+        if extension == AUTHENTICATION:
+            extension_size = (frame[offset + 1] + 2) * 4
+        elif extension == FRAGMENT:
+            extension_size = 8
+            fragment = _part(frame, offset + 2, 6)  # offset and flags, identification
+            ip_id = fragment[4:]
+            if _u16(fragment, 0) & 0xFFF8:
+                identity = bytes([6 | NOT_FIRST, protocol]) + length + ip_id + addresses + fragment
+                return identity, offset + 8, end - offset - 8
+        offset += extension_size
+    identity = bytes([6, protocol]) + length + ip_id + addresses
+    identity += _transport_identity(frame, protocol, offset, end - offset)
+    return identity, offset, end - offset
+
+
+def _transport_identity(frame: bytes, protocol: int, offset: int, size: int) -> bytes:
+    """Return the part of an identity that comes from the payload of the IP packet."""
+    if protocol == TCP:
+        header = _part(frame, offset, 14)  # ports, numbers, size of the header, flags
+        if header[13] & SYN:  # routers edit its options
+            return header
+        # The time stamps in the options distinguish a segment from its retransmission.
+        options_size = (header[12] >> 4) * 4 - 20
+        return header + _part(frame, offset + 20, max(options_size, 0))
+    if protocol == UDP:
+        header = _part(frame, offset, 6)  # ports and length
+        udp_length = _u16(header, 4) or size  # a jumbogram has none
+        payload_size = min(udp_length, size) - 8
+        return header + _part(frame, offset + 8, min(max(payload_size, 0), PAYLOAD))
+    if protocol in (ICMP, ICMPV6):
+        type_and_code = _part(frame, offset, 2)
+        return type_and_code + _part(frame, offset + 4, 4)  # identifier and sequence number
+    return _part(frame, offset, min(max(size, 0), PAYLOAD))
+
+
+def addresses_of(identity: bytes) -> bytes:
+    """Return source and destination as they are encoded in packets; b"" for a line of text."""
+    version = identity[0] & ~NOT_FIRST
+    if version == 4:
+        return identity[ADDRESSES : ADDRESSES + 8]
+    if version == 6:
+        return identity[ADDRESSES : ADDRESSES + 32]
+    return b""
+
+
+def _transport_of(identity: bytes) -> bytes:
+    """Return the part of an identity after the addresses."""
+    return identity[ADDRESSES + len(addresses_of(identity)) :]
+
+
+def flow_of(identity: bytes) -> bytes:
+    """Return what identifies a packet's flow: IP version, protocol, addresses and ports."""
+    return identity[:2] + identity[ADDRESSES : _flow_end(identity)]
+
+
+def _flow_end(identity: bytes) -> int:
+    """Return where the addresses and ports in an identity end."""
+    end = ADDRESSES + len(addresses_of(identity))
+    if identity[0] in (4, 6) and identity[1] in (TCP, UDP):
+        end += 4
+    return end
+
+
+@dataclass
+class PacketFields:
+    """The fields of a packet as people read them; None for those that it does not have.
+
+    Their names and order are those of the columns of CSV files.
+    """
+
+    source: str | None = None
+    destination: str | None = None
+    protocol: str | None = None
+    source_port: int | None = None
+    destination_port: int | None = None
+    sequence: int | str | None = None  # of TCP or ICMP; the text of a line
+    acknowledgment: int | None = None
+    icmp_type: int | None = None
+    icmp_code: int | None = None
+    identifier: int | None = None
+    ip_id: int | None = None
+    fragment_offset: int | None = None  # in bytes
+    length: int | None = None  # of the IP packet, in bytes
+
+
+def describe(identity: bytes) -> PacketFields:
+    """Return the fields that an identity contains."""
+    if identity[0] == TEXT:
+        return PacketFields(sequence=identity[1:].decode())
+    protocol = identity[1]
+    addresses = addresses_of(identity)
+    transport = _transport_of(identity)
+    half = len(addresses) // 2
+    is_ipv6 = half == 16
+    packet = PacketFields(
+        source=str(ip_address(addresses[:half])),
+        destination=str(ip_address(addresses[half:])),
+        protocol=PROTOCOL_NAMES.get(protocol, str(protocol)),
+        length=_u16(identity, 2),
+    )
+    if is_ipv6:
+        packet.length = 40 + _u16(identity, 2)
+    if not is_ipv6 or any(identity[4:6]):
+        packet.ip_id = _u16(identity, 4)
+    if identity[0] & NOT_FIRST:
+        packet.fragment_offset = _u16(transport, 0) & 0xFFF8
+        if not is_ipv6:
+            packet.fragment_offset = (_u16(transport, 0) & 0x1FFF) * 8
+    elif protocol in (TCP, UDP):
+        packet.source_port, packet.destination_port = unpack_from(">HH", transport)
+        if protocol == TCP:
+            packet.sequence, packet.acknowledgment = unpack_from(">II", transport, 4)
+    elif protocol in (ICMP, ICMPV6):
+        packet.icmp_type, packet.icmp_code = transport[:2]
+        packet.identifier, packet.sequence = unpack_from(">HH", transport, 2)
+    return packet
+
+
+# ---- Selection -------------------------------------------------------------------------------
+
+
+@dataclass
+class ProbeFilter:
+    """The protocol and port that distinguish probes and their answers from other traffic."""
+
+    protocol: int
+    port: int | None  # None: any port
+
+    def accepts(self, identity: bytes) -> bool:
+        """Return whether the packet with this identity is a probe or an answer to one."""
+        if self.protocol == ICMP:
+            return identity[1] in (ICMP, ICMPV6)
+        if identity[1] != self.protocol:
+            return False
+        if self.port is None:
+            return True
+        if identity[0] & NOT_FIRST:
+            return False  # only the first fragment has ports
+        return self.port in unpack_from(">HH", _transport_of(identity))
+
+    def expression(self, header: str, offset: int, ipv6: bool) -> str:
+        """Return the pcap-filter(7) expression for an IP header at an offset from a known header.
+
+        Over IPv6 it finds all of ICMPv6, which is the only protocol of probes there.
+        """
+        if ipv6:
+            return f"{header}[{offset + 6}] = {ICMPV6}"
+        expression = f"{header}[{offset + 9}] = {self.protocol}"
+        if self.port is not None:
+            source = f"{header}[{offset + 20}:2] = {self.port}"
+            destination = f"{header}[{offset + 22}:2] = {self.port}"
+            expression += f" and ({source} or {destination})"
+        return expression
+
+
+@dataclass
+class Selection:
+    """The packets that are measured, and the direction in which they go.
+
+    Packets from a source to a destination go IN, and their answers OUT.  An empty list stands for
+    all addresses.  Without any criterion all packets count and go in the first direction.
+    """
+
+    directions: Sequence[Direction] = (IN,)
+    sources: Sequence[str] = ()
+    destinations: Sequence[str] = ()
+    translated: bool = False  # addresses change on the way, so that matching has to ignore them
+    probes: ProbeFilter | None = None
+    tunnel_ports: Mapping[int, str] = field(default_factory=TUNNEL_PORTS.copy)
+    captures_either: bool = False  # capture a packet that has one of its two addresses
+
+    def __post_init__(self) -> None:
+        self._sources = frozenset(map(_packed, self.sources))
+        self._destinations = frozenset(map(_packed, self.destinations))
+
+    @property
+    def direction(self) -> str:
+        """The name of the direction, or "both"."""
+        return "both" if len(self.directions) > 1 else self.directions[0].name
+
+    @property
+    def selects_everything(self) -> bool:
+        return not (self.sources or self.destinations or self.translated or self.probes)
+
+    def direction_of(self, addresses: bytes) -> Direction | None:
+        """Return the direction of a packet by its packed source and destination.
+
+        Returns None for a packet that is not measured.
+        """
+        half = len(addresses) // 2
+        source = addresses[:half]
+        destination = addresses[half:]
+        for direction in self.directions:
+            if direction is IN and self._is_inbound(source, destination):
+                return direction
+            if direction is OUT and self._is_inbound(destination, source):
+                return direction
+        return None
+
+    def _is_inbound(self, source: bytes, destination: bytes) -> bool:
+        if self._sources and source not in self._sources:
+            return False
+        return not self._destinations or destination in self._destinations
+
+    def vif_filter(self, ethernet: bool) -> str:
+        """Return the pcap-filter(7) expression that captures the packets on the vif.
+
+        A guest that is a VLAN trunk tags its frames itself.  Of addresses that are translated, one
+        is still the one that the sources know.
+        """
+        selection = replace(self, captures_either=self.translated)
+        return selection.pif_filter(ethernet, overlay=False)
+
+    def pif_filter(self, ethernet: bool, overlay: bool) -> str:
+        """Return the expression that captures the packets on a pif, under up to two VLAN tags.
+
+        With `overlay` it also captures tunnels that may carry them.  The card has taken the tag
+        away from frames that are received, but may not from those that are sent: for them it tests
+        bytes, since the keyword `vlan` doesn't look at bytes before libpcap 1.9.
+        """
+        expression = self._plain_expression()
+        if overlay:
+            expression = f"({expression}) or {self._tunnel_expression()}"
+        if not ethernet:
+            return expression
+        outer = "(ether[12:2] = 0x8100 or ether[12:2] = 0x88a8)"
+        inner = "(ether[16:2] = 0x8100 or ether[16:2] = 0x88a8)"
+        once = self._tagged_expression(18, overlay)
+        twice = self._tagged_expression(22, overlay)
+        return f"({expression}) or ({outer} and ({once} or ({inner} and ({twice}))))"
+
+    @property
+    def _ipv6(self) -> bool:
+        return ":" in self.destinations[0]
+
+    @property
+    def _ethertype(self) -> str:
+        return "0x86dd" if self._ipv6 else "0x0800"
+
+    def _addresses_expression(self, source: Term, destination: Term) -> str:
+        """Combine the terms for addresses as source and as destination of a packet.
+
+        In pcap-filter(7) `and` binds no stronger than `or`.
+        """
+        ways = []
+        for direction in self.directions:
+            near, far = source, destination
+            if direction is OUT:
+                near, far = destination, source
+            terms = []
+            if self.sources:
+                terms.append(f"({' or '.join(map(near, self.sources))})")
+            terms.append(f"({' or '.join(map(far, self.destinations))})")
+            operator = " or " if self.captures_either else " and "
+            ways.append(f"({operator.join(terms)})")
+        return f"({' or '.join(ways)})"
+
+    def _plain_expression(self) -> str:
+        version = "ip6" if self._ipv6 else "ip"
+        terms = [version]
+        if self.probes:
+            terms.append(self.probes.expression(version, 0, self._ipv6))
+        terms.append(self._addresses_expression("src host {}".format, "dst host {}".format))
+        return " and ".join(terms)
+
+    def _bytes_expression(self, header: str, offset: int) -> str:
+        """Return an expression on the bytes of packets in frames with the IP header at the offset.
+
+        The offset is from the beginning of a header that pcap-filter(7) knows, as "ether".
+        """
+        first, second = (8, 24) if self._ipv6 else (12, 16)
+        terms = [f"{header}[{offset - 2}:2] = {self._ethertype}"]
+        if self.probes:
+            terms.append(self.probes.expression(header, offset, self._ipv6))
+        terms.append(
+            self._addresses_expression(
+                partial(_address_at, header, offset + first),
+                partial(_address_at, header, offset + second),
+            )
+        )
+        return " and ".join(terms)
+
+    def _tunnel_expression(self) -> str:
+        """Return an expression for VXLAN, Geneve and GRE packets that may carry the traffic.
+
+        It looks inside VXLAN, and Geneve without options, over IPv4 and without an inner tag: there
+        the packet is at a fixed offset.  All other packets of tunnels are captured.
+        """
+        ports = " or ".join(f"udp dst port {port}" for port in self.tunnel_ports)
+        geneve = [port for port, kind in self.tunnel_ports.items() if kind == GENEVE]
+        geneve_ports = " or ".join(f"udp dst port {port}" for port in geneve)
+        variable = f"(({geneve_ports}) and udp[8] & 0x3f != 0)"
+        # Headers of UDP and of the tunnel (8 bytes each), addresses (12), ethertype, IP packet.
+        tagged = f"udp[28:2] != {self._ethertype}"
+        carried = f"({self._bytes_expression('udp', 30)})"
+        return (
+            f"(ip and ({ports}) and ({variable} or {tagged} or {carried}))"
+            f" or (ip6 and ({ports})) or ip proto {GRE} or ip6 proto {GRE}"
+        )
+
+    def _tagged_expression(self, offset: int, overlay: bool) -> str:
+        """Return an expression for traffic in a tagged frame whose IP header is at the offset.
+
+        With `overlay` it finds all tunnels, too.
+        """
+        terms = [f"({self._bytes_expression('ether', offset)})"]
+        if overlay:
+            terms.append(self._tunnel_at(offset, "0x0800", protocol_at=9, header_size=20))
+            terms.append(self._tunnel_at(offset, "0x86dd", protocol_at=6, header_size=40))
+        return " or ".join(terms)
+
+    def _tunnel_at(self, offset: int, ethertype: str, protocol_at: int, header_size: int) -> str:
+        """Return an expression for tunnels in a frame whose IP header is at the offset."""
+        protocol = f"ether[{offset + protocol_at}]"
+        port = f"ether[{offset + header_size + 2}:2]"
+        ports = " or ".join(f"{port} = {number}" for number in self.tunnel_ports)
+        return (
+            f"(ether[{offset - 2}:2] = {ethertype} and"
+            f" ({protocol} = {GRE} or ({protocol} = {UDP} and ({ports}))))"
+        )
+
+
+def _packed(address: str) -> bytes:
+    """Return an IP address as it is encoded in packets."""
+    return ip_address(address).packed
+
+
+def _address_at(header: str, offset: int, address: str) -> str:
+    """Return the expression that finds an address at an offset, four bytes at a time."""
+    packed = _packed(address)
+    words = []
+    for index in range(0, len(packed), 4):
+        words.append(f"{header}[{offset + index}:4] = 0x{packed[index : index + 4].hex()}")
+    return f"({' and '.join(words)})"
+
+
+# ---- Capture files ---------------------------------------------------------------------------
+
+CHUNK = 1 << 17  # bytes that are read at once; more fit no cache, and less takes more steps
+LARGEST_RECORD = 1 << 18  # bytes; libpcap's limits
+LARGEST_BLOCK = 1 << 24
+PCAP_HEADER = 24  # bytes
+RECORD_HEADER = 16
+
+
+@dataclass(frozen=True)
+class PcapFormat:
+    """A variant of the pcap format."""
+
+    resolution: int  # ticks per second
+    file_header: int = PCAP_HEADER  # sizes in bytes
+    record_header: int = RECORD_HEADER
+
+
+PCAP_FORMATS = {  # by magic number
+    0xA1B2C3D4: PcapFormat(1_000_000),
+    0xA1B23C4D: PcapFormat(NANOSECONDS),
+    0xA1B2CD34: PcapFormat(1_000_000, record_header=24),  # of an old libpcap for Linux
+    0x1C0001AB: PcapFormat(1_000_000, file_header=28),  # IXIA
+    0x1C0001AC: PcapFormat(NANOSECONDS, file_header=28),
+}
+PCAP_VERSION = (2, 4)
+BYTE_ORDERS = "<>"
+OTHER_FORMATS = {  # by the bytes at their beginning
+    b"snoop\0": "snoop",
+    b"GMBU": "Network Monitor",
+    b"RTSS": "Network Monitor",
+    b"XCP\0": "NetXRay",
+    b"TRSNIFF data": "Sniffer",
+    b"iptrace": "iptrace",
+    b"\xa1\x2b\x3c\x4d": "Navtel pcap",
+    b"\x4d\x3c\x2b\xa1": "Navtel pcap",
+    b"\xa1\xb2\x34\xcd": "Mesquita's pcap",
+    b"\xcd\x34\xb2\xa1": "Mesquita's pcap",
+}
+DECOMPRESSION = {
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ\0": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"\x04\x22\x4d\x18": "unlz4",
+}
+CONVERT = "If Wireshark can read it, convert it: editcap -F pcap FILE NEWFILE"
+VARIANT = f"damaged, or a variant of pcap. {CONVERT}"
+
+# Types of pcapng's blocks and options.
+SECTION_HEADER = b"\n\r\r\n"  # in both byte orders
+INTERFACE_DESCRIPTION = 1
+OBSOLETE_PACKET = 2
+SIMPLE_PACKET = 3
+ENHANCED_PACKET = 6
+IF_TSRESOL = 9
+IF_TSOFFSET = 14
+END_OF_TIME = NANOSECONDS << 32  # of what capture files can express
+
+
+@dataclass
+class Block:
+    """The packets of a part of a capture file, in the order of the file."""
+
+    identities: list[bytes] = field(default_factory=list)  # of the innermost packets
+    times: list[int] = field(default_factory=list)  # in nanoseconds since 1970
+    # The identities of the packets around, by index of the innermost one.
+    outer: dict[int, list[bytes]] = field(default_factory=dict)
+
+
+class Capture:
+    """The packets in a pcap or pcapng file, which may be a pipe, as an iterable of blocks.
+
+    Iterating raises CaptureError for another kind of file, and for a damaged one.  After it the
+    counts are complete.
+    """
+
+    def __init__(
+        self, file: BinaryIO, name: str, tunnel_ports: Mapping[int, str] = TUNNEL_PORTS
+    ) -> None:
+        self.name = name
+        self.tunnel_ports = tunnel_ports
+        self.other = 0  # records without an IP packet, or without a time
+        self.cut = 0  # records too short to identify the packet
+        self.filtered = 0  # packets that do not count, by the reader of the blocks
+        self.span: tuple[int, int] | None = None  # earliest and latest time of any record
+        self.resolutions: set[int] = set()  # of time stamps, in ticks per second
+        self._file = file
+        self._packets = 0
+        self._untimed = 0
+        self._unsupported: Counter[int] = Counter()  # records by link type
+        self._incomplete = 0  # bytes of the last record
+        self._zeros = 0  # bytes after the last record
+
+    @property
+    def records(self) -> int:
+        """The number of records in the file."""
+        return self._packets + self.other + self.cut
+
+    @property
+    def resolution(self) -> int:
+        """The resolution of the coarsest time stamps, in ticks per second."""
+        return min(self.resolutions, default=NANOSECONDS)
+
+    def __iter__(self) -> Iterator[Block]:
+        data = self._read(CHUNK)
+        reader = self._choose_reader(data)
+        offset = reader.file_header
+        data = data[offset:]
+        while data:
+            block = Block()
+            size = reader.read(data, offset, block)
+            self._packets += len(block.identities)
+            if block.times:
+                self._extend_span(min(block.times), max(block.times))
+            yield block
+            data = data[size:]
+            offset += size
+            if data.startswith(reader.zeros):
+                self._skip_zeros(data, offset)
+                break
+            chunk = self._read(CHUNK)
+            if not chunk:
+                self._incomplete = len(data)
+                break
+            data += chunk
+        if self._untimed > self._packets:
+            raise self.error(f"most packets have impossible times: {VARIANT}")
+        if self._unsupported and not self._packets:
+            raise self.error(_unsupported_link_type(next(iter(self._unsupported))))
+
+    def warnings(self) -> list[str]:
+        """Return warnings on parts of the file that could not be read."""
+        name = os.path.basename(self.name)
+        warnings = []
+        if self._incomplete:
+            warnings.append(
+                f"the last record of {name} is incomplete ({counted(self._incomplete, 'byte')}), "
+                f"left out after {counted(self.records, 'complete record')}"
+            )
+        if self._zeros:
+            warnings.append(
+                f"{name} ends with {counted(self._zeros, 'byte')} of zeros, left out after "
+                f"{counted(self.records, 'complete record')}"
+            )
+        if self._untimed:
+            warnings.append(
+                f"{counted(self._untimed, 'packet')} of {name} left out: impossible time stamps"
+            )
+        units = [resolution_unit(resolution) for resolution in sorted(self.resolutions)]
+        if len(set(units)) > 1:
+            warnings.append(
+                f"the time stamps of {name} are partly in {units[0]}, partly in {units[-1]}: "
+                "delays are only as precise as the coarser ones"
+            )
+        for linktype, number in self._unsupported.items():
+            warnings.append(
+                f"{counted(number, 'packet')} of {name} left out: "
+                f"{_unsupported_link_type(linktype)}"
+            )
+        if self.cut:
+            warnings.append(
+                f"the snap length was too short to identify {counted(self.cut, 'packet')}, left "
+                "out of all counts. Capture more of each packet (tcpdump -s)"
+            )
+        return warnings
+
+    def add_frame(
+        self, block: Block, frame: bytes, length: int, linktype: int, time_ns: int
+    ) -> None:
+        """Add the packet in a frame, which was `length` bytes long, to a block, or count it."""
+        try:
+            packets = identify(frame, linktype, self.tunnel_ports)
+        except TOO_SHORT:
+            self._extend_span(time_ns, time_ns)
+            if len(frame) < length:
+                self.cut += 1
+            else:  # its headers announce more than there is
+                self.other += 1
+            return
+        if not packets:
+            self._extend_span(time_ns, time_ns)
+            self.other += 1
+            return
+        innermost = packets.pop()
+        if packets:
+            block.outer[len(block.identities)] = packets
+        block.identities.append(innermost)
+        block.times.append(time_ns)
+
+    def count_untimed(self) -> None:
+        """Count a record without a time, or with an impossible one."""
+        self._untimed += 1
+        self.other += 1
+
+    def count_unsupported(self, linktype: int) -> None:
+        """Count a record of a link type that is not supported."""
+        self._unsupported[linktype] += 1
+        self.other += 1
+
+    def error(self, reason: str) -> CaptureError:
+        """Return the error of this file with a reason."""
+        return CaptureError(f"{self.name}: {reason}")
+
+    def _extend_span(self, earliest: int, latest: int) -> None:
+        if self.span:
+            earliest = min(earliest, self.span[0])
+            latest = max(latest, self.span[1])
+        self.span = earliest, latest
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            raise self.error(f"can't read it: {error.strerror}") from error
+
+    def _choose_reader(self, data: bytes) -> _PcapReader | _PcapngReader:
+        """Return the reader for a file that begins with these data."""
+        for magic, command in DECOMPRESSION.items():
+            if data.startswith(magic):
+                raise self.error(f"compressed. Use {command} first")
+        for magic, name in OTHER_FORMATS.items():
+            if data.startswith(magic):
+                raise self.error(f"the format {name} is not supported. {CONVERT}")
+        if len(data) < PCAP_HEADER:
+            raise self.error(f"too short for a capture file (it ends at byte {len(data)})")
+        if data.startswith(SECTION_HEADER):
+            return _PcapngReader(self)
+        for order in BYTE_ORDERS:
+            magic_number, major, minor, linktype = unpack_from(order + "IHH12xI", data)
+            if magic_number in PCAP_FORMATS:
+                if (major, minor) != PCAP_VERSION:
+                    raise self.error(f"pcap version {major}.{minor} is not supported. {CONVERT}")
+                return _PcapReader(self, PCAP_FORMATS[magic_number], order, linktype & 0xFFFF)
+        raise self.error(f"not a capture file (byte 0: {data[:4].hex()}). {CONVERT}")
+
+    def _skip_zeros(self, data: bytes, offset: int) -> None:
+        """Read zeros to the end of the file, as a file system leaves them after a crash."""
+        while data:
+            if any(data):
+                raise self.error(f"zeros instead of a record at byte {offset}, but more data later")
+            self._zeros += len(data)
+            data = self._read(CHUNK)
+
+
+def _unsupported_link_type(linktype: int) -> str:
+    return f"link type {linktype} is not supported: capture on an Ethernet interface"
+
+
+class _PcapReader:
+    """Reads the records of a pcap file."""
+
+    def __init__(self, capture: Capture, form: PcapFormat, order: str, linktype: int) -> None:
+        if linktype not in LINK_TYPES:
+            raise capture.error(f"{_unsupported_link_type(linktype)} (byte 20)")
+        self.file_header = form.file_header
+        self.zeros = bytes(form.record_header)
+        self._capture = capture
+        self._linktype = linktype
+        self._order = order
+        self._header = Struct(order + "4I")
+        self._resolution = form.resolution
+        self._tick = NANOSECONDS // form.resolution
+        self._header_size = form.record_header
+        capture.resolutions.add(form.resolution)
+
+    def read(self, data: bytes, file_offset: int, block: Block) -> int:
+        """Add the packets of the complete records to a block, and return the size of those."""
+        capture = self._capture
+        header = self._header.unpack_from
+        header_size = self._header_size
+        resolution = self._resolution
+        tick = self._tick
+        is_ethernet = self._linktype == EN10MB
+        tunnel_ports = capture.tunnel_ports
+        add_identity = block.identities.append
+        add_time = block.times.append
+        record = self._read_equal_records(data, block)
+        data_size = len(data)
+        last_header = data_size - header_size
+        while record <= last_header:
+            seconds, fraction, size, length = header(data, record)
+            frame = record + header_size
+            end = frame + size
+            if end > data_size:
+                self._check_size(size, file_offset + record + 8)
+                break
+            if size == 0 and data.startswith(self.zeros, record):
+                break
+            record = end
+            if fraction >= resolution:
+                capture.count_untimed()
+                continue
+            time_ns = seconds * NANOSECONDS + fraction * tick
+            identity = b""
+            if is_ethernet:
+                identity = _identify_plain(data, frame, end, tunnel_ports)
+            if identity:
+                add_identity(identity)
+                add_time(time_ns)
+            else:
+                capture.add_frame(block, data[frame:end], length, self._linktype, time_ns)
+        return record
+
+    def _check_size(self, size: int, byte: int) -> None:
+        if size > LARGEST_RECORD:
+            raise self._capture.error(f"impossible record length {size} at byte {byte}: {VARIANT}")
+
+    def _read_equal_records(self, data: bytes, block: Block) -> int:
+        """Add the packets of plain TCP segments of one size at the start of the data.
+
+        Generators send mostly these, which makes a loop of their own worthwhile.
+        Returns the size of their records.
+        """
+        if self._linktype != EN10MB or len(data) < self._header_size:
+            return 0
+        _, _, size, _ = self._header.unpack_from(data)
+        if size < PLAIN_SIZE:
+            return 0
+        skipped = self._header_size - 12
+        record = Struct(f"{self._order}3I{skipped}x{PLAIN_FRAME}{size - PLAIN_FRAME_SIZE}x")
+        whole_records = memoryview(data)[: len(data) // record.size * record.size]
+        resolution = self._resolution
+        tick = self._tick
+        add_identity = block.identities.append
+        add_time = block.times.append
+        for (
+            seconds,
+            fraction,
+            captured,
+            kind,
+            length_and_id,
+            fragmentation,
+            protocol,
+            header,
+        ) in record.iter_unpack(whole_records):
+            if (
+                captured != size
+                or kind != PLAIN_IPV4
+                or protocol != TCP
+                or fragmentation not in UNFRAGMENTED
+                or (header[20] != NO_TCP_OPTIONS and not header[21] & SYN)
+                or fraction >= resolution
+            ):
+                break
+            add_identity(PLAIN_TCP + length_and_id + header)
+            add_time(seconds * NANOSECONDS + fraction * tick)
+        return len(block.identities) * record.size
+
+
+@dataclass(frozen=True)
+class _Interface:
+    """An interface of a pcapng file, by its description block."""
+
+    linktype: int
+    resolution: int = 1_000_000  # ticks per second
+    offset: int = 0  # seconds that are added to all times
+
+
+class _PcapngReader:
+    """Reads the blocks of a pcapng file."""
+
+    file_header = 0
+    zeros = bytes(12)
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+        self._order = BYTE_ORDERS[0]
+        self._interfaces: list[_Interface] = []  # of the current section
+
+    def read(self, data: bytes, file_offset: int, block: Block) -> int:
+        """Add the packets of the complete blocks to a block, and return the size of those."""
+        position = 0
+        while position + 12 <= len(data) and not data.startswith(self.zeros, position):
+            byte = file_offset + position
+            if data.startswith(SECTION_HEADER, position):
+                self._begin_section(data[position + 8 : position + 12], byte)
+            kind, size = unpack_from(self._order + "II", data, position)
+            if size < 12 or size % 4 or size > LARGEST_BLOCK:
+                raise self._capture.error(f"impossible block length {size} at byte {byte + 4}")
+            if position + size > len(data):
+                break
+            body = data[position + 8 : position + size - 4]
+            if kind == INTERFACE_DESCRIPTION:
+                self._interfaces.append(self._read_interface(body))
+            elif kind in (ENHANCED_PACKET, OBSOLETE_PACKET) and len(body) >= 20:
+                self._read_packet(kind, body, byte, block)
+            elif kind == SIMPLE_PACKET:  # it has no time
+                self._capture.count_untimed()
+            position += size
+        return position
+
+    def _begin_section(self, byte_order_magic: bytes, byte: int) -> None:
+        """Adopt the byte order of a section, and forget the interfaces of the one before."""
+        for order in BYTE_ORDERS:
+            if unpack_from(order + "I", byte_order_magic) == (0x1A2B3C4D,):
+                self._order = order
+                self._interfaces = []
+                return
+        raise self._capture.error(f"damaged section header at byte {byte}")
+
+    def _read_interface(self, body: bytes) -> _Interface:
+        (linktype,) = unpack_from(self._order + "H", body.ljust(2, b"\0"))
+        interface = _Interface(linktype)
+        position = 8
+        while position + 4 <= len(body):
+            code, size = unpack_from(self._order + "HH", body, position)
+            value = body[position + 4 : position + 4 + size]
+            if code == IF_TSRESOL and value:
+                interface = replace(interface, resolution=_ticks_per_second(value[0]))
+            elif code == IF_TSOFFSET and len(value) == 8:
+                (offset,) = unpack_from(self._order + "q", value)
+                interface = replace(interface, offset=offset)
+            elif code == 0:
+                break
+            position += 4 + size + -size % 4
+        return interface
+
+    def _read_packet(self, kind: int, body: bytes, byte: int, block: Block) -> None:
+        capture = self._capture
+        form = "5I"
+        if kind == OBSOLETE_PACKET:
+            form = "H2x4I"  # a counter of drops follows the interface
+        number, high, low, size, length = unpack_from(self._order + form, body)
+        if number >= len(self._interfaces) or 20 + size > len(body):
+            raise capture.error(f"damaged packet block at byte {byte}")
+        interface = self._interfaces[number]
+        ticks = high << 32 | low
+        time_ns = ticks * NANOSECONDS // interface.resolution + interface.offset * NANOSECONDS
+        if interface.linktype not in LINK_TYPES:
+            capture.count_unsupported(interface.linktype)
+        elif not 0 <= time_ns < END_OF_TIME:
+            capture.count_untimed()
+        else:
+            capture.resolutions.add(interface.resolution)
+            frame = body[20 : 20 + size]
+            capture.add_frame(block, frame, length, interface.linktype, time_ns)
+
+
+def resolution_unit(resolution: int) -> str:
+    """Return the name of the coarsest unit that time stamps have, given their ticks per second."""
+    if resolution >= NANOSECONDS:
+        return "nanoseconds"
+    if resolution >= 1_000_000:
+        return "microseconds"
+    if resolution >= 1_000:
+        return "milliseconds"
+    return "seconds"
+
+
+def _ticks_per_second(resolution: int) -> int:
+    """Return the ticks that the option if_tsresol encodes: a power of 2 or of 10."""
+    if resolution & 0x80:
+        return 1 << (resolution & 0x7F)
+    return int(10**resolution)
+
+
+@dataclass(frozen=True)
+class TextColumns:
+    """The columns of the sequence numbers and times in a text capture, counted from 0.
+
+    Columns are separated by white space.  If a separator is given, the sequence number is only
+    the part of its column at an index.
+    """
+
+    sequence: int
+    time: int
+    separator: str | None = None
+    part: int = 0
+
+
+class TextCapture:
+    """The packets of a text capture, one a line: their identities and times, in order.
+
+    A time is HH:MM:SS[.fraction], or seconds since 1970, in any time zone.  Only the time of day
+    is used: each packet is dated on the day that brings it closest to the one before, and the
+    first one to `reference`, so that midnight can fall between any two packets.
+    """
+
+    def __init__(
+        self, lines: Iterable[str], columns: TextColumns, reference: int | None = None
+    ) -> None:
+        self.identities: list[bytes] = []
+        self.times: list[int] = []  # nanoseconds
+        self.skipped = 0  # lines without a sequence number or time
+        for line in lines:
+            words = line.split()
+            if not words:
+                continue
+            try:
+                sequence = words[columns.sequence]
+                if columns.separator:
+                    sequence = sequence.split(columns.separator)[columns.part]
+                time_ns = _time_of_day(words[columns.time])
+            except (IndexError, ValueError):
+                self.skipped += 1
+                continue
+            if reference is not None:
+                time_ns += round((reference - time_ns) / DAY) * DAY
+            reference = time_ns
+            self.identities.append(bytes([TEXT]) + sequence.encode(errors="replace"))
+            self.times.append(time_ns)
+
+
+def _time_of_day(text: str) -> int:
+    """Return the nanoseconds since midnight; raises ValueError if the text is not a time."""
+    parts = re.fullmatch(r"(?:(\d\d?):(\d\d):)?(\d{1,10})(?:[.,](\d{1,9}))?", text, re.ASCII)
+    if not parts:
+        raise ValueError(text)
+    hours, minutes, seconds, fraction = parts.groups(default="0")
+    total = (int(hours) * 60 + int(minutes)) * 60 + int(seconds)
+    return (total * NANOSECONDS + int(fraction.ljust(9, "0"))) % DAY
+
+
+# ---- Matching --------------------------------------------------------------------------------
+# RFC 7679 and its relatives: the one-way delay of a packet between two points, its loss (RFC 7680)
+# and its duplication (RFC 5560).
+
+LONGEST_WAIT = NANOSECONDS  # later arrivals are of another packet, unless the user waits longer
+CLOCK_ERROR = 10_000  # by so much the clocks of two processors may disagree
+UNSENT = -1  # in place of a rank: the first point has not seen the packet
+REPEATED = -2  # in place of a rank: the first point has seen several packets of this identity
+EARLY = -3  # in place of a rank: the packet was sent before the period that is measured
+
+
+def collect(captures: Mapping[str, Sequence[Capture]], selection: Selection) -> list[Sightings]:
+    """Read the captures of each point, once, and return the sightings of each direction."""
+    sightings = [Sightings(direction, selection.translated) for direction in selection.directions]
+    sorter = _Sorter(selection)
+    for point, files in captures.items():
+        for capture in files:
+            for block in capture:
+                if selection.selects_everything:
+                    sightings[0].add(point, block.identities, block.times)
+                    continue
+                capture.filtered += sorter.sort(block)
+                for one_direction in sightings:
+                    part = sorter.parts[one_direction.direction]
+                    one_direction.add(point, part.identities, part.times)
+        for one_direction in sightings:
+            one_direction.end(point)
+    return sightings
+
+
+class _Sorter:
+    """The selected packets of a block, by direction."""
+
+    def __init__(self, selection: Selection) -> None:
+        self.parts = {direction: Block() for direction in selection.directions}
+        self._selection = selection
+        self._part_of: dict[bytes, Block | None] = {}  # by addresses, of which there are few
+
+    def sort(self, block: Block) -> int:
+        """Take the packets of a block, and return how many frames contain none."""
+        for part in self.parts.values():
+            part.identities.clear()
+            part.times.clear()
+        if block.outer or self._selection.probes:
+            return self._sort_each(block)
+        rejected = 0
+        part_of = self._part_of
+        for identity, time_ns in zip(block.identities, block.times):
+            if identity[0] == 4:
+                addresses = identity[ADDRESSES : ADDRESSES + 8]
+            else:
+                addresses = addresses_of(identity)
+            if addresses not in part_of:
+                self._add_addresses(addresses)
+            selected = part_of[addresses]
+            if selected is None:
+                rejected += 1
+            else:
+                selected.identities.append(identity)
+                selected.times.append(time_ns)
+        return rejected
+
+    def _sort_each(self, block: Block) -> int:
+        """Take packets one by one, where tunnels or probes must be looked at."""
+        rejected = 0
+        for index, identity in enumerate(block.identities):
+            for packet in (identity, *reversed(block.outer.get(index, ()))):
+                addresses = addresses_of(packet)
+                if addresses not in self._part_of:
+                    self._add_addresses(addresses)
+                selected = self._part_of[addresses]
+                if selected is not None and self._is_probe(packet):
+                    selected.identities.append(packet)
+                    selected.times.append(block.times[index])
+                    break
+            else:
+                rejected += 1
+        return rejected
+
+    def _add_addresses(self, addresses: bytes) -> None:
+        direction = self._selection.direction_of(addresses)
+        self._part_of[addresses] = self.parts[direction] if direction else None
+
+    def _is_probe(self, packet: bytes) -> bool:
+        probes = self._selection.probes
+        return probes is None or probes.accepts(packet)
+
+
+def watched_span(captures: Iterable[Capture]) -> tuple[int, int] | None:
+    """Return the times of the first and the last record of a point, or None without records."""
+    spans = [capture.span for capture in captures if capture.span]
+    if not spans:
+        return None
+    return min(span[0] for span in spans), max(span[1] for span in spans)
+
+
+def files_window(direction: Direction, captures: Mapping[str, Sequence[Capture]]) -> Window:
+    """Return the window of captures of which only the files are known.
+
+    Each point was watched from its first to its last record of any kind.
+    """
+    first = watched_span(captures[direction.first])
+    second = watched_span(captures[direction.second])
+    if not first or not second:
+        return ALWAYS
+    return Window(
+        start=first[0] - CLOCK_ERROR,
+        end=first[1],
+        watched_from=second[0],
+        watched_until=second[1],
+        is_live=False,
+    )
+
+
+def match(sightings: Sightings, window: Window = ALWAYS, uncaptured: int = 0) -> DirectionResult:
+    """Match the packets of the first point with those of the second, and classify them.
+
+    If a packet arrives several times, the first arrival gives its delay and the others are
+    duplicates.  Packets that share their identity with another packet sent are counted but not
+    timed, since it is unknown which arrival belongs to which of them.
+
+    `uncaptured` is the number of packets that passed the second point, but were dropped before
+    they were captured, or were cut so short that they can't be identified.
+    """
+    direction = sightings.direction
+    identities = sightings.take_identities()
+    all_sent = sightings.points[direction.first]
+    sent = all_sent.since(window.start)
+    seen = sightings.points[direction.second].since(window.start)
+    early_ids = all_sent.ids[: len(all_sent.ids) - len(sent.ids)]
+    rank_of, copies = _index_ranks(sent.ids, early_ids, len(identities))
+    arrivals = _find_arrivals(sent, seen, rank_of, window)
+    longest = max(0, max(arrivals.delays, default=0))
+    decided = sent.ranks_between(*window.decided(longest))
+    classes = _classify(arrivals, decided)
+    _classify_copies(classes, copies, Counter(early_ids), arrivals, sent, window, longest)
+
+    until = window.end
+    under_way = 0
+    if window.is_live:
+        until = window.watched_until
+        size = _find_undecided(classes)
+        if size < len(classes):
+            until = min(until, sent.times[size] - 1)
+            under_way = len(classes) - size
+            sent.truncate(size)
+            arrivals.truncate(size)
+            del classes[size:]
+    counts = _count(classes, arrivals)
+    counts.undecided.under_way = under_way
+    _count_unsent(counts, arrivals, window, until, longest)
+    _explain_missing(counts, classes, uncaptured)
+    return DirectionResult(
+        direction=direction,
+        identities=identities,
+        ids=sent.ids,
+        sent=sent.times,
+        delays=arrivals.delays,
+        classes=_merge_ambiguous(classes),
+        arrivals=arrivals.ranks,
+        duplicates=arrivals.duplicates,
+        unsent_ids=arrivals.unsent.ids,
+        counts=counts,
+        until=until,
+        translated=sightings.translated,
+    )
+
+
+def _index_ranks(
+    ids: Sequence[int], early_ids: Iterable[int], size: int
+) -> tuple[array[int], dict[int, list[int]]]:
+    """Return the rank of each id, or UNSENT, EARLY or REPEATED, and the ranks of repeated ids."""
+    rank_of = array("i", [UNSENT]) * size
+    for packet_id in early_ids:
+        rank_of[packet_id] = EARLY
+    copies: dict[int, list[int]] = {}
+    for rank, packet_id in enumerate(ids):
+        known = rank_of[packet_id]
+        if known == UNSENT:
+            rank_of[packet_id] = rank
+        elif known == REPEATED:
+            copies[packet_id].append(rank)
+        else:
+            rank_of[packet_id] = REPEATED
+            copies[packet_id] = [rank]
+            if known != EARLY:
+                copies[packet_id].insert(0, known)
+    return rank_of, copies
+
+
+@dataclass
+class _Arrivals:
+    """The arrivals at the second point, from the window's start on, of packets that were sent."""
+
+    delays: array[int]  # by rank
+    missing: bytearray  # by rank, whether a packet has no delay
+    ranks: array[int] = field(default_factory=lambda: array("I"))  # in order of arrival
+    duplicates: Counter[int] = field(default_factory=Counter)  # by rank
+    repeated: defaultdict[int, list[int]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # times, by id
+    surplus: Counter[int] = field(default_factory=Counter)  # of those, by the first one's rank
+    unwatched: int = 0  # of those, of packets that were sent after the first point's capture
+    unsent: PointSightings = field(default_factory=PointSightings)
+    strays: dict[int, int] = field(default_factory=dict)  # delays that can't be true, by rank
+
+    def truncate(self, size: int) -> None:
+        """Forget the packets from a rank on."""
+        del self.delays[size:]
+        del self.missing[size:]
+        self.ranks = array("I", [rank for rank in self.ranks if rank < size])
+        for further in (self.duplicates, self.surplus):
+            for rank in [rank for rank in further if rank >= size]:
+                del further[rank]
+
+
+def _find_arrivals(
+    sent: PointSightings, seen: PointSightings, rank_of: Sequence[int], window: Window
+) -> _Arrivals:
+    earliest = -LONGEST_WAIT
+    latest = max(LONGEST_WAIT, window.wait)
+    last_duplicate = window.watched_until if window.is_live else 1 << 62
+    sent_times = sent.times
+    delays = array("q", [NO_DELAY]) * len(sent_times)
+    missing = bytearray([True]) * len(sent_times)
+    arrivals = _Arrivals(delays, missing)
+    add_rank = arrivals.ranks.append
+    for packet_id, time_ns in zip(seen.ids, seen.times):
+        rank = rank_of[packet_id]
+        if rank >= 0:
+            delay = time_ns - sent_times[rank]
+            if not missing[rank]:
+                if time_ns <= last_duplicate:
+                    arrivals.duplicates[rank] += 1
+            elif earliest <= delay <= latest:
+                delays[rank] = delay
+                missing[rank] = False
+                add_rank(rank)
+            else:
+                arrivals.strays[rank] = delay
+        elif rank == UNSENT:
+            arrivals.unsent.ids.append(packet_id)
+            arrivals.unsent.times.append(time_ns)
+        elif rank == REPEATED:
+            arrivals.repeated[packet_id].append(time_ns)
+    return arrivals
+
+
+def _classify(arrivals: _Arrivals, decided: range) -> bytearray:
+    """Return the PacketClass of each packet, by rank, as if there were no identical packets."""
+    classes = bytearray([PacketClass.MATCHED]) * len(arrivals.delays)
+    rank = arrivals.missing.find(True)
+    while rank >= 0:
+        if rank in decided or arrivals.strays.get(rank, 0) > 0:
+            classes[rank] = PacketClass.LOST
+        else:
+            classes[rank] = PacketClass.UNDECIDED
+        rank = arrivals.missing.find(True, rank + 1)
+    return classes
+
+
+def _classify_copies(
+    classes: bytearray,
+    copies: Mapping[int, Sequence[int]],
+    early_copies: Counter[int],
+    arrivals: _Arrivals,
+    sent: PointSightings,
+    window: Window,
+    longest: int,
+) -> None:
+    """Classify the packets of each repeated identity of which at least one has arrived.
+
+    Which of them are missing is unknown: first those that may be undecided, then the last ones.
+    """
+    decided_from, decided_until = window.decided(longest)
+    # Copies that were sent shortly before may have been seen, since some of them have arrived.
+    decided = sent.ranks_between(decided_from - longest, decided_until)
+    for packet_id, times in arrivals.repeated.items():
+        ranks = copies[packet_id]
+        arrived = len(times)
+        if not window.is_live:
+            arrived = bisect(times, window.end + longest)
+            arrivals.unwatched += len(times) - arrived
+        if not arrived:
+            continue
+        for position, rank in enumerate(sorted(ranks, key=lambda rank: rank not in decided)):
+            if position < arrived:
+                classes[rank] = PacketClass.AMBIGUOUS
+            elif rank in decided:
+                classes[rank] = PacketClass.AMBIGUOUS_LOST
+            else:
+                classes[rank] = PacketClass.AMBIGUOUS_UNDECIDED
+        surplus = arrived - len(ranks) - early_copies[packet_id]
+        if surplus > 0:
+            arrivals.surplus[ranks[0]] = surplus
+
+
+def _find_undecided(classes: bytearray) -> int:
+    """Return the rank of the first undecided packet, or the number of packets."""
+    first = len(classes)
+    for kind in (PacketClass.UNDECIDED, PacketClass.AMBIGUOUS_UNDECIDED):
+        rank = classes.find(kind)
+        if rank >= 0:
+            first = min(first, rank)
+    return first
+
+
+def _merge_ambiguous(classes: bytearray) -> bytearray:
+    """Return the classes with AMBIGUOUS for all packets that share an identity."""
+    ambiguous = bytes([PacketClass.AMBIGUOUS])
+    for kind in (PacketClass.AMBIGUOUS_LOST, PacketClass.AMBIGUOUS_UNDECIDED):
+        classes = classes.replace(bytes([kind]), ambiguous)
+    return classes
+
+
+def _count(classes: bytearray, arrivals: _Arrivals) -> Counts:
+    """Return the numbers of the packets that were sent, and of their further arrivals."""
+    number_of = classes.count
+    return Counts(
+        matched=number_of(PacketClass.MATCHED) + number_of(PacketClass.AMBIGUOUS),
+        ambiguous=number_of(PacketClass.AMBIGUOUS),
+        lost=number_of(PacketClass.LOST) + number_of(PacketClass.AMBIGUOUS_LOST),
+        duplicated=sum(arrivals.duplicates.values()) + sum(arrivals.surplus.values()),
+        second_only=0,
+        strays=len(arrivals.strays),
+        undecided=Undecided(
+            unwatched=number_of(PacketClass.UNDECIDED) + number_of(PacketClass.AMBIGUOUS_UNDECIDED),
+            unwatched_first=arrivals.unwatched,
+        ),
+    )
+
+
+def _count_unsent(
+    counts: Counts, arrivals: _Arrivals, window: Window, until: int, longest: int
+) -> None:
+    """Count the packets that only the second point saw, if the first was watched when they left."""
+    earliest = window.start
+    if window.is_live:
+        earliest += longest
+    for time_ns in arrivals.unsent.times:
+        if earliest <= time_ns <= until:
+            counts.second_only += 1
+        elif not window.is_live:
+            counts.undecided.unwatched_first += 1
+
+
+def _explain_missing(counts: Counts, classes: bytearray, uncaptured: int) -> None:
+    """Reclassify up to so many lost packets, the last ones, as undecided."""
+    explained = min(counts.lost, uncaptured)
+    counts.lost -= explained
+    unwatched = min(counts.undecided.unwatched, uncaptured - explained)
+    counts.undecided.unwatched -= unwatched
+    counts.undecided.uncaptured = explained + unwatched
+    for _ in range(min(explained, classes.count(PacketClass.LOST))):
+        classes[classes.rindex(PacketClass.LOST)] = PacketClass.UNDECIDED
+
+
+# ---- Statistics ------------------------------------------------------------------------------
+
+
+@dataclass
+class DelayStatistics:
+    """Statistics of at least one delay, in microseconds."""
+
+    average: float
+    minimum: float
+    maximum: float
+    stdev: float  # of the population
+    median: float
+    percentiles: dict[str, float]  # by percent: "90", "95", "99" and "99.9"
+    pdv: float  # delay variation: p99 - minimum (RFC 5481)
+    negative: int  # delays below zero
+    zero: int
+
+
+class RankedDelays:
+    """At least one delay in order of size, where equal ones are stored once."""
+
+    def __init__(self, delays: Iterable[int]) -> None:
+        """Rank delays, which may be counted already (a Counter)."""
+        counts = Counter(delays)
+        self.values = sorted(counts)
+        self.counts = [counts[value] for value in self.values]
+        self._ends = list(accumulate(self.counts))  # ranks after the last one of each value
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, rank: int) -> int:
+        return self.values[bisect(self._ends, rank)]
+
+
+def delay_statistics(delays: Iterable[int]) -> DelayStatistics:
+    """Return the statistics of at least one delay, which are exact but for the final rounding.
+
+    The delays may be counted already (a Counter).
+    """
+    ranked = RankedDelays(delays)
+    size = len(ranked)
+    sums = list(map(mul, ranked.values, ranked.counts))
+    total = sum(sums)
+    squares = sum(map(mul, sums, ranked.values))
+    minimum = ranked.values[0]
+    p99 = percentile(ranked, 990)
+    below_zero = bisect_left(ranked.values, 0)
+    up_to_zero = bisect(ranked.values, 0)
+    return DelayStatistics(
+        average=microseconds(total / size),
+        minimum=microseconds(minimum),
+        maximum=microseconds(ranked.values[-1]),
+        stdev=microseconds(math.sqrt(size * squares - total * total) / size),
+        median=microseconds(percentile(ranked, 500)),
+        percentiles={
+            "90": microseconds(percentile(ranked, 900)),
+            "95": microseconds(percentile(ranked, 950)),
+            "99": microseconds(p99),
+            "99.9": microseconds(percentile(ranked, 999)),
+        },
+        pdv=microseconds(p99 - minimum),
+        negative=sum(ranked.counts[:below_zero]),
+        zero=sum(ranked.counts[below_zero:up_to_zero]),
+    )
 
 
 def microseconds(nanoseconds: float) -> float:
-    """The same to a whole nanosecond, since no stamp knows more."""
+    """Convert to microseconds, rounded to the nanosecond that time stamps are accurate to."""
     return round(nanoseconds) / 1000
 
 
-def percentile(ranked: Sequence[int], permille: int) -> float:
-    """That of sorted values, linear between the two nearest ranks."""
-    low, part = divmod(permille * (len(ranked) - 1), 1000)
-    high = min(low + 1, len(ranked) - 1)
-    return (ranked[low] * 1000 + (ranked[high] - ranked[low]) * part) / 1000
+def percentile(ranked: Sequence[int] | RankedDelays, permille: int) -> float:
+    """Return a percentile of sorted values, interpolated between the two nearest ranks."""
+    rank, remainder = divmod(permille * (len(ranked) - 1), 1000)
+    if remainder == 0:
+        return ranked[rank]
+    return (ranked[rank] * (1000 - remainder) + ranked[rank + 1] * remainder) / 1000
 
 
-def variation(delays: Sequence[int]) -> float | None:
-    """The mean absolute IPDV (RFC 3393, ns): between consecutive packets that both have a delay; None if none do."""
-    steps = [abs(after - before) for before, after in zip(delays, islice(delays, 1, None))
-             if before != NO_DELAY and after != NO_DELAY]
-    return sum(steps) / len(steps) if steps else None
+def mean_ipdv(delays: Sequence[int]) -> float | None:
+    """Return the mean absolute difference of consecutive delays (RFC 3393), in microseconds.
 
-
-def reordering(result: Result) -> dict[int, int]:
-    """The reordered packets (RFC 4737: type-P-reordered), by rank, with the extent of each.
-
-    Only packets of the same stream, from one address to another, overtake each other.
+    Returns None if no two consecutive packets have one.
     """
-    arrivals = result.arrivals()
-    if all(map(le, arrivals, islice(arrivals, 1, None))):
+    differences = [
+        abs(later - earlier)
+        for earlier, later in pairwise(delays)
+        if earlier != NO_DELAY and later != NO_DELAY
+    ]
+    if not differences:
+        return None
+    return microseconds(sum(differences) / len(differences))
+
+
+def reordering(result: DirectionResult) -> dict[int, int]:
+    """Return the extent of each reordered packet (RFC 4737), by rank.
+
+    Only packets of one stream, from one address to another, can overtake each other.
+    """
+    if all(map(le, result.arrivals, islice(result.arrivals, 1, None))):
         return {}
-    streams: defaultdict[bytes, array[int]] = defaultdict(lambda: array("I"))
-    for rank in arrivals:
-        streams[addresses_of(result.matching.identity(rank))].append(rank)
-    extents = {}
+    ends = {
+        kind: ADDRESSES + len(addresses_of(identity)) for kind, identity in result.kinds.items()
+    }
+    addresses = list(_from_addresses(result, ends))
+    streams: defaultdict[bytes, list[int]] = defaultdict(list)
+    for rank in result.arrivals:
+        streams[addresses[rank]].append(rank)
+    extents: dict[int, int] = {}
     for ranks in streams.values():
-        peaks, places = [-1], [-1]                   # the newest packets so far, and where they arrived
-        for place, rank in enumerate(ranks):
-            if rank > peaks[-1]:
-                peaks.append(rank)
-                places.append(place)
-            else:                                    # back to the earliest arrival that was sent later
-                extents[rank] = place - places[bisect(peaks, rank)]
+        extents |= _reordering_extents(ranks)
     return extents
 
 
-def by_flow(result: Result) -> tuple[int, list[int], list[int]]:
-    """How many flows there are, and the delays of their first and of their later packets, in order of size.
+def _reordering_extents(ranks: Sequence[int]) -> dict[int, int]:
+    """Return the extent of each reordered packet of a stream whose ranks are in order of arrival.
 
-    A switch or a firewall may know a flow only from its first packet on, which takes the slow path.  In text there are
-    none.
+    The extent is the distance back to the first arrival that was sent later.
     """
-    matching, delays = result.matching, result.delays
-    kinds = set(map(itemgetter(slice(0, 2)), matching.identities))
-    alike = len(kinds) == 1 and kinds < {b"\4\6", b"\4\x11"}           # TCP, or UDP, in IPv4
-    key = itemgetter(slice(ADDRESSES, ADDRESSES + 12)) if alike else flow_of
-    latest_first = map(key, map(matching.identities.__getitem__, reversed(matching.numbers)))
-    first = set() if matching.identity(0)[0] == TEXT else set(
-        dict(zip(latest_first, range(len(matching.numbers) - 1, -1, -1))).values())
-    later = sorted(delay for rank, delay in enumerate(delays) if delay != NO_DELAY and rank not in first)
-    return len(first), sorted(delays[rank] for rank in first if delays[rank] != NO_DELAY), later
+    late: list[int] = []  # positions
+    newest = -1
+    newest_by_position = array("I")
+    for position, rank in enumerate(ranks):
+        if rank > newest:
+            newest = rank
+        else:
+            late.append(position)
+        newest_by_position.append(newest)
+    return {
+        ranks[position]: position - bisect(newest_by_position, ranks[position]) for position in late
+    }
 
 
-def _tcp(identity: bytes) -> tuple[bytes, bytes]:
-    """Of a TCP segment's identity the addresses, and from the ports to the flags; both empty for other packets."""
-    if identity[0] not in (4, 6) or identity[1] != TCP:
-        return b"", b""
-    return addresses_of(identity), _transport_of(identity)
+def _from_addresses(result: DirectionResult, ends: Mapping[bytes, int]) -> Iterator[bytes]:
+    """Yield a part of each packet's identity, by rank: from its addresses to an end.
 
-
-def resized(result: Result) -> int:
-    """How many of the packets that only the second point saw are one lost from the first, but for their length.
-
-    Segments were merged (GRO) or split (TSO) on the way, which may also alter PSH, FIN and CWR.
+    `ends` are the positions at which that part ends, by the kind of identity (its first two bytes).
     """
-    def unsized(identity: bytes) -> bytes:
-        flow, header = _tcp(identity)
-        return (flow and identity[:2] + identity[4:6] + flow + header[:13]
-                + bytes((header[13] & ~(PSH | FIN | CWR),)) + header[14:])
-
-    matching = result.matching
-    lost = {unsized(matching.identity(rank)) for rank in result.ranks(LOST)} - {b""}
-    return sum(unsized(identity) in lost for identity in matching.strangers) if lost else 0
+    identities = map(result.identities.__getitem__, result.ids)
+    if len(ends) == 1:  # which is usual, and faster
+        [end] = ends.values()
+        return map(itemgetter(slice(ADDRESSES, end)), identities)
+    return (identity[ADDRESSES : ends[identity[:2]]] for identity in identities)
 
 
-def closing_resets(result: Result) -> int:
-    """How many of the packets that count are RSTs with which a source's kernel answers the answers to its SYNs."""
-    opened: set[bytes] = set()                       # by addresses and ports
+@dataclass
+class FlowDelays:
+    """The delays of all packets, and those of the first packets of flows, counted by value."""
+
+    flows: int
+    whole: Counter[int]
+    first: Counter[int]
+
+    @property
+    def later(self) -> Counter[int]:
+        """The delays of all packets that are not the first of their flows."""
+        later = self.whole.copy()
+        for delay, number in self.first.items():  # faster than a difference of Counters
+            if later[delay] == number:
+                del later[delay]
+            else:
+                later[delay] -= number
+        return later
+
+
+def delays_by_flow(result: DirectionResult) -> FlowDelays:
+    """Separate the first packet of each flow, which may take a slow path in a switch or firewall.
+
+    Text captures have no flows; then all packets are later ones.
+    """
+    whole = Counter(result.delays)
+    del whole[NO_DELAY]
+    if result.identities[0][0] == TEXT:
+        return FlowDelays(0, whole, Counter())
+    first: dict[bytes, int] = {}  # delay of the first packet, by flow
+    for flow, delay, kind in zip(_flows(result), result.delays, result.classes):
+        if flow not in first and kind != PacketClass.UNDECIDED:
+            first[flow] = delay
+    first.pop(b"", None)  # fragments of unknown flows
+    first_delays = Counter(first.values())
+    del first_delays[NO_DELAY]
+    return FlowDelays(len(first), whole, first_delays)
+
+
+def _flows(result: DirectionResult) -> Iterable[bytes]:
+    """Return the flow of each packet, by rank; a fragment has that of its datagram.
+
+    It is b"" if the datagram's first fragment, which has the ports, was not captured.
+    """
+    ends = {kind: _flow_end(identity) for kind, identity in result.kinds.items()}
+    slices = _from_addresses(result, ends)
+    if len(ends) == 1:
+        return slices
+    datagrams = _fragmented_flows(result)
+    flows = []
+    for packet_id, ports in zip(result.ids, slices):
+        identity = result.identities[packet_id]
+        if identity[0] & NOT_FIRST:
+            flows.append(datagrams.get(_datagram_of(identity), b""))
+        else:
+            flows.append(identity[:2] + ports)
+    return flows
+
+
+def _fragmented_flows(result: DirectionResult) -> dict[bytes, bytes]:
+    """Return the flow of each datagram of which there are fragments, by `_datagram_of`."""
+    if not any(kind[0] & NOT_FIRST for kind in result.kinds):
+        return {}
+    fragmented = {
+        _datagram_of(identity) for identity in result.identities if identity[0] & NOT_FIRST
+    }
+    return {
+        _datagram_of(identity): flow_of(identity)
+        for identity in result.identities
+        if not identity[0] & NOT_FIRST and _datagram_of(identity) in fragmented
+    }
+
+
+def _datagram_of(identity: bytes) -> bytes:
+    """Return the parts that the fragments of a datagram share: protocol, IP id and addresses."""
+    return identity[1:2] + identity[4:ADDRESSES] + addresses_of(identity)
+
+
+# ---- Statistics: relations between packets ---------------------------------------------------
+
+
+def _is_tcp(identity: bytes) -> bool:
+    """Return whether this is a TCP segment whose header is known (not a later fragment)."""
+    return identity[0] in (4, 6) and identity[1] == TCP
+
+
+def resized(result: DirectionResult) -> int:
+    """Return how many packets that only the second point saw differ from a lost one in length only.
+
+    They are segments that were merged (GRO) or split (TSO) between the points.
+    """
+    if not result.unsent_ids:
+        return 0
+    lost = {_unsized_segment(result.identity(rank)) for rank in result.ranks(PacketClass.LOST)}
+    lost.discard(b"")
+    unsent = [_unsized_segment(result.identities[packet_id]) for packet_id in result.unsent_ids]
+    return sum(segment in lost for segment in unsent)
+
+
+def _unsized_segment(identity: bytes) -> bytes:
+    """Return the parts of a TCP segment that merging or splitting keeps; b"" for other packets."""
+    if not _is_tcp(identity):
+        return b""
+    header = bytearray(_transport_of(identity))
+    header[13] &= ~(PSH | FIN | CWR)
+    return identity[:2] + identity[4:ADDRESSES] + addresses_of(identity) + header
+
+
+def sent_datagrams(result: DirectionResult) -> int:
+    """Return how many packets passed the first point, fragments of one datagram counted once."""
+    fragments = sum(result.identities[packet_id][0] & NOT_FIRST > 0 for packet_id in result.ids)
+    return len(result.ids) - fragments
+
+
+def closing_resets(result: DirectionResult) -> int:
+    """Return how many packets are RSTs by which a source rejects the answers to its own SYNs."""
+    opened: set[bytes] = set()  # flows
     resets = 0
-    for rank in result.ranks(MATCHED, AMBIGUOUS, LOST, UNDECIDED):
-        flow, header = _tcp(result.matching.identity(rank))
-        flags = header[13] & (FIN | SYN | RST | ACK) if flow else 0
+    for packet_id in result.ids:
+        identity = result.identities[packet_id]
+        if not _is_tcp(identity):
+            continue
+        flags = _transport_of(identity)[13] & (FIN | SYN | RST | ACK)
         if flags == SYN:
-            opened.add(flow + header[:4])
-        resets += flags == RST and flow + header[:4] in opened
+            opened.add(flow_of(identity))
+        elif flags == RST and flow_of(identity) in opened:
+            resets += 1
     return resets
 
 
-def guest_times(inbound: Result, outbound: Matching) -> tuple[dict[int, int], dict[str, int]]:
-    """How long the VM took, by rank, from a probe's arrival at its interface to the answer's departure from there (ns).
+def guest_times(inbound: DirectionResult, outbound: DirectionResult) -> GuestTimes:
+    """Return how long the VM took to answer the probes that came in.
 
-    A probe is a TCP SYN, answered by acknowledgment number, or an ICMP echo request, answered by identifier and
-    sequence number.  Also counts the probes: `answered`, `unanswered`, and `ambiguous`: sent several times, so that
-    their answers can't be told apart.
+    Probes are TCP SYNs, which are answered by acknowledgment number, and ICMP echo requests, which
+    are answered by identifier and sequence number.  A probe is unanswered only if the vif was
+    watched for as long as the slowest answer took.
     """
-    matching = inbound.matching
-    probes: defaultdict[bytes, list[int]] = defaultdict(list)        # their ranks, by what an answer may have
-    for rank in inbound.ranks(MATCHED, AMBIGUOUS):
-        for key in _exchange(matching.identity(rank))[0]:
-            probes[key].append(rank)
-    asked = {rank for ranks in probes.values() for rank in ranks}
-    unclear = {rank for ranks in probes.values() for rank in ranks
-               if len(ranks) > 1 or inbound.classes[rank] == AMBIGUOUS}
+    probes: dict[bytes, int] = {}  # ranks, by what links an answer to its probe
+    asked: list[int] = []
+    ambiguous: set[int] = set()
+    for rank in inbound.ranks(PacketClass.MATCHED, PacketClass.AMBIGUOUS):
+        answers = _expected_answers(inbound.identities[inbound.ids[rank]])
+        if not answers:
+            continue
+        asked.append(rank)
+        if inbound.delays[rank] == NO_DELAY:
+            ambiguous.add(rank)
+        for answer in answers:
+            other = probes.setdefault(answer, rank)
+            if other != rank:
+                ambiguous.update((rank, other))
+
+    times = _answer_times(inbound, outbound, probes, ambiguous)
+    decided_until = outbound.until - max(times.values(), default=0)
+    unanswered = [rank for rank in asked if rank not in ambiguous and rank not in times]
+    undecided = sum(
+        inbound.sent[rank] + inbound.delays[rank] > decided_until for rank in unanswered
+    )
+    return GuestTimes(times, len(unanswered) - undecided, undecided, len(ambiguous))
+
+
+def _answer_times(
+    inbound: DirectionResult,
+    outbound: DirectionResult,
+    probes: Mapping[bytes, int],
+    ambiguous: Container[int],
+) -> dict[int, int]:
+    """Return how long after the arrival of a probe its first answer was sent, by rank."""
     times: dict[int, int] = {}
-    for number, when in zip(outbound.numbers, outbound.sent):
-        for rank in probes.get(_exchange(outbound.identities[number])[1], ()):
-            took = when - matching.sent[rank] - inbound.delays[rank]
-            if rank not in unclear and took >= 0:
-                times.setdefault(rank, took)
-    return times, {"answered": len(times), "unanswered": len(asked) - len(unclear) - len(times),
-                   "ambiguous": len(unclear)}
+    for packet_id, time_ns in zip(outbound.ids, outbound.sent):
+        rank = probes.get(_answer(outbound.identities[packet_id]))
+        if rank is None or rank in ambiguous or rank in times:
+            continue
+        guest_time = time_ns - inbound.sent[rank] - inbound.delays[rank]
+        if guest_time >= 0:
+            times[rank] = guest_time
+    return times
 
 
-def _exchange(identity: bytes) -> tuple[list[bytes], bytes]:
-    """What tells that two packets are probe and answer: what the answer to a probe may have, and what an answer has."""
-    flow, rest = addresses_of(identity), _transport_of(identity)
-    back = flow[len(flow) // 2:] + flow[:len(flow) // 2]
-    kind = identity[1], rest[:1]
-    if _tcp(identity)[0]:
-        flags, sequence = rest[13] & (FIN | SYN | RST | ACK), int.from_bytes(rest[4:8], "big")
-        if flags == SYN:                             # its data may be acknowledged, or not
-            data = max(0, _u16(identity, 2) - (20 if identity[0] == 4 else 0) - (rest[12] >> 4) * 4)
-            numbers = ((sequence + 1 + more) % (1 << 32) for more in {0, data})
-            return [back + rest[2:4] + rest[:2] + number.to_bytes(4, "big") for number in numbers], b""
+# Where the transport header begins in an identity; later fragments and text have none.
+TRANSPORT_AT = {4: ADDRESSES + 8, 6: ADDRESSES + 32}
+# Addresses, ports and sequence number of a TCP segment, by IP version.
+SEGMENT_FIELDS = {4: Struct(">4s4s2s2sI"), 6: Struct(">16s16s2s2sI")}
+HANDSHAKE_FLAGS = FIN | SYN | RST | ACK
+# Protocol and type of ICMP messages.
+ECHO_REQUESTS = (bytes((ICMP, 8)), bytes((ICMPV6, 128)))
+ECHO_REPLIES = (bytes((ICMP, 0)), bytes((ICMPV6, 129)))
+
+
+def _expected_answers(identity: bytes) -> list[bytes]:
+    """Return the keys that `_answer` may return for a probe's answer; none for other packets."""
+    at = TRANSPORT_AT.get(identity[0])
+    if at is None:
+        return []
+    if identity[1] != TCP:
+        if identity[1:2] + identity[at : at + 1] not in ECHO_REQUESTS:
+            return []
+        half = (ADDRESSES + at) // 2
+        return [identity[half:at] + identity[ADDRESSES:half] + identity[at + 2 : at + 6]]
+    if identity[at + 13] & HANDSHAKE_FLAGS != SYN:
+        return []
+    fields = SEGMENT_FIELDS[identity[0]]
+    source, destination, source_port, port, sequence = fields.unpack_from(identity, ADDRESSES)
+    sequence += 1
+    answer = fields.pack(destination, source, port, source_port, sequence % (1 << 32))
+    ip_header = 20 if identity[0] == 4 else 0  # the length of an IPv6 packet is without its header
+    payload = (identity[2] << 8 | identity[3]) - ip_header - (identity[at + 12] >> 4) * 4
+    if payload <= 0:
+        return [answer]
+    # The answer may acknowledge the data that a SYN carries, or the SYN only.
+    sequence += payload
+    return [answer, fields.pack(destination, source, port, source_port, sequence % (1 << 32))]
+
+
+def _answer(identity: bytes) -> bytes:
+    """Return the key that links an answer to its probe; b"" for a packet that answers no probe."""
+    at = TRANSPORT_AT.get(identity[0])
+    if at is None:
+        return b""
+    if identity[1] == TCP:
+        flags = identity[at + 13]
         if flags & (RST | ACK) and flags & (SYN | RST):
-            return [], flow + rest[:4] + rest[8:12]
-    elif identity[0] in (4, 6) and kind in ((ICMP, b"\x08"), (ICMPV6, b"\x80")):
-        return [back + rest[2:6]], b""
-    elif identity[0] in (4, 6) and kind in ((ICMP, b"\0"), (ICMPV6, b"\x81")):
-        return [], flow + rest[2:6]
-    return [], b""
+            return identity[ADDRESSES : at + 4] + identity[at + 8 : at + 12]
+    elif identity[1:2] + identity[at : at + 1] in ECHO_REPLIES:
+        return identity[ADDRESSES:at] + identity[at + 2 : at + 6]
+    return b""
 
 
-# ---- Analysis: the kernel's own account of the way -----------------------------------------------------------
-# A trace of the hypervisor's kernel (TRACING, below) tells when its stack received a packet at the first interface,
-# when it reached the second one's queue and its driver, and where it was freed.  The captures say which packet that
-# was: an event belongs to a sighting by time and length, and the address of the packet's sk_buff (skb) only confirms
-# it, since a switch may copy the packet into another one.
+# ---- Comparison ------------------------------------------------------------------------------
+
+COMPARED = {"median": 3, "p99": 3, "loss_ratio": 6}  # figures, and the decimals to report them with
+FEWEST_RUNS = 3  # on each side, to know how much equal runs vary
+CONFIDENCE = 0.99  # that the intervals of all COMPARED figures hold together
+# Student's t for that confidence, by degrees of freedom: two-sided, and with the error divided
+# among the figures (Bonferroni).
+STUDENT_T = {
+    2: 17.277,
+    3: 8.575,
+    4: 6.254,
+    5: 5.247,
+    6: 4.698,
+    7: 4.355,
+    8: 4.122,
+    9: 3.954,
+    10: 3.827,
+    12: 3.649,
+    15: 3.484,
+    20: 3.331,
+    30: 3.189,
+    60: 3.057,
+}
+
+
+@dataclass
+class Shift:
+    """The shift of a figure's mean between two sets of runs; None: there are too few runs."""
+
+    baseline: float
+    current: float
+    shift: float
+    interval: list[float] | None = None
+    run_to_run: float | None = None  # standard deviation of the runs of a set
+    distinguishable: bool | None = None
+
+
+def run_figures(result: DirectionResult) -> dict[str, float]:
+    """Return the COMPARED figures of a run with at least one delay; delays in microseconds."""
+    delays = delay_statistics(result.samples())
+    return {
+        "median": delays.median,
+        "p99": delays.percentiles["99"],
+        "loss_ratio": result.counts.loss_ratio,
+    }
+
+
+def compare_runs(
+    baseline: Sequence[Mapping[str, float]], current: Sequence[Mapping[str, float]]
+) -> Report:
+    """Return the report's comparison of two sets of runs, by the means of their figures."""
+    shifts = {
+        name: _shift([run[name] for run in baseline], [run[name] for run in current], decimals)
+        for name, decimals in COMPARED.items()
+    }
+    verdict = None
+    if min(len(baseline), len(current)) >= FEWEST_RUNS:
+        verdict = any(shift.distinguishable for shift in shifts.values())
+    return {
+        **{name: asdict(shift) for name, shift in shifts.items()},
+        "distinguishable": verdict,
+        "confidence": CONFIDENCE,
+        "runs": [len(baseline), len(current)],
+    }
+
+
+def _shift(baseline: Sequence[float], current: Sequence[float], decimals: int) -> Shift:
+    before = _mean(baseline)
+    after = _mean(current)
+    shift = Shift(round(before, decimals), round(after, decimals), round(after - before, decimals))
+    if min(len(baseline), len(current)) >= FEWEST_RUNS:
+        margin = _welch_margin(baseline, current)
+        low = round(after - before - margin, decimals)
+        high = round(after - before + margin, decimals)
+        shift.interval = [low, high]
+        shift.distinguishable = low < high and (low > 0 or high < 0)
+        run_to_run = math.sqrt((_variance(baseline) + _variance(current)) / 2)
+        shift.run_to_run = round(run_to_run, decimals)
+    return shift
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _variance(values: Sequence[float]) -> float:
+    """Return the variance of a sample."""
+    mean = _mean(values)
+    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+def _welch_margin(baseline: Sequence[float], current: Sequence[float]) -> float:
+    """Return half the width of Welch's confidence interval for the difference of two means."""
+    baseline_error = _variance(baseline) / len(baseline)
+    current_error = _variance(current) / len(current)
+    error = baseline_error + current_error
+    if error == 0:
+        return 0.0
+    freedom = error**2 / (
+        baseline_error**2 / (len(baseline) - 1) + current_error**2 / (len(current) - 1)
+    )
+    return _student_t(freedom) * math.sqrt(error)
+
+
+def _student_t(freedom: float) -> float:
+    """Return Student's t for at least two degrees of freedom, rounded down to a known number."""
+    known = [degrees for degrees in STUDENT_T if degrees <= freedom]
+    return STUDENT_T[max(known, default=2)]
+
+
+# ---- Kernel trace ----------------------------------------------------------------------------
+# With --stages the hypervisor's kernel traces when its stack receives a packet on the first
+# interface, when the packet enters the queue of the second one and then its driver, and where it
+# is freed.  The events of one packet have the address of its sk_buff (skb) in common; they are a
+# Passage.  The captures tell which packet that was: its stamps and its size must fit.
 
 STAGES = ("before_stack", "forwarding", "queueing", "to_guest")
-PAGE, LOST_BEFORE, LOST_NUMBER = 4096, 1 << 31, 1 << 30      # of the ring buffer; flags of a page
-SOONEST, LATEST, LATEST_OF_SKB = -200, 10_000_000, NANOSECONDS       # of an event after its stamp (ns)
-NEAREST = 50                                         # events after a stamp, of which one may be its own
-# Where netback frees what it gave to the guest.
-DELIVERED = ("xenvif_rx_copy", "xenvif_rx_action", "xenvif_rx_skb", "xenvif_rx_next")
+NOT_TRACED = -1  # in place of the time of a stage
 
-# `name` is the event's, `device` the interface's; `end` is where a packet was freed and why (None before Linux 5.17).
-Event = namedtuple("Event", "when name device skb size end")
+LARGEST_TRACE = 1 << 28  # bytes of the events of all processors
+MOST_RECORDS = 2_000_000  # of the trace, that are read
+MOST_PROCESSORS = 512
+LARGEST_TEXT = 1 << 20  # bytes of a text file of the trace
+MOST_SYMBOLS = 1000  # of the kernel's functions, whose names are looked up
+EVENTS_KIB = 0.2  # of the events of one packet in one direction
+BUFFER_MARGIN = 4  # a busy hypervisor drains the buffers late
+SMALLEST_BUFFER_KIB = 8192  # for a processor: all other traffic of the pif is traced, too
 
-
-class Passage:
-    """What happened to one packet, by the trace; times are 0 where it doesn't tell."""
-    __slots__ = ("end", "freed", "queued", "received", "received_size", "sent", "sent_size")
-
-    def __init__(self, received: int = 0, size: int = 0) -> None:
-        self.received, self.received_size = received, size
-        self.queued = self.sent = self.sent_size = self.freed = 0
-        self.end: tuple[str, int, str | None] = "", 0, None
-
-
-def trace_formats(text: str) -> dict[int, tuple[str, dict[str, int], dict[int, str]]]:
-    """Name, offsets of fields and names of reasons by an event's number, from the kernel's `format` files."""
-    formats = {}
-    for block in text.split("name: ")[1:]:
-        number = re.search(r"^ID: (\d{1,5})$", block, re.MULTILINE)
-        fields = re.findall(r"\tfield:[^;]*?(\w+)(?:\[\w*\])?;\toffset:(\d{1,5});", block)
-        reasons = re.findall(r'\{ (\d{1,5}), "(\w+)" \}', block)
-        if number:
-            formats[int(number[1])] = (block.split("\n", 1)[0].strip(), {name: int(at) for name, at in fields},
-                                       {int(code): name for code, name in reasons})
-    return formats
-
-
-def trace_records(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Time (ns), begin and end of each record in the ring buffer's pages; where some are lost, how many, 0 and 0."""
-    for base in range(0, len(data) - 15, PAGE):
-        when, commit = unpack_from("<QQ", data, base)
-        place, end = base + 16, min(base + 16 + (commit & 0xFFFFF), base + PAGE, len(data))
-        if commit & LOST_BEFORE:
-            known = commit & LOST_NUMBER and end + 8 <= len(data)
-            yield (unpack_from("<Q", data, end)[0] if known else 1), 0, 0
-        while place + 8 <= end:
-            head, word = unpack_from("<II", data, place)
-            kind, delta = head & 31, head >> 5
-            if kind == 29 and not delta:             # nothing more on this page
-                break
-            if kind == 31:                           # a whole time, but for its highest bits
-                when = when >> 59 << 59 | word << 27 | delta
-            else:
-                when += delta + (word << 27 if kind == 30 else 0)
-            size = {0: 4 + word, 29: 4 + word, 30: 8, 31: 8}.get(kind, 4 + 4 * kind)
-            if kind < 29 and place + size <= end:
-                yield when, place + (4 if kind else 8), place + size
-            place += size
-
-
-def trace_events(data: bytes, formats: Mapping[int, tuple[str, dict[str, int], dict[int, str]]], offset: int,
-                 lost: list[int]) -> Iterator[Event]:
-    """The events on one processor, in order, an offset later; what is lost is added to `lost`."""
-    for when, at, end in trace_records(data):
-        if not end:
-            lost.append(when)
-            continue
-        try:
-            name, fields, reasons = formats[unpack_from("<H", data, at)[0]]
-            skb, device, size = unpack_from("<Q", data, at + fields["skbaddr"])[0], "", 0
-            freed: tuple[str, int, str | None] = "", 0, None
-            if "name" in fields:
-                where, = unpack_from("<I", data, at + fields["name"])
-                start = at + (where & 0xFFFF)
-                device = data[start:min(start + (where >> 16), end)].split(b"\0")[0].decode(errors="replace")
-                size, = unpack_from("<I", data, at + fields["len"])
-            elif name in ("kfree_skb", "consume_skb"):
-                location = unpack_from("<Q", data, at + fields["location"])[0] if "location" in fields else 0
-                code = unpack_from("<I", data, at + fields["reason"])[0] if "reason" in fields else -1
-                freed = name, location, reasons.get(code)
-            yield Event(when + offset, name, device, skb, size, freed)
-        except (KeyError, *TOO_SHORT):               # an event of another kind, or a damaged one
-            continue
-
-
-def passages(events: Iterable[Event], vif: str, direction: Direction) -> list[Passage]:
-    """What happened to packets on their way, by events in order of time; all other interfaces are physical ones."""
-    under_way: dict[int, Passage] = {}               # by skb
-    found: list[Passage] = []
-
-    def begin(skb: int, passage: Passage) -> Passage:
-        under_way[skb] = passage
-        found.append(passage)
-        return passage
-
-    for when, name, device, skb, size, end in events:
-        passage, at_second = under_way.get(skb), (device == vif) == (direction is IN)
-        if name == "netif_receive_skb":
-            under_way.pop(skb, None)
-            if not at_second:
-                begin(skb, Passage(when, size))
-        elif name == "net_dev_queue" and at_second:
-            if passage is None or passage.queued:
-                passage = begin(skb, Passage())
-            passage.queued = when
-        elif name == "net_dev_start_xmit" and at_second and passage and not passage.sent:
-            passage.sent, passage.sent_size = when, size
-        elif end[0] and passage:
-            passage.freed, passage.end = when, end
-            del under_way[skb]
-    return found
-
-
-def attach(result: Result, found: Sequence[Passage]) -> tuple[dict[int, Passage], dict[int, Passage]]:
-    """The passages of packets, by rank, on the side of the first point and on that of the second.
-
-    The second point's tap is just before the driver: an event is of the last sighting before it.  At the first one a
-    batch may be stamped before all of it is received: the event is the first one after the sighting.
-    """
-    matching, sent, delays = result.matching, result.matching.sent, result.delays
-
-    def fits(rank: int, size: int, header: int) -> bool:
-        """Whether that may be the length of a packet with so many bytes before it, a tag or padding included."""
-        identity = matching.identity(rank)
-        length = _u16(identity, 2) + (40 if identity[0] & 15 == 6 else 0) + header
-        padded = max(length, 46 + header)
-        return size in (length, length + 4, padded, padded + 4)
-
-    arrivals = sorted(result.arrivals(), key=lambda rank: sent[rank] + delays[rank])
-    times = [sent[rank] + delays[rank] for rank in arrivals]
-    behind: dict[int, Passage] = {}
-    for passage in sorted((passage for passage in found if passage.sent), key=lambda passage: passage.sent):
-        place = bisect(times, passage.sent - SOONEST) - 1
-        if place >= 0 and passage.sent - times[place] < LATEST and fits(arrivals[place], passage.sent_size, 14):
-            behind.setdefault(arrivals[place], passage)
-    before = {rank: passage for rank, passage in behind.items()
-              if passage.received and SOONEST <= passage.received - sent[rank] < LATEST_OF_SKB}
-    used = set(map(id, before.values()))
-    marks = sorted((passage for passage in found if passage.received and id(passage) not in used),
-                   key=lambda passage: passage.received)
-    starts, place = [passage.received for passage in marks], 0
-    for rank in result.ranks(MATCHED, LOST):
-        if rank in before:
-            continue
-        place = max(place, bisect_left(starts, sent[rank] + SOONEST))
-        while place < len(marks) and id(marks[place]) in used:
-            place += 1
-        for mark in marks[place:min(place + NEAREST, bisect_left(starts, sent[rank] + LATEST))]:
-            if id(mark) not in used and fits(rank, mark.received_size, 0):
-                used.add(id(mark))
-                before[rank] = mark
-                break
-    return before, behind
-
-
-def account(result: Result, found: Sequence[Passage], symbols: Mapping[int, str],
-            backend: str) -> tuple[dict[int, tuple[int, ...]], dict[str, Any]]:
-    """The times (ns) of each packet in STAGES, by rank, as far as they are known; and the report's account.
-
-    That is what was lost where, and what became of packets behind the second point, if there is a `backend` that takes
-    them (netback or tap).  `symbols` are the kernel's functions by address.
-    """
-    before, behind = attach(result, found)
-    sent, delays, (_, first, second) = result.matching.sent, result.delays, result.matching.direction
-    stages: dict[int, tuple[int, ...]] = {}
-    errors: list[int] = []
-    fates = {"delivered": 0, "dropped": 0, "stuck": 0}
-    losses: defaultdict[tuple[str, str | None, str | None], int] = defaultdict(int)
-
-    def lose(stage: str, passage: Passage) -> None:
-        kind, location, reason = passage.end
-        losses[stage, symbols.get(location, hex(location)) if kind else None, reason] += 1
-
-    matched, lost = result.ranks(MATCHED), result.ranks(LOST)
-    for rank in matched:
-        one, other = before.get(rank), behind.get(rank)
-        if not other:
-            continue
-        errors.append(other.sent - sent[rank] - delays[rank])
-        freed, location, _ = other.end
-        given = freed == "consume_skb" if backend == "tap" else symbols.get(location, "").startswith(DELIVERED)
-        fates["delivered" if given else "dropped" if freed else "stuck"] += 1
-        if backend and freed and not given:
-            lose("to_guest", other)
-        if one and other.queued:
-            times = one.received - sent[rank], other.queued - one.received, other.sent - other.queued
-            stages[rank] = (*times, other.freed - other.sent) if backend and given else times
-    known = [before[rank] for rank in lost if rank in before]
-    for passage in known:
-        lose("to_guest" if passage.sent else "queueing" if passage.queued else "forwarding", passage)
-    places = sorted(losses.items(), key=lambda item: -item[1])
-    ahead = [times[0] for times in stages.values()]
-    return stages, {
-        "lost_at": [{"stage": stage, "where": where, "reason": reason, "packets": number}
-                    for (stage, where, reason), number in places],
-        "after_vif": fates if backend else None,
-        "unattached": len(matched) + len(lost) - len(stages) - len(known),
-        "stamp_error": {point: microseconds(percentile(sorted(values), 500)) if values else None
-                        for point, values in ((first, ahead), (second, errors))}}
-
-
-def _of_stage(values: Iterable[int]) -> dict[str, Any]:
-    return {name: value for name, value in statistics(values).items() if name not in ("pdv", "negative", "zero")}
-
-
-# ---- Analysis: comparing two measurements --------------------------------------------------------------------
-
-MOST_BLOCKS, SHORTEST_BLOCK, FEWEST_BLOCKS = 25, 10, 5
-FEWEST_RUNS = 3                                      # a side, for the runs themselves to be what is compared
-CONFIDENCE = 0.99                                    # of the three intervals together (Bonferroni)
-# Student's quantile for that, as a series in 1 / (degrees of freedom) (Abramowitz and Stegun, 26.7.5).
-STUDENT = 2.935, 7.056, 15.65, 26.45, 32.61
-ENOUGH_FOR_P99 = 500                                 # packets; of fewer hardly one is above it
-# By so much equal runs may differ on a busy host, where there are too few to measure that: a share of the baseline, and
-# at least so much (µs, but for the loss).
-RUN_TO_RUN = {"median": (0.1, 1.0), "p99": (0.3, 5.0), "loss_ratio": (0.0, 0.0)}
-
-
-def compare(baseline: Sequence[Sequence[int]], current: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """The shift of median and 99th percentile (µs) and of the loss ratio from some runs, by their outcomes, to others.
-
-    Each has Student's interval for the difference of two means (Welch): of FEWEST_RUNS runs or more, those of the runs'
-    own figures, and `run_to_run` is their standard deviation.  Of fewer, those of blocks of successive packets, since
-    neighbours are not independent; as such runs don't tell how much the next one would differ by itself, a shift is
-    distinguishable only if it is also larger than RUN_TO_RUN.  With too few blocks, or packets for the 99th percentile,
-    there is no interval and no verdict (None).
-    """
-    by_run = min(len(baseline), len(current)) >= FEWEST_RUNS
-    sides = [[_figures(part) for run in runs for part in ([run] if by_run else _blocks(run))]
-             for runs in (baseline, current)]
-    wholes = [{} if by_run else _figures([outcome for run in runs for outcome in run]) for runs in (baseline, current)]
-    enough = min(len(run) - run.count(NO_DELAY) for runs in (baseline, current) for run in runs) >= ENOUGH_FOR_P99
-    comparison: dict[str, Any] = {}
-    for name, (share, least) in RUN_TO_RUN.items():
-        columns = [[figures[name] for figures in side if name in figures] for side in sides]
-        before, after = (sum(column) / len(column) if by_run and column else whole.get(name, 0.0)
-                         for column, whole in zip(columns, wholes))
-        shift, usual = after - before, max(share * abs(before), least)
-        interval = certain = None
-        if min(map(len, columns)) >= (FEWEST_RUNS if by_run else FEWEST_BLOCKS) and (enough or name != "p99"):
-            reach = _reach(*columns)
-            interval, certain = [shift - reach, shift + reach], abs(shift) > (reach if by_run else max(reach, usual))
-            usual = (sum(map(_variance, columns)) / 2) ** 0.5 if by_run else usual
-        digits = 6 if name == "loss_ratio" else 3
-        comparison[name] = {
-            "baseline": round(before, digits), "current": round(after, digits), "shift": round(shift, digits),
-            "interval": interval and [round(end, digits) for end in interval],
-            "run_to_run": round(usual, digits), "distinguishable": certain}
-    verdicts = [figure["distinguishable"] for figure in comparison.values()]
-    verdict = True in verdicts if set(verdicts) != {None} else None
-    return {**comparison, "distinguishable": verdict, "confidence": CONFIDENCE,
-            "compared": "runs" if by_run else "blocks", "numbers": list(map(len, sides))}
-
-
-def _blocks(outcomes: Sequence[int]) -> list[Sequence[int]]:
-    size, number = len(outcomes), max(1, min(MOST_BLOCKS, len(outcomes) // SHORTEST_BLOCK))
-    return [outcomes[size * place // number:size * (place + 1) // number] for place in range(number)]
-
-
-def _figures(outcomes: Sequence[int]) -> dict[str, float]:
-    """Those that the outcomes (delays, or NO_DELAY) have: without a matched packet there is no median."""
-    ranked = sorted(outcome for outcome in outcomes if outcome != NO_DELAY)
-    figures = {"loss_ratio": 1 - len(ranked) / len(outcomes)} if outcomes else {}
-    if ranked:
-        figures |= {"median": percentile(ranked, 500) / 1000, "p99": percentile(ranked, 990) / 1000}
-    return figures
-
-
-def _variance(column: Sequence[float]) -> float:
-    """That of a sample."""
-    mean = sum(column) / len(column)
-    return sum((value - mean) ** 2 for value in column) / (len(column) - 1)
-
-
-def _reach(*columns: Sequence[float]) -> float:
-    """Half of the width of Student's interval for the difference of two means (Welch)."""
-    errors = [(_variance(column) / len(column), len(column) - 1) for column in columns]
-    error = sum(part for part, _ in errors)
-    if not error:
-        return 0.0
-    freedom = error * error / sum(part * part / last for part, last in errors)
-    reach: float = error ** 0.5 * sum(factor / freedom ** power for power, factor in enumerate(STUDENT))
-    return reach
-
-
-# ---- Remote: commands that certainly end ---------------------------------------------------------------------
-# Every remote command runs under WRAPPER, which is fed to `sh` on standard input: login shells see nothing but "exec
-# sh", and no process list an argument.  What remains of standard input is a lease: lines that say "stop" (end the
-# command), "bye" (end everything), "mark" (tell the time) or "alive" (which is answered).  The command ends, and its
-# private directory is removed, when the lease ends (the client died), when it is not renewed for IDLE seconds (the
-# network did) and after LIMIT seconds.  POSIX sh and coreutils only: dom0s have no Python, and some no timeout(1).
-
-WRAPPER = r"""
-umask 077
-LC_ALL=C; export LC_ALL
-dir= p= lease= dog= group= detach= gone=
-command -v setsid >/dev/null 2>&1 && detach=setsid group=-
-tell() { kill -s "$1" -- "$group$p" || kill -s "$1" "$p"; } 2>/dev/null
-linger() { for i in 1 2 3; do tell 0 || return 0; sleep 1; done; tell KILL; }
-finish() {
-  trap '' HUP INT TERM PIPE; trap - EXIT; exec 2>/dev/null         # stdout stays: its end says that all is done
-  if [ -n "$p" ]; then
-    tell TERM
-    (for i in 1 2 3; do sleep 1; done; tell KILL) 3<&- 4>&- >/dev/null & killer=$!
-    wait "$p"; kill -s KILL $killer; linger
-  fi
-  for i in $lease $dog; do kill -s KILL $i; done     # a young subshell can lose any other signal
-  [ -z "$dir" ] || rm -rf "$dir"
-}
-main() {
-  exec 3<&0 </dev/null 4>&1                          # only here: shells read their script bit by bit
-  trap finish EXIT; trap 'gone=1' HUP INT TERM PIPE
-  if [ -n "$PRIVATE" ]; then
-    dir=`mktemp -d "${TMPDIR:-/tmp}/netweaver.XXXXXXXXXX"` && cd "$dir" || exit 70
-    [ -z "$SUDO_UID" ] || { chown "$SUDO_UID" "$dir"; umask 022; }   # SFTP has the rights of who has logged in
-  fi
-  printf '\n%s begin %s\n' "$TOKEN" "${dir:--}"
-  $detach sh -c "$COMMAND" 3<&- 4>&- &
-  p=$!
-  (trap 'n=0' USR1; t=0 n=0
-   while [ $t -lt "$LIMIT" ] && [ $n -lt "$IDLE" ]; do
-     sleep 1; t=$((t + 1)) n=$((n + 1)); kill -s 0 $$ || break
-   done
-   kill -s TERM $$; for i in 1 2 3 4 5; do sleep 1; kill -s 0 $$ || break; done
-   tell KILL; rm -rf "$dir") 3<&- 4>&- >/dev/null 2>&1 & dog=$!
-  (while read -r line; do
-     case $line in
-       alive) kill -s USR1 $dog; printf '\n%s alive\n' "$TOKEN" >&4 ;;
-       mark) printf '\n%s mark %s\n' "$TOKEN" "`date +%s%N`" >&4 ;;
-       stop) tell TERM ;;
-       bye) break ;;
-     esac
-   done
-   kill -s TERM $$ || { tell KILL; rm -rf "$dir"; }) <&3 >/dev/null 2>&1 & lease=$!
-  trap 'exit 143' HUP INT TERM PIPE; [ -z "$gone" ] || exit 143
-  wait "$p"; status=$?; linger; p=
-  printf '\n%s end %s\n' "$TOKEN" "$status"; printf '\n%s end %s\n' "$TOKEN" "$status" >&2
-  [ -z "$dir" ] || wait "$lease"
-  exit 0
-}
-main
-"""
-
-# Several captures in one session, since sshd counts them (MaxSessions): each writes a file of its own, and what it says
-# on stderr, and that it ends, comes with its number.  All of them end upon one TERM.
-CAPTURES = r"""
-capture() {
-  mkfifo "$1.err"
-  (trap '' TERM; while IFS= read -r line; do printf '%s %s\n' "$1" "$line"; done) <"$1.err" >&2 &
-  (trap 'kill -s TERM $c 2>/dev/null' TERM; c=
-   sh -c "$2" >"$1.pcap" & c=$!
-   until wait $c; s=$?; ! kill -s 0 $c 2>/dev/null; do :; done
-   wait $c 2>/dev/null; t=$?; [ $t = 127 ] || s=$t   # a signal may have cut the last one short
-   echo "exit $s" >&2) 2>"$1.err" &
-  all="$all $!"
-}
-all=; trap 'kill -s TERM $all 2>/dev/null' TERM
-"""
-
-# Beside the captures: a trace in a private instance, drained into files each second, and certainly removed: by a keeper
-# outside of the process group, or else by the guard that watches the keeper, or else by the next run.
+# Beside the captures: a trace in an instance for this run only, drained into files each second.
+# It is certainly removed: by a keeper outside of the process group, else by the guard that watches
+# the keeper, else by the next run.
 TRACING = r"""
 tracing='
-remove() {
-  echo 0 >"$1/tracing_on"; echo 0 >"$1/events/enable"
-  n=0; until rmdir "$1" || [ ! -d "$1" ] || [ $n = 9 ]; do n=$((n + 1)); sleep 0.2 || sleep 1; done
+remove() {  # INSTANCE: a process that reads it delays that
+  echo 0 >"$1/tracing_on"
+  echo 0 >"$1/events/enable"
+  n=0
+  until rmdir "$1" || [ ! -d "$1" ] || [ $n = 9 ]; do
+    n=$((n + 1))
+    sleep 0.2 || sleep 1
+  done
   release
 } >/dev/null 2>&1
-release() {                                          # what was mounted for this, if no other run traces
-  ! grep -q "^netweaver /sys/kernel/tracing " /proc/mounts || ls -d /sys/kernel/tracing/instances/netweaver-* ||
-    umount /sys/kernel/tracing
+
+release() {  # unmounts what a run has mounted, once no run traces
+  grep -q "^netweaver /sys/kernel/tracing " /proc/mounts || return 0
+  ls -d /sys/kernel/tracing/instances/netweaver-* || umount /sys/kernel/tracing
 } >/dev/null 2>&1
-drain() {
-  for c in "$i"/per_cpu/cpu*; do                     # of all that there may be; those that run have a directory here
-    on=0 cpu=/sys/devices/system/cpu/${c##*/}; [ ! -d $cpu ] || on=1; [ ! -r $cpu/online ] || read -r on <$cpu/online
-    [ "$on" = 0 ] || dd if="$c/trace_pipe_raw" bs=4096 iflag=nonblock >>"trace-${c##*/}"
+
+online() {  # the processors that run: others may have a directory in per_cpu, too
+  for c in "$i"/per_cpu/cpu*; do
+    c=${c##*/} on=0
+    [ ! -d "/sys/devices/system/cpu/$c" ] || on=1
+    [ ! -r "/sys/devices/system/cpu/$c/online" ] || read -r on <"/sys/devices/system/cpu/$c/online"
+    [ "$on" = 0 ] || echo "$c"
   done
 }
-offset() { awk "/^ clock 1:/ { f = 1 } f && /offset/ { print \$2; exit }" /proc/timer_list >>trace-offset; }
-keep() {
-  trap "" HUP INT PIPE; trap stop=1 TERM; stop= i=$1
-  while [ -z "$stop" ] && kill -s 0 "$2" && kill -s 0 "$3"; do
-    drain; sleep 1 & wait $!
-    [ `du -ck trace-cpu* | tail -n 1 | cut -f 1` -lt "$4" ] || { stop=1; echo "dropped events: 1" >>trace-stats; }
+
+copy() {  # FROM TO PAGES: appends; some versions of dd open standard output again, to overwrite it
+  dd if="$1" bs=4096 count="$3" iflag=nonblock oflag=append conv=notrunc >>"$2"
+}
+
+drain() {  # MOST_KIB: fails once the files have so much
+  used=`du -ck trace-cpu* | tail -n 1 | cut -f 1`
+  [ "${used:-0}" -lt "$1" ] || return
+  for c in `online`; do
+    copy "$i/per_cpu/$c/trace_pipe_raw" "trace-$c" $((($1 - ${used:-0}) / 4 + 1))
   done
-  echo 0 >"$i/tracing_on"; drain; cat "$i"/per_cpu/cpu*/stats >>trace-stats; offset; remove "$i"
+  :
+}
+
+offset() {  # ns from the clock of the trace to the time of day
+  awk "/^ clock 1:/ { real = 1 } real && /offset/ { print \$2; exit }" /proc/timer_list \
+    >>trace-offset
+}
+
+keep() {  # INSTANCE SHELL PARENT MOST_KIB: until one of the processes ends, or the trace is full
+  trap "" HUP INT PIPE
+  trap stop=1 TERM
+  stop= i=$1
+  while [ -z "$stop" ] && kill -s 0 "$2" && kill -s 0 "$3" && drain "$4"; do sleep 1 & wait $!; done
+  echo 0 >"$i/tracing_on"
+  drain "$4" || echo full >>trace-stats
+  cat "$i"/per_cpu/cpu*/stats >>trace-stats
+  offset
+  remove "$i"
 }'
-stages() {                                           # KIB MOST DIRECTION VIF PIF...
-  kib=$1 most=$2 direction=$3 vif=$4; shift 4; eval "$tracing"
+
+trace() {  # BUFFER_KIB MOST_KIB DIRECTION VIF PIF...
+  kib=$1 most=$2 direction=$3 vif=$4
+  shift 4
+  eval "$tracing"
+  hint="install GNU coreutils there"
+  problem=`copy /dev/null trace-none 1 2>&1` || { echo "$problem" | head -n 1 >&2; return 1; }
+  hint="tracefs needs root"
   for t in /sys/kernel/tracing /sys/kernel/debug/tracing; do [ ! -d $t/instances ] || break; done
-  for i in $t/instances/netweaver-*; do              # of runs that could not remove them
+  for i in $t/instances/netweaver-*; do  # of runs that could not remove them
     grep -q netweaver "/proc/${i##*-}/cmdline" 2>/dev/null || [ ! -d "$i" ] || remove "$i"
   done
   [ -d $t/instances ] || { t=/sys/kernel/tracing; mount -t tracefs netweaver $t || return; }
   i=$t/instances/netweaver-$$
   mkdir $i || { release; return 1; }
-  {
-    echo 0 >$i/tracing_on; echo mono >$i/trace_clock; echo "$kib" >$i/buffer_size_kb; echo 0 >$i/options/overwrite
-    for n in 1 2 3; do                               # of a bond or a VLAN those below
-      for p; do
-        shift; set -- "$@" `ls -d /sys/class/net/$p/lower_* 2>/dev/null | sed "s/.*lower_//" | grep . || echo "$p"`
-      done
-    done
-    to="name == \"$vif\"" from=; for p; do from="$from || name == \"$p\""; done; from=${from# || }
-    case $direction in out) p=$to to=$from from=$p ;; both) to="$to || $from" from=$to ;; esac
-    events='net/netif_receive_skb net/net_dev_queue net/net_dev_start_xmit skb/kfree_skb' failed=
-    kind=`readlink "/sys/class/net/$vif/device/driver"`; kind=${kind##*/}
-    if [ -e "/sys/class/net/$vif/tun_flags" ]; then
-      kind=tap events="$events skb/consume_skb"
-      echo 'comm ~ "vhost*" || comm ~ "qemu*" || comm ~ "kvm*" || comm ~ "CPU *"' >$i/events/skb/consume_skb/filter
-    fi
-    for e in $events; do
-      case $e in
-        net/netif*) echo "$from" >$i/events/$e/filter ;;
-        net/*) echo "$to" >$i/events/$e/filter ;;
-      esac
-      cat $i/events/$e/format >>trace-formats && echo 1 >$i/events/$e/enable || failed=1
-    done
-    [ -z "$failed" ] && offset && echo 1 >$i/tracing_on
-  } || { remove $i; return 1; }
-  `command -v setsid` sh -c "$tracing; keep $i $$ $PPID $most 2>/dev/null" 3<&- >/dev/null 2>&1 & k=$!
-  (trap 'exit 0' TERM; while kill -s 0 $k 2>/dev/null; do sleep 1 & wait $!; done; remove $i) >/dev/null 2>&1 &
+  hint=
+  start_events "$@" || { remove $i; return 1; }
+  `command -v setsid` sh -c "$tracing; keep $i $$ $PPID $most 2>/dev/null" 3<&- >/dev/null 2>&1 &
+  k=$!
+  guard >/dev/null 2>&1 &
   all="$all $k $!"
+}
+
+guard() {  # kills a keeper that takes more than 8 s to end
+  left=
+  trap 'left=80' TERM
+  while kill -s 0 $k && [ "$left" != 0 ]; do
+    if [ -z "$left" ]; then
+      sleep 1 & wait $!
+    else
+      left=$((left - 1))
+      sleep 0.1 || { sleep 1; left=$((left - left % 10)); }
+    fi
+  done
+  [ "$left" != 0 ] || kill -s KILL $k
+  remove $i
+}
+
+start_events() {
+  processors=`online`
+  n=`echo "$processors" | wc -l`
+  # MemAvailable follows MemFree, and is missing before Linux 3.14.
+  room=`awk '/^Mem(Free|Available):/ { kib = $2 } END { print int(kib / 8) }' /proc/meminfo`
+  [ $kib -le $((room / n)) ] || kib=$((room / n))
+  [ $kib -ge 64 ] || { echo "too little memory is free" >&2; return 1; }
+  echo 0 >$i/tracing_on && echo mono >$i/trace_clock && echo 0 >$i/options/overwrite &&
+    echo $kib >$i/buffer_size_kb || return
+  for n in 1 2 3; do  # the kernel sees packets on what is below a bond or a VLAN
+    for p; do
+      shift
+      set -- "$@" `ls -d /sys/class/net/$p/lower_* 2>/dev/null | sed "s/.*lower_//" | grep . ||
+        echo "$p"`
+    done
+  done
+  to="name == \"$vif\"" from=
+  for p; do from="$from || name == \"$p\""; done
+  from=${from# || }
+  case $direction in
+    out) p=$to to=$from from=$p ;;
+    both) to="$to || $from" from=$to ;;
+  esac
+  events='net/netif_receive_skb net/net_dev_queue net/net_dev_start_xmit skb/kfree_skb'
+  kind=`readlink "/sys/class/net/$vif/device/driver"`
+  kind=${kind##*/}
+  if [ -e "/sys/class/net/$vif/tun_flags" ]; then
+    kind=tap events="$events skb/consume_skb"
+    echo 'comm ~ "vhost*" || comm ~ "qemu*" || comm ~ "kvm*" || comm ~ "CPU *"' \
+      >$i/events/skb/consume_skb/filter
+  fi
+  for e in $events; do
+    case $e in
+      net/netif*) echo "$from" >$i/events/$e/filter ;;
+      net/*) echo "$to" >$i/events/$e/filter ;;
+    esac
+    cat $i/events/$e/format >>trace-formats && echo 1 >$i/events/$e/enable || return
+  done
+  offset && echo 1 >$i/tracing_on
+}
+
+start_trace() {
+  if trace "$@" 2>trace-errors; then
+    echo trace on ${kind:--} $processors >&2
+  else
+    echo trace off `tail -n 1 trace-errors` "${hint:+($hint)}" >&2
+  fi
 }
 """
 
-CONNECT_SECONDS, CONNECT_ATTEMPTS = 10, 5            # for each step of a connection; a busy sshd drops new ones
-ANSWER_SECONDS = 12                                  # for a look-up or a tool's start or end
-ALIVE_SECONDS, IDLE_SECONDS = 2, 10                  # between heartbeats, and without one until a host is gone
-DEAD_PEER_SECONDS = 8                                # unacknowledged data after which the network is down
-SUDO_SHELL = ("""exec sh -c 'if [ "$(id -u)" = 0 ]; then exec sh; elif sudo -n sh -c :; then exec sudo -n sh; """
-              "else read line; exit 1; fi'")         # it has been sent something when it ends
-SUDO_HINT = " (--sudo needs a rule with NOPASSWD in that host's sudoers)"
-LARGEST_ANSWER = 1 << 20
+
+def trace_command(
+    direction: str,
+    vif: str,
+    pifs: Iterable[str],
+    packets_per_second: float,
+    free_bytes: int | None,
+) -> str:
+    """Return the shell commands that start a trace beside the captures, and report its status.
+
+    `packets_per_second` are those to expect in one direction, and `free_bytes` is the disk space.
+    """
+    directions = 2 if direction == "both" else 1
+    expected_kib = math.ceil(packets_per_second * directions * EVENTS_KIB * BUFFER_MARGIN)
+    buffer_kib = max(SMALLEST_BUFFER_KIB, expected_kib)
+    largest = LARGEST_TRACE // 2  # what a drain adds must fit in, too
+    if free_bytes is not None:
+        largest = min(largest, free_bytes // 4)
+    interfaces = " ".join(map(quote, (vif, *pifs)))
+    return f"{TRACING}start_trace {buffer_kib} {largest // 1024} {direction} {interfaces}"
+
+
+@dataclass(frozen=True)
+class TraceStatus:
+    """The status of the trace by the hypervisor's kernel."""
+
+    running: bool
+    backend: str = ""  # what takes packets from the vif: "tap", "netback", or unknown
+    processors: tuple[str, ...] = ()  # "cpu0" ...
+    problem: str = ""
+
+    @property
+    def warning(self) -> str:
+        """A sentence on why there is no trace, or an empty text."""
+        if self.running:
+            return ""
+        return f"kernel trace unavailable: {self.problem or 'no answer'}"
+
+
+def trace_status(messages: str) -> TraceStatus | None:
+    """Return the status of the trace by its commands' messages, or None before there is one."""
+    status = re.search(r"^trace (on|off)(?: (.*))?$", messages, re.MULTILINE)
+    if not status:
+        return None
+    details = status[2] or ""
+    if status[1] == "off":
+        return TraceStatus(running=False, problem=details.strip())
+    driver, _, processors = details.partition(" ")
+    backend = {"tap": "tap", "vif": "netback"}.get(driver, "")
+    valid = [name for name in processors.split() if re.fullmatch(r"cpu\d{1,4}", name, re.ASCII)]
+    return TraceStatus(True, backend, tuple(valid[:MOST_PROCESSORS]))
+
+
+def fetch_trace(
+    host: Host, files: FileSource, source: str, directory: str, processors: Iterable[str]
+) -> str:
+    """Copy the trace from a directory on the hypervisor; return a warning if it isn't whole."""
+    left = LARGEST_TRACE
+    for name in ("formats", "offset", "stats", *processors):
+        path = os.path.join(directory, f"trace-{name}")
+        try:
+            host.fetch(files, f"{source}/trace-{name}", path, left)
+        except NetWeaverError as error:
+            return f"part of the kernel trace is left out: {error}"
+        left -= os.path.getsize(path)
+    return ""
+
+
+def fetch_symbols(run: RunCommand, directory: str, trace: KernelTrace) -> None:
+    """Add the names of the kernel's functions where packets were freed, and keep them in a file.
+
+    Without them their addresses are reported.
+    """
+    addresses = [f"{location:016x}" for location in trace.locations()[:MOST_SYMBOLS]]
+    if not addresses:
+        return
+    command = (
+        f"{{ printf '%s ?\\n' {' '.join(addresses)}; "
+        "awk '$2 ~ /[tT]/ { print $1, $3 }' /proc/kallsyms; } | LC_ALL=C sort | "
+        """awk '$2 == "?" { print $1, last; next } { last = $2 }'"""
+    )
+    path = os.path.join(directory, "trace-symbols")
+    with suppress(NetWeaverError, OSError):
+        symbols = run(command)
+        trace.symbols = parse_symbols(symbols)
+        with open(path, "w", encoding="utf-8", errors="replace") as file:
+            file.write(symbols)
+
+
+class EventKind(Enum):
+    """The events of the kernel that are traced, by their names there."""
+
+    RECEIVED = "netif_receive_skb"
+    QUEUED = "net_dev_queue"
+    SENT = "net_dev_start_xmit"
+    DROPPED = "kfree_skb"
+    CONSUMED = "consume_skb"
+
+
+@dataclass(frozen=True)
+class End:
+    """The event by which the kernel freed a packet."""
+
+    kind: EventKind
+    location: int  # address in the kernel
+    reason: str | None  # from Linux 5.17 on
+
+
+@dataclass(slots=True)
+class Event:
+    """An event of the kernel's trace."""
+
+    time: int  # ns since 1970
+    processor: int
+    kind: EventKind
+    skb: int  # address of the packet's sk_buff
+    device: bytes = b""  # name of the interface; empty if the packet was freed
+    size: int = 0  # of the packet in bytes
+    end: End | None = None  # if the packet was freed
+
+
+@dataclass(eq=False, slots=True)
+class Passage:
+    """The events of one packet on its way; times are 0 where the trace doesn't show them."""
+
+    direction: Direction
+    processor: int  # of the first event
+    continued: bool = False  # the same packet may have been sent already, and gone round
+    received: int = 0
+    received_size: int = 0
+    queued: int = 0
+    sent: int = 0  # to the driver
+    sent_size: int = 0
+    earliest: int = 0  # time at which the second point's capture may have seen it
+    freed: int = 0
+    end: End | None = None
+    stamp: int = 0  # at the first point, of the packet to which the events belong
+    stamp_from: int = 0  # if that packet is unknown: bounds of its stamp
+    stamp_until: int = 0
+
+    @property
+    def lost_in(self) -> str:
+        """The stage in which a packet was lost that the driver never got."""
+        if self.queued:
+            return "queueing"
+        return "forwarding"
+
+
+@dataclass
+class EventFormat:
+    """The offsets of the fields of an event, in bytes from its start."""
+
+    kind: EventKind
+    offsets: dict[str, int]  # by the names of the fields
+    reasons: dict[int, str]  # why packets are dropped, by number
+    ends: dict[tuple[int, int], End] = field(default_factory=dict)  # that were decoded
+
+    def decode(self, time_ns: int, page: bytes, start: int, processor: int) -> Event:
+        """Return the event at `start`; raises struct.error or KeyError if it isn't whole."""
+        offsets = self.offsets
+        (skb,) = unpack_from("<Q", page, start + offsets["skbaddr"])
+        if "name" not in offsets:  # the packet is freed
+            return Event(time_ns, processor, self.kind, skb, end=self._decode_end(page, start))
+        (size,) = unpack_from("<I", page, start + offsets["len"])
+        (place,) = unpack_from("<I", page, start + offsets["name"])
+        name_start = start + (place & 0xFFFF)
+        device = page[name_start : name_start + (place >> 16)].rstrip(b"\0")
+        return Event(time_ns, processor, self.kind, skb, device, size)
+
+    def _decode_end(self, page: bytes, start: int) -> End:
+        """Return how a packet was freed, of which old kernels don't trace everything."""
+        location = reason = 0
+        if "location" in self.offsets:
+            (location,) = unpack_from("<Q", page, start + self.offsets["location"])
+        if "reason" in self.offsets:
+            (reason,) = unpack_from("<I", page, start + self.offsets["reason"])
+        end = self.ends.get((location, reason))
+        if end is None:
+            end = End(self.kind, location, self.reasons.get(reason))
+            self.ends[location, reason] = end
+        return end
+
+
+FORMAT_FIELD = re.compile(r"^\tfield:[^;\n]*\b(\w+)(?:\[\w*\])?;\toffset:(\d{1,5});", re.MULTILINE)
+FORMAT_REASON = re.compile(r'\{ (\d{1,5}), "(\w{1,64})" \}')
+
+
+def parse_formats(text: str) -> dict[int, EventFormat]:
+    """Return the formats of events by their numbers, from the kernel's `format` files."""
+    kinds = {kind.value: kind for kind in EventKind}
+    formats = {}
+    for block in text.split("name: ")[1:]:
+        kind = kinds.get(block.partition("\n")[0])
+        number = re.search(r"^ID: (\d{1,5})$", block, re.MULTILINE)
+        if kind and number:
+            offsets = {name: int(offset) for name, offset in FORMAT_FIELD.findall(block)}
+            reasons = {int(reason): name for reason, name in FORMAT_REASON.findall(block)}
+            formats[int(number[1])] = EventFormat(kind, offsets, reasons)
+    return formats
+
+
+# The ring buffer's pages begin with a time (64 bits), the number of bytes that follow (20 bits) and
+# flags.  A record begins with its kind (5 bits) and the time since the record before (27 bits).
+PAGE = 4096
+PAGE_HEADER = 16
+PAGE_BYTES = 0xFFFFF
+LOST_BEFORE = 1 << 31  # flag: events were lost
+LOST_NUMBER = 1 << 30  # flag: how many follows the records
+PADDING = 29
+TIME_EXTEND = 30
+ABSOLUTE_TIME = 31
+
+
+@dataclass
+class TraceReader:
+    """Reads the events of a trace, within bounds that a damaged or hostile one can't exceed."""
+
+    formats: Mapping[int, EventFormat]
+    clock_offset: int  # ns from the clock of the trace to the time of day
+    bytes_left: int
+    records_left: int
+    lost: int = 0  # events that pages report as lost
+
+    @property
+    def exhausted(self) -> bool:
+        """Return whether the trace is larger than the part of it that is read."""
+        return self.bytes_left < 0 or self.records_left < 0
+
+    def read(self, file: BinaryIO, processor: int) -> Iterator[Event]:
+        """Yield the events of a processor in order of time."""
+        while not self.exhausted:
+            page = file.read(PAGE)
+            if len(page) < PAGE_HEADER:
+                return
+            self.bytes_left -= len(page)
+            records = page_records(page)
+            self.records_left -= len(records)
+            self.lost += lost_before(page)
+            for time_ns, start in records:
+                try:
+                    (number,) = unpack_from("<H", page, start)
+                    decode = self.formats[number].decode
+                    yield decode(time_ns + self.clock_offset, page, start, processor)
+                except (KeyError, StructError):  # an event of another kind, or a damaged one
+                    continue
+
+
+def lost_before(page: bytes) -> int:
+    """Return the number of events that were lost before a page."""
+    (header,) = unpack_from("<Q", page, 8)
+    if not header & LOST_BEFORE:
+        return 0
+    end = PAGE_HEADER + (header & PAGE_BYTES)
+    if not header & LOST_NUMBER or end + 8 > len(page):
+        return 1
+    number: int
+    (number,) = unpack_from("<Q", page, end)
+    return min(number, LARGEST_TRACE)
+
+
+def page_records(page: bytes) -> list[tuple[int, int]]:
+    """Return the time (ns) of each record on a page, and where its data start."""
+    time_ns, header = unpack_from("<QQ", page)
+    end = min(PAGE_HEADER + (header & PAGE_BYTES), len(page)) - 8
+    records = []
+    position = PAGE_HEADER
+    while position <= end:
+        head, word = unpack_from("<II", page, position)
+        kind = head & 31
+        delta = head >> 5
+        if kind == ABSOLUTE_TIME:  # but for the highest bits
+            time_ns = time_ns >> 59 << 59 | word << 27 | delta
+            position += 8
+        elif kind == TIME_EXTEND:
+            time_ns += word << 27 | delta
+            position += 8
+        elif kind == PADDING:
+            if not delta:  # nothing more on this page
+                break
+            time_ns += delta
+            position += 4 + word
+        elif kind:
+            time_ns += delta
+            records.append((time_ns, position + 4))
+            position += 4 + 4 * kind
+        else:  # too long for the kind to give the length
+            time_ns += delta
+            records.append((time_ns, position + 8))
+            position += 4 + word
+    return records
+
+
+class PassageCollector:
+    """Joins the events of both directions, in order of time, to the passages of packets."""
+
+    def __init__(self, vif: str, pifs: Iterable[str]) -> None:
+        self.passages: dict[Direction, list[Passage]] = {IN: [], OUT: []}
+        self.devices: set[bytes] = set()  # that have events
+        self._vif = vif.encode()
+        self._captured = {self._vif, *(pif.encode() for pif in pifs)}
+        self._current: dict[int, Passage] = {}  # by skb
+        self._previous: dict[int, int] = {}  # time of the last event of an interface, by processor
+
+    def add(self, event: Event) -> None:
+        """Add the next event."""
+        if event.end:
+            passage = self._current.pop(event.skb, None)
+            if passage:
+                passage.freed = event.time
+                passage.end = event.end
+            return
+        self.devices.add(event.device)
+        if event.kind is EventKind.RECEIVED:
+            self._receive(event)
+        elif event.kind is EventKind.QUEUED:
+            self._queue(event)
+        else:
+            self._send(event)
+        self._previous[event.processor] = event.time
+
+    def _receive(self, event: Event) -> None:
+        direction = IN
+        if event.device == self._vif:
+            direction = OUT
+        before = self._current.get(event.skb)
+        passage = self._begin(event, direction)
+        if before and before.sent and before.direction is direction:
+            # An interface of another namespace may have this name, too.
+            passage.continued = True
+        passage.received = event.time
+        passage.received_size = event.size
+
+    def _queue(self, event: Event) -> None:
+        direction = self._direction_to(event.device)
+        passage = self._current.get(event.skb)
+        if passage is None or passage.direction is not direction or passage.queued or passage.sent:
+            passage = self._begin(event, direction)
+        passage.queued = event.time
+
+    def _send(self, event: Event) -> None:
+        direction = self._direction_to(event.device)
+        passage = self._current.get(event.skb)
+        if passage is None or passage.sent or passage.direction is not direction:
+            return
+        passage.sent = event.time
+        passage.sent_size = event.size
+        passage.earliest = max(event.time - LATEST, passage.received)
+        if event.device in self._captured:
+            # Between the capture's stamp and this event the processor does nothing else.
+            previous = self._previous.get(event.processor, 0)
+            passage.earliest = max(passage.earliest, passage.queued, previous)
+
+    def _direction_to(self, device: bytes) -> Direction:
+        """Return the direction of packets that leave by an interface."""
+        if device == self._vif:
+            return IN
+        return OUT
+
+    def _begin(self, event: Event, direction: Direction) -> Passage:
+        passage = Passage(direction, event.processor)
+        self._current[event.skb] = passage
+        self.passages[direction].append(passage)
+        return passage
+
+
+@dataclass
+class KernelTrace:
+    """The content of the kernel's trace of a run, and the gaps in it."""
+
+    passages: dict[Direction, list[Passage]]
+    symbols: dict[int, str]  # names of the kernel's functions by the addresses in them
+    devices: set[bytes]  # interfaces with events
+    lost: int  # events for which the buffers had no room
+    ended_early: bool  # when the files reached their limit
+    partly_read: bool  # as there are more records than MOST_RECORDS
+    clock_set: bool  # during the run
+
+    def locations(self) -> list[int]:
+        """Return the addresses in the kernel where packets were freed."""
+        ends = {
+            passage.end.location
+            for passages in self.passages.values()
+            for passage in passages
+            if passage.end
+        }
+        return sorted(ends - {0})
+
+
+def read_trace(directory: str, vif: str, pifs: Iterable[str]) -> KernelTrace:
+    """Read the trace in a run's directory, in which files may be missing."""
+    offsets = _read_text(directory, "offset").split()
+    clock_offset = 0
+    if offsets and re.fullmatch(r"\d{1,19}", offsets[0], re.ASCII):
+        clock_offset = int(offsets[0])
+    reader = TraceReader(
+        formats=parse_formats(_read_text(directory, "formats")),
+        clock_offset=clock_offset,
+        bytes_left=LARGEST_TRACE,
+        records_left=MOST_RECORDS,
+    )
+    collector = PassageCollector(vif, pifs)
+    with ExitStack() as stack:
+        streams = []
+        for processor in range(MOST_PROCESSORS):
+            file = _open_regular(directory, f"cpu{processor}")
+            if file:
+                streams.append(reader.read(stack.enter_context(file), processor))
+        for event in merge(*streams, key=attrgetter("time")):
+            collector.add(event)
+    statistics = _read_text(directory, "stats")
+    unrecorded = re.findall(r"(?:overrun|dropped events): (\d{1,12})", statistics)
+    return KernelTrace(
+        passages=collector.passages,
+        symbols=parse_symbols(_read_text(directory, "symbols")),
+        devices=collector.devices,
+        lost=max(reader.lost, sum(map(int, unrecorded))),
+        ended_early="full" in statistics.split(),
+        partly_read=reader.exhausted,
+        clock_set=len(set(offsets)) > 1,
+    )
+
+
+def _open_regular(directory: str, name: str) -> BinaryIO | None:
+    """Open a file of the trace; return None if it isn't a regular one (a pipe would block)."""
+    path = os.path.join(directory, f"trace-{name}")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        return None
+    return os.fdopen(descriptor, "rb")
+
+
+def _read_text(directory: str, name: str) -> str:
+    file = _open_regular(directory, name)
+    if file is None:
+        return ""
+    with file:
+        return file.read(LARGEST_TEXT).decode(errors="replace")
+
+
+def parse_symbols(text: str) -> dict[int, str]:
+    symbols = {}
+    for line in text.splitlines():
+        address, _, name = line.partition(" ")
+        if re.fullmatch(r"[0-9a-f]{16}", address) and name:
+            symbols[int(address, 16)] = name
+    return symbols
+
+
+# How packets of the captures and passages belong together.  A stamp comes before its event, and
+# the stages of a packet follow each other.  Where several packets or passages fit, none is used.
+
+LATEST = 10_000_000  # ns from a packet's stamp to its event
+LONGEST_STAMP_ERROR = 100_000  # ns, of a packet whose delay isn't longer
+NEAREST = 50  # candidates that are looked at
+ETHERNET_HEADER = 14
+VLAN_TAG = 4
+SMALLEST_PAYLOAD = 46  # of Ethernet: shorter ones are padded
+IPV6_HEADER = 40
+# The kernel's functions in which netback frees what it has given to the guest.
+DELIVERED = ("xenvif_rx_copy", "xenvif_rx_action", "xenvif_rx_skb", "xenvif_rx_next")
+# A switch in userspace gets a copy of each packet, and the kernel drops the original for this.
+NOT_FOR_THE_HOST = "OTHERHOST"
+
+
+class Attachment:
+    """Attaches passages to the packets of one direction, by rank."""
+
+    def __init__(self, result: DirectionResult, trace: KernelTrace, unit: int) -> None:
+        """Attach what passages it can; `unit` is the resolution of the captures' stamps in ns."""
+        self._result = result
+        self._symbols = trace.symbols
+        self._events_lost = trace.lost > 0
+        self._rounding = unit - 1  # by so much a stamp may be too early
+        self._passages = trace.passages[result.direction]
+        self.arrived = self._attach_arrived()
+        if not self._events_lost:
+            self._attach_received()
+        self._bound_stamps()
+        self.lost = self._attach_lost()
+
+    def _attach_arrived(self) -> dict[int, Passage]:
+        """Return the passages of packets that arrived, by rank.
+
+        The second point's capture takes its stamp just before the driver gets the packet.
+        """
+        sent_times = self._result.sent
+        arrivals = sorted(
+            (sent_times[rank] + delay, rank)
+            for rank, delay in enumerate(self._result.delays)
+            if delay != NO_DELAY
+        )
+        times = [time_ns for time_ns, _ in arrivals]
+        attached: dict[int, Passage] = {}
+        contested: set[int] = set()
+        passages = [passage for passage in self._passages if passage.sent]
+        for passage in sorted(passages, key=attrgetter("sent")):
+            last = bisect(times, passage.sent)
+            first = bisect_left(times, passage.earliest - self._rounding)
+            candidates = [
+                rank
+                for time_ns, rank in arrivals[max(first, last - NEAREST) : last]
+                if self._can_have_arrived(rank, time_ns, passage)
+            ]
+            free = [rank for rank in candidates if rank not in attached]
+            if len(free) == 1:
+                attached[free[0]] = passage
+            else:
+                contested.update(free or candidates)
+        for rank in contested:
+            attached.pop(rank, None)
+        self._drop_inversions(attached)
+        for rank, passage in attached.items():
+            passage.stamp = sent_times[rank]
+        return attached
+
+    def _drop_inversions(self, attached: dict[int, Passage]) -> None:
+        """Remove packets that a processor would have received in another order than stamped."""
+        sent = self._result.sent
+        ranks = {passage: rank for rank, passage in attached.items()}
+        last_ranks: dict[int, int] = {}  # by processor
+        for passage in self._passages:
+            if passage not in ranks or not passage.received:
+                continue
+            rank = ranks[passage]
+            before = last_ranks.get(passage.processor, rank)
+            if sent[before] > sent[rank]:
+                attached.pop(before, None)
+                attached.pop(rank)
+            last_ranks[passage.processor] = rank
+
+    def _can_have_arrived(self, rank: int, time_ns: int, passage: Passage) -> bool:
+        begun = passage.received or passage.queued
+        if not self._result.sent[rank] <= begun <= time_ns + self._rounding:
+            return False
+        return self._has_size(rank, passage.sent_size, ETHERNET_HEADER)
+
+    def _attach_received(self) -> None:
+        """Complete passages that begin at the second point, since a switch copied the packet.
+
+        The only packet of this size that was received in between is the one that was copied, unless
+        events were lost.
+        """
+        received = self._free_passages(lambda passage: not passage.queued)
+        claims: defaultdict[Passage, list[int]] = defaultdict(list)
+        for rank, passage in self.arrived.items():
+            if not passage.received:
+                candidates = self._received_until(passage.queued, received, rank)
+                if len(candidates) == 1:
+                    claims[candidates[0]].append(rank)
+        for passage, ranks in claims.items():
+            if len(ranks) == 1:
+                passage.stamp = self._result.sent[ranks[0]]
+                self.arrived[ranks[0]].received = passage.received
+
+    def _received_until(self, latest: int, passages: Sequence[Passage], rank: int) -> list[Passage]:
+        """Return the passages, in order, that were received from a packet's stamp on."""
+        received = attrgetter("received")
+        first = bisect_left(passages, self._result.sent[rank], key=received)
+        last = min(bisect(passages, latest, key=received), first + NEAREST)
+        return [
+            passage
+            for passage in passages[first:last]
+            if self._has_size(rank, passage.received_size, 0)
+        ]
+
+    def _bound_stamps(self) -> None:
+        """Bound unknown stamps, since each processor receives packets in the order of stamps."""
+        received = [passage for passage in self._passages if passage.received_size]
+        bounds: dict[int, int] = {}  # by processor
+        for passage in received:
+            if passage.stamp:
+                bounds[passage.processor] = passage.stamp
+            passage.stamp_from = bounds.get(passage.processor, 0)
+        bounds.clear()
+        for passage in reversed(received):
+            if passage.stamp:
+                bounds[passage.processor] = passage.stamp
+            passage.stamp_until = bounds.get(passage.processor, passage.received)
+
+    def _attach_lost(self) -> dict[int, Passage]:
+        """Return the passages of lost packets, by rank.
+
+        If all passages that a packet may have end in the same place, it doesn't matter which it is.
+        Places where mostly other packets end are considered last.
+        """
+        candidates = self._candidates_of_lost()
+        elsewhere = self._ends_of_others(candidates)
+        lost: dict[int, Passage] = {}
+        for rank, passages in candidates.items():
+            free = [passage for passage in passages if not passage.stamp]
+            likely = [passage for passage in free if passage.end not in elsewhere]
+            if not likely and not self._events_lost:
+                likely = free
+            if len({(passage.lost_in, passage.end) for passage in likely}) == 1:
+                lost[rank] = likely[0]
+                likely[0].stamp = self._result.sent[rank]
+        return lost
+
+    def _candidates_of_lost(self) -> dict[int, list[Passage]]:
+        """Return the passages that each lost packet may have."""
+        drops = self._free_passages(self._is_loss)
+        candidates: dict[int, list[Passage]] = {}
+        for rank in self._result.ranks(PacketClass.LOST):
+            sent = self._result.sent[rank]
+            candidates[rank] = [
+                passage
+                for passage in self._received_until(sent + LATEST, drops, rank)
+                if passage.stamp_from <= sent <= passage.stamp_until
+            ]
+        return candidates
+
+    def _ends_of_others(self, candidates: Mapping[int, Iterable[Passage]]) -> set[End | None]:
+        """Return the ends that are mostly those of packets that weren't captured."""
+        possible = {passage for passages in candidates.values() for passage in passages}
+        balance: Counter[End | None] = Counter()
+        for passage in self._free_passages(self._is_loss):
+            balance[passage.end] += -1 if passage in possible else 1
+        return {end for end, excess in balance.items() if excess > 0}
+
+    def _free_passages(self, condition: Callable[[Passage], bool]) -> list[Passage]:
+        """Return the passages that begin at the first point, in order, and aren't attached."""
+        return [
+            passage
+            for passage in self._passages
+            if passage.received
+            and not passage.stamp
+            and not passage.continued
+            and condition(passage)
+        ]
+
+    def _is_loss(self, passage: Passage) -> bool:
+        """Return whether a packet of this passage was dropped before the second point."""
+        end = passage.end
+        return (
+            end is not None
+            and end.kind is EventKind.DROPPED
+            and not passage.sent
+            and end.reason != NOT_FOR_THE_HOST
+            and not self.is_delivery(end)
+        )
+
+    def is_delivery(self, end: End) -> bool:
+        """Return whether the backend freed a packet since the guest had got it."""
+        if end.kind is EventKind.CONSUMED:  # traced for taps only
+            return True
+        return self._symbols.get(end.location, "").startswith(DELIVERED)
+
+    def _has_size(self, rank: int, size: int, header: int) -> bool:
+        """Return whether a packet has this size after so many bytes; it may be tagged or padded."""
+        identity = self._result.identity(rank)
+        length = header + identity[2] * 256 + identity[3]
+        if identity[0] & 15 == 6:
+            length += IPV6_HEADER
+        if size == length:
+            return True
+        padded = max(length, header + SMALLEST_PAYLOAD)
+        return size in (length + VLAN_TAG, padded, padded + VLAN_TAG)
+
+
+@dataclass
+class PlaceOfLoss:
+    """A place in the kernel where packets were lost."""
+
+    stage: str
+    where: str  # function of the kernel, or an address
+    reason: str | None  # the kernel's, from Linux 5.17 on
+    packets: int
+
+
+@dataclass
+class AfterVif:
+    """The fates of the packets that passed the vif towards the guest."""
+
+    delivered: int = 0
+    dropped: int = 0
+    stuck: int = 0  # neither of them during the run
+
+
+@dataclass
+class TraceAccount:
+    """The kernel trace's account of the packets of one direction."""
+
+    stages: dict[str, array[int]]  # ns by rank, or NOT_TRACED; by the names in STAGES
+    stamp_errors: dict[str, list[int]]  # ns from the stamps of a point to their events
+    losses: list[PlaceOfLoss] = field(default_factory=list)  # the most frequent ones first
+    after_vif: AfterVif | None = None  # if it is known what takes packets from the vif
+    unattached: int = 0  # packets of which neither all stages nor the place of loss are known
+
+    def times(self, stage: str) -> list[int]:
+        """Return the known times of a stage (ns)."""
+        return [time_ns for time_ns in self.stages[stage] if time_ns != NOT_TRACED]
+
+    def complete(self) -> tuple[list[int], dict[str, list[int]]]:
+        """Return the ranks of the packets whose way is known, and their times by stage.
+
+        The time until the guest had them is 0 where it isn't known.
+        """
+        ranks = [
+            rank for rank, time_ns in enumerate(self.stages["forwarding"]) if time_ns != NOT_TRACED
+        ]
+        times = {
+            name: [max(0, stage[rank]) for rank in ranks]
+            for name, stage in self.stages.items()
+            if self.times(name)
+        }
+        return ranks, times
+
+
+def account_for(
+    result: DirectionResult, trace: KernelTrace, backend: str, unit: int
+) -> TraceAccount:
+    """Return the trace's account of the packets of one direction.
+
+    `backend` takes them from the second point, if it's known, and `unit` is the resolution of the
+    captures' stamps in ns.
+    """
+    attachment = Attachment(result, trace, unit)
+    account = TraceAccount(
+        stages={name: array("q", [NOT_TRACED]) * len(result.sent) for name in STAGES},
+        stamp_errors={result.direction.first: [], result.direction.second: []},
+    )
+    losses = Counter((passage.lost_in, passage.end) for passage in attachment.lost.values())
+    if backend:
+        account.after_vif = AfterVif()
+    for rank in result.ranks(PacketClass.MATCHED):
+        passage = attachment.arrived.get(rank)
+        if passage is None:
+            continue
+        _add_stages(account, result, rank, passage)
+        if account.after_vif is None:
+            continue
+        if passage.end is None:
+            account.after_vif.stuck += 1
+        elif attachment.is_delivery(passage.end):
+            account.after_vif.delivered += 1
+            account.stages["to_guest"][rank] = passage.freed - passage.sent
+        else:
+            account.after_vif.dropped += 1
+            losses["to_guest", passage.end] += 1
+    for (stage, end), packets in losses.most_common():
+        if end:
+            where = trace.symbols.get(end.location, hex(end.location))
+            account.losses.append(PlaceOfLoss(stage, where, end.reason, packets))
+    explained = len(account.stamp_errors[result.direction.first]) + len(attachment.lost)
+    account.unattached = result.counts.timed + result.counts.lost - explained
+    return account
+
+
+def _add_stages(
+    account: TraceAccount, result: DirectionResult, rank: int, passage: Passage
+) -> None:
+    sent = result.sent[rank]
+    delay = result.delays[rank]
+    stamp_error = passage.sent - sent - delay
+    if stamp_error > max(delay, LONGEST_STAMP_ERROR):  # the driver's event may be another packet's
+        return
+    account.stamp_errors[result.direction.second].append(stamp_error)
+    if not passage.queued:
+        return
+    account.stages["queueing"][rank] = passage.sent - passage.queued
+    if not passage.received:
+        return
+    account.stages["before_stack"][rank] = passage.received - sent
+    account.stages["forwarding"][rank] = passage.queued - passage.received
+    account.stamp_errors[result.direction.first].append(passage.received - sent)
+
+
+def attach_stages(analysis: Analysis, trace: KernelTrace, info: RunInfo) -> None:
+    """Add the kernel trace's account of the packets to the analysis of a run."""
+    units = {"nanoseconds": 1, "microseconds": 1_000, "milliseconds": 1_000_000}
+    unit = max(units.get(counts["precision"], NANOSECONDS) for counts in analysis.counts.values())
+    for result in analysis.results:
+        backend_of_second = ""
+        if result.direction is IN:
+            backend_of_second = info.backend or ""
+        result.trace = account_for(result, trace, backend_of_second, unit)
+    analysis.warnings += trace_warnings(trace, analysis.results, info.vif, info.pif)
+
+
+def trace_warnings(
+    trace: KernelTrace, results: Sequence[DirectionResult], vif: str, pif: str
+) -> list[str]:
+    """Return warnings on gaps in the trace, and on packets without stages."""
+    packets = sum(result.counts.timed + result.counts.lost for result in results)
+    unattached = sum(result.trace.unattached for result in results if result.trace)
+    causes = _limits_reached(trace)
+    if not causes and unattached > packets / 100:
+        causes.append(_cause_of_no_fit(trace, vif, pif))
+    warnings = []
+    if causes:
+        warnings.append(
+            f"{unattached} of {counted(packets, 'packet')} without known stages or place of loss: "
+            f"{'; '.join(causes)}"
+        )
+    if trace.clock_set:
+        warnings.append("the hypervisor's clock was set during the run, so the stages may be wrong")
+    return warnings
+
+
+def _limits_reached(trace: KernelTrace) -> list[str]:
+    causes = []
+    if trace.lost:
+        causes.append(
+            f"the kernel's trace lost {counted(trace.lost, 'event')}, since its buffers were full "
+            "(send less, or free memory on the hypervisor)"
+        )
+    if trace.ended_early:
+        causes.append(
+            "the kernel's trace ended early, at its limit of 128 MiB or a quarter of the free disk "
+            "space (measure for a shorter time, or send less)"
+        )
+    if trace.partly_read:
+        causes.append(f"only the first {MOST_RECORDS} events of the kernel's trace were read")
+    return causes
+
+
+def _cause_of_no_fit(trace: KernelTrace, vif: str, pif: str) -> str:
+    if not trace.devices:
+        return "the kernel's trace is empty"
+    if trace.devices == {vif.encode()}:
+        return f"the kernel's trace has no events from {pif}"
+    if vif.encode() not in trace.devices:
+        return f"the kernel's trace has no events from {vif}"
+    return (
+        "no events match (is the switch in userspace?), or packets of one length can't be told "
+        "apart"
+    )
+
+
+def stages_warnings(account: TraceAccount) -> list[str]:
+    """Return a warning on packets that the vif saw but the guest did not get."""
+    if not account.after_vif or not account.after_vif.dropped:
+        return []
+    return [
+        f"{account.after_vif.dropped} of the packets that reached the vif never reached the guest: "
+        "it accepted them too late, or not at all"
+    ]
+
+
+def stages_report(account: TraceAccount) -> dict[str, Any]:
+    """Return the part of a direction's report that comes from the kernel's trace."""
+    stages = {}
+    for name in STAGES:
+        times = account.times(name)
+        if times:
+            stages[name] = {**asdict(delay_statistics(times)), "packets": len(times)}
+    return {
+        "stages": stages,
+        "lost_at": [asdict(place) for place in account.losses],
+        "after_vif": account.after_vif and asdict(account.after_vif),
+    }
+
+
+def stamp_error_report(account: TraceAccount) -> dict[str, float | None]:
+    """Return the median time from the stamps of each point to their events, in microseconds."""
+    return {
+        point: microseconds(percentile(sorted(errors), 500)) if errors else None
+        for point, errors in account.stamp_errors.items()
+    }
+
+
+def main_loss(account: TraceAccount | None) -> str:
+    """Return a note on where most packets were lost, or "" if the trace doesn't show it."""
+    if not account or not account.losses:
+        return ""
+    loss = account.losses[0]
+    place = loss.where
+    if loss.reason:
+        place += f" ({loss.reason})"
+    return f" (kernel trace: {counted(loss.packets, 'packet')} lost in {place}, stage {loss.stage})"
+
+
+def times_of_guest(guest_times: Mapping[int, int], account: TraceAccount | None) -> list[int]:
+    """Return how long (ns) the guest itself took: without the time until it had the probe.
+
+    `guest_times` are those from the probe at the vif to its answer there, by rank.
+    """
+    if not account:
+        return []
+    to_guest = account.stages["to_guest"]
+    return [
+        guest_time - to_guest[rank]
+        for rank, guest_time in guest_times.items()
+        if to_guest[rank] != NOT_TRACED
+    ]
+
+
+# Where packets were lost, by the kernel's {name} for it, and what shows more.
+FIREWALL_RULE = "the firewall ({name}): nft list ruleset, iptables -vL"
+TC_RULE = "tc ({name}): tc -s filter show ingress dev {pif}"
+FULL_QUEUE = "the queue ({name}): tc -s qdisc show dev {vif}"
+LOSS_ADVICE = {  # by the kernel's reason or function
+    "NETFILTER_DROP": FIREWALL_RULE,
+    "nft_do_chain": FIREWALL_RULE,
+    "nf_hook_slow": FIREWALL_RULE,
+    "TC_INGRESS": TC_RULE,
+    "TC_EGRESS": TC_RULE,
+    "QDISC_DROP": FULL_QUEUE,
+    "QDISC_OVERLIMIT": FULL_QUEUE,
+    "kfree_skb_list_reason": FULL_QUEUE,
+    "NO_TX_TARGET": "the bridge ({name}): is the guest up, and its link?",
+    "br_handle_frame_finish": "the bridge ({name}): bridge -d link",
+    "xenvif_kthread_guest_rx": "netback ({name}): the guest is too slow",
+}
+NO_REASON = "NOT_SPECIFIED"  # the kernel's
+STAGE_BAR = 38  # width of the bar of all stages, which fills the line after their figures
+
+
+def stage_lines(part: Report, fancy: bool) -> list[str]:
+    """Return a table of the stages of a direction, or nothing if they are unknown."""
+    stages = part.get("stages", {})
+    if not stages:
+        return []
+    total = sum(stage["average"] for stage in stages.values()) or 1
+    mark = "█" if fancy else "#"
+    lines = [f"{'Stages':<14}{'median':>10}{'p99':>8}{'packets':>8}"]
+    if "queueing" in stages:
+        lines[0] += " (queueing ends after the vif's stamp)"
+    for name, stage in stages.items():
+        median = duration_text(stage["median"])
+        p99 = duration_text(stage["percentiles"]["99"])
+        bar = mark * round(STAGE_BAR * stage["average"] / total)
+        lines.append(f" {name:<13}{median:>10}{p99:>8}{stage['packets']:>8}  {bar}".rstrip())
+    return lines
+
+
+def loss_lines(name: str, part: Report, info: RunInfo, most: int | None = None) -> list[str]:
+    """Return lines on where packets were lost, and what happened behind the vif and in the guest.
+
+    `most` is the number of lines on places of loss.
+    """
+    places = part.get("lost_at", [])
+    texts = [_loss_text(loss, info) for loss in places[:most]]
+    others = places[len(texts) - 1 :]
+    if most and most > 1 and len(places) > most:
+        packets = sum(loss["packets"] for loss in others)
+        texts[-1] = f"{packets:>5} lost in {len(others)} other places"
+    fates = part.get("after_vif")
+    if fates:
+        counts = ", ".join(f"{packets} {fate}" for fate, packets in fates.items())
+        texts.append(f"behind the vif: {counts}")
+    own = part.get("own")
+    if own:
+        median = duration_text(own["median"])
+        p99 = duration_text(own["percentiles"]["99"])
+        texts.append(f" without the way into it: median {median}, p99 {p99}")
+    return [f" {name:<4}{text}" for text in texts]
+
+
+def _loss_text(loss: Report, info: RunInfo) -> str:
+    """Return how many packets were lost in a place, and why."""
+    lost = f"{loss['packets']:>5} lost in"
+    reason = loss["reason"]
+    for name in (reason, loss["where"]):
+        if name in LOSS_ADVICE:
+            return f"{lost} {LOSS_ADVICE[name].format(name=name, **side_names(info))}"
+    stage = loss["stage"]
+    if reason and reason != NO_REASON:
+        stage += f" ({reason})"
+    function = loss["where"].partition(".")[0]  # without the compiler's suffixes
+    return f"{lost} {stage}, at {function or 'an unknown place'}"
+
+
+# ---- Remote shell ----------------------------------------------------------------------------
+# Every remote command runs under WRAPPER, which is fed to `sh` on its standard input: login shells
+# see only "exec sh", and process lists show no arguments. The rest of standard input is a lease, of
+# one word a line: "alive" (which is answered), "mark" (send the command USR1), "stop" and "kill"
+# (end the command) or "bye" (end everything).
+#
+# The command ends, and its private directory is removed, when the lease ends because the client
+# died, when it is not renewed for IDLE seconds because the network did, and after LIMIT seconds. If
+# all processes are killed at once, the next wrapper removes the directory. Only POSIX sh and
+# coreutils are used: dom0s have no Python, and some no timeout(1).
+
+WRAPPER = r"""
+umask 077
+LC_ALL=C; export LC_ALL
+directory= job= lease= watchdog= detach= group= signalled=
+command -v setsid >/dev/null 2>&1 && detach=setsid group=-
+
+signal_job() { kill -s "$1" -- "$group$job" || kill -s "$1" "$job"; } 2>/dev/null
+
+# Give what the job has left in its process group some time to end.
+end_group() {
+  for i in 1 2 3; do
+    signal_job 0 || return 0
+    sleep 1
+  done
+  signal_job KILL
+}
+
+finish() {
+  trap '' HUP INT TERM PIPE
+  trap - EXIT
+  exec 2>/dev/null  # standard output stays open: its end shows that all is done
+  # bash could wait for ever for a job whose end it has seen.
+  if [ -n "$job" ] && signal_job TERM; then
+    (for i in 1 2 3; do sleep 1; done; signal_job KILL) 3<&- 4>&- >/dev/null &
+    killer=$!
+    wait "$job"
+    kill -s KILL $killer
+    end_group
+  fi
+  # A young subshell can lose any other signal.
+  for i in $lease $watchdog; do kill -s KILL $i; done
+  [ -z "$directory" ] || rm -rf "$directory"
+}
+
+# The TMPDIR that root has under sudo can be closed to the user, who has to fetch the files.
+open_to_all() {
+  path=$1
+  while [ -n "$path" ]; do
+    case `ls -ldL "$path"` in
+      d????????[xt]*) path=${path%/*} ;;
+      *) return 1 ;;
+    esac
+  done
+} 2>/dev/null
+
+# Remove the directories of earlier wrappers of this user that were killed with all processes.
+remove_stale() {
+  for stale in "${directory%/*}"/netweaver.??????????; do
+    [ -f "$stale/pid" ] && [ -O "$stale/pid" ] && [ "$stale" != "$directory" ] || continue
+    [ -n "`find "$stale" -prune -type d -user "${SUDO_UID:-$(id -u)}"`" ] || continue
+    read -r pid <"$stale/pid"
+    case $pid in ''|*[!0-9]*) continue ;; esac
+    kill -s 0 "$pid" || rm -rf "$stale"
+  done
+} 2>/dev/null
+
+make_directory() {
+  directory=`mktemp -d "${TMPDIR:-/tmp}/netweaver.XXXXXXXXXX"` && cd "$directory" &&
+    echo $$ >pid || exit 70
+  if [ -n "$SUDO_UID" ]; then  # SFTP has the rights of the user
+    chown "$SUDO_UID" "$directory"
+    umask 022
+  fi
+  remove_stale
+}
+
+watch() {
+  trap 'idle=0' USR1
+  seconds=0 idle=0
+  while [ $seconds -lt "$LIMIT" ] && [ $idle -lt "$IDLE" ]; do
+    sleep 1
+    seconds=$((seconds + 1)) idle=$((idle + 1))
+    kill -s 0 $$ || break
+  done
+  kill -s TERM $$
+  for i in 1 2 3 4 5; do
+    sleep 1
+    kill -s 0 $$ || break
+  done
+  signal_job KILL
+  rm -rf "$directory"
+}
+
+read_lease() {
+  while read -r line; do
+    case $line in
+      alive) kill -s USR1 $watchdog; printf '\n%s alive\n' "$TOKEN" >&4 ;;
+      mark) kill -s USR1 "$job" ;;
+      stop) signal_job TERM ;;
+      kill) signal_job KILL ;;
+      bye) break ;;
+    esac
+  done
+  kill -s TERM $$ || { signal_job KILL; rm -rf "$directory"; }
+}
+
+main() {
+  exec 3<&0 </dev/null 4>&1  # only here, since shells read their script bit by bit
+  trap finish EXIT
+  trap 'signalled=1' HUP INT TERM PIPE
+  [ -z "$SUDO_UID" ] || open_to_all "$TMPDIR" || { TMPDIR=/tmp; export TMPDIR; }
+  [ -z "$PRIVATE" ] || make_directory
+  printf '\n%s begin %s\n' "$TOKEN" "${directory:--}"
+  $detach sh -c "$COMMAND" 3<&- 4>&- &
+  job=$!
+  watch 3<&- 4>&- >/dev/null 2>&1 &
+  watchdog=$!
+  read_lease <&3 >/dev/null 2>&1 &
+  lease=$!
+  trap 'exit 143' HUP INT TERM PIPE
+  [ -z "$signalled" ] || exit 143
+  wait "$job"
+  status=$?
+  end_group
+  job=
+  printf '\n%s end %s\n' "$TOKEN" "$status"
+  printf '\n%s end %s\n' "$TOKEN" "$status" >&2
+  [ -z "$directory" ] || wait "$lease"
+  exit 0
+}
+main
+"""
+
+# Several captures in one session, since sshd counts sessions (MaxSessions). Each writes a file of
+# its own; the lines that it prints on standard error, and its end, come with its number. All of
+# them end upon one TERM. Upon USR1 the time is printed: by the command rather than by the wrapper,
+# so that a `date` that hangs is ended with it.
+CAPTURES = r"""
+capture() {
+  mkfifo "$1.err"
+  (trap '' TERM
+   while IFS= read -r line; do printf '%s %s\n' "$1" "$line"; done) <"$1.err" >&2 &
+  run_capture "$1" "$2" 2>"$1.err" &
+  all="$all $!"
+}
+run_capture() {
+  trap 'kill -s TERM $pid 2>/dev/null' TERM
+  pid=
+  sh -c "$2" >"$1.pcap" &
+  pid=$!
+  # A signal cuts a wait short, and its status is that of the signal.
+  until wait $pid; status=$?; ! kill -s 0 $pid 2>/dev/null; do :; done
+  wait $pid 2>/dev/null
+  last=$?
+  [ $last = 127 ] || status=$last
+  echo "exit $status" >&2
+}
+all=
+trap 'kill -s TERM $all 2>/dev/null' TERM
+trap 'date +%s%N' USR1
+"""
+
+CONNECT_ATTEMPTS = 5  # a busy sshd drops new connections
+# sudo may read all of its input, and not only what the command reads. A shell that ends reads
+# something before, since the script is on its way.
+SUDO_SHELL = (
+    """exec sh -c 'if [ "$(id -u)" = 0 ]; then exec sh; """
+    "elif sudo -n sh </dev/null; then exec sudo -n sh; else read line; exit 1; fi'"
+)
+LARGEST_ANSWER = 1 << 20  # bytes of a command's output
+SFTP_BLOCK = 32768  # bytes which one answer of every SFTP server may have
+
+
+class Channel(Protocol):
+    """A shell's streams on a host, with the names that paramiko's Channel has for them.
+
+    `fileno` is readable when there is something to receive, or the shell's output has ended.
+    """
+
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def eof_received(self) -> bool | int: ...
+    def fileno(self) -> int: ...
+    def sendall(self, data: bytes, /) -> None: ...
+    def recv_ready(self) -> bool: ...
+    def recv(self, size: int, /) -> bytes: ...
+    def recv_stderr_ready(self) -> bool: ...
+    def recv_stderr(self, size: int, /) -> bytes: ...
+    def close(self) -> None: ...
+
+
+class FileSource(Protocol):
+    """A session in which files of a host are read."""
+
+    def read(self, path: str, largest: int) -> Iterator[bytes]:
+        """Yield the blocks of a file; raise CaptureError if it can't be read or has more bytes."""
+
+    def close(self) -> None: ...
+
+
+class Connection(Protocol):
+    """A connection to a host, whose sessions run shells and read files."""
+
+    @property
+    def name(self) -> str:
+        """The name of the host in messages and in the report."""
+
+    @property
+    def address(self) -> str:
+        """The IP address under which the host was reached; "" behind a jump."""
+
+    def is_active(self) -> bool: ...
+
+    def error(self) -> str:
+        """Return why the connection was lost, or "" if that isn't known."""
+
+    def start_shell(self, command: str, script: str) -> Channel:
+        """Start a command in a session of its own, and send it a script.
+
+        Raises HostConnectionError if there can't be another session.
+        """
+
+    def open_files(self) -> FileSource:
+        """Open the session in which files are read; raise CaptureError if the host has none."""
+
+    def give_up(self, reason: str) -> None:
+        """Close the connection, whatever waits for it; `error` returns the reason."""
+
+    def close(self) -> None: ...
 
 
 class Job:
-    """A command that runs on a host under WRAPPER, and what is known of it so far.
+    """A command that runs on a host under WRAPPER.
 
-    `ended` is true when it has ended there or the connection broke, `flooded` when it said too much.  `changed` is
-    notified whenever something changes.
+    `ended` is set when the command has ended there or the connection is lost, `flooded` when its
+    output was too long. `changed` is notified of every change.
     """
 
-    def __init__(self, name: str, channel: paramiko.Channel, token: str, changed: threading.Condition) -> None:
-        self.name, self._channel, self._token, self._changed = name, channel, token.encode(), changed
-        self.ended = self.stopped = self.flooded = self._left = False
-        self._out, self._errors, self._speaking = bytearray(), bytearray(), threading.Lock()
+    def __init__(
+        self, connection: Connection, channel: Channel, token: str, changed: threading.Condition
+    ) -> None:
+        self.name = connection.name
+        self.ended = False
+        self.stopped = False
+        self.flooded = False
+        self._connection = connection
+        self._channel = channel
+        self._token = token.encode()
+        self._changed = changed
+        self._output = bytearray()
+        self._errors = bytearray()
+        self._sending = threading.Lock()
+        self._is_leaving = False
+        self._poller = select.poll()
+        self._poller.register(channel.fileno(), select.POLLIN)
+        self._finished = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        threading.Thread(target=self._renew, daemon=True).start()
 
-    def _told(self, word: bytes) -> list[str]:
-        """What the wrapper has told of something."""
-        found = re.findall(rb"\n%b %b ?(\S*)\n" % (self._token, word), self._out)
-        return [text.decode(errors="replace") for text in found]
+    def _message(self, word: bytes) -> str:
+        """Return the value of the wrapper's message of one kind, or "" if it hasn't come."""
+        match = re.search(rb"\n%b %b (\S*)\n" % (self._token, word), self._output)
+        return match[1].decode(errors="replace") if match else ""
 
-    def _complete(self) -> bool:
-        """Whether all of its standard error has come."""
+    def _errors_ended(self) -> bool:
         return b"\n%b end " % self._token in self._errors
 
     @property
     def directory(self) -> str:
-        """Its private directory; "-" if it has none, and empty before it has begun."""
-        return "".join(self._told(b"begin")[:1])
+        """Its private directory; "-" if it has none, and "" before it has begun."""
+        return self._message(b"begin")
 
     @property
     def status(self) -> int | None:
-        """Its exit status; None if it hasn't ended, or the connection broke before."""
-        return next((int(status) for status in self._told(b"end") if is_number(status)), None)
+        """Its exit status; None if it hasn't ended, or the connection was lost before."""
+        status = self._message(b"end")
+        return int(status) if is_number(status) else None
 
     @property
     def output(self) -> str:
-        """Its standard output, without what login shells say before."""
-        _, _, begun = self._out.partition(b"\n%b begin " % self._token)
-        return begun.partition(b"\n")[2].partition(b"\n%b end " % self._token)[0].decode(errors="replace")
+        """Its standard output, without the greetings of login shells."""
+        _, _, after_begin = self._output.partition(b"\n%b begin " % self._token)
+        _, _, output = after_begin.partition(b"\n")
+        return output.partition(b"\n%b end " % self._token)[0].decode(errors="replace")
+
+    @property
+    def greeting(self) -> str:
+        """The text that a login shell prints before the command."""
+        return self._output.partition(self._token)[0].decode(errors="replace")
 
     @property
     def errors(self) -> str:
         """The end of its standard error."""
         return self._errors.partition(b"\n%b end " % self._token)[0].decode(errors="replace")
 
+    @property
+    def has_left(self) -> bool:
+        """Return whether nothing of it remains on the host, or nothing can be done about it."""
+        return self._finished.is_set()
+
     def time(self) -> str:
-        """What `date +%s%N` says there now; empty if the host doesn't answer."""
-        before = len(self._told(b"mark"))
+        """Return the host's time, as its `date +%s%N` prints it; "" if it doesn't answer.
+
+        Only captures answer.
+        """
+        answers = self.output.count("\n")
         self.say("mark")
         with self._changed:
-            self._changed.wait_for(lambda: self.ended or len(self._told(b"mark")) > before, ANSWER_SECONDS)
-        return "".join(self._told(b"mark")[before:])
+            self._changed.wait_for(
+                lambda: self.ended or self.output.count("\n") > answers, ANSWER_SECONDS
+            )
+        lines = self.output.split("\n")[answers:-1]
+        return lines[0] if lines else ""
 
     def say(self, word: str) -> None:
-        """Sends a word of the lease; a broken connection has ended the lease by itself.
+        """Send a word of the lease, if the job still reads them.
 
-        Nothing is sent when the host is about to close the channel: what paramiko sends on a channel just as it closes
-        makes sshd end the whole connection.
+        A lost connection has ended the lease by itself. Nothing is sent when the host is about to
+        close the channel: data that cross with its closing make sshd end the whole connection.
         """
-        over = self.ended or self._complete()
-        with self._speaking:
-            if not self._left and not (over and self.directory in ("", "-")):
-                self._left = word == "bye"
+        with self._sending:
+            closing = self.directory in ("", "-") and (self.ended or self._errors_ended())
+            if not self._is_leaving and not closing:
+                self._is_leaving = word == "bye"
                 quietly(self._channel.sendall, word.encode() + b"\n")
 
     def stop(self) -> None:
-        """Asks the command to end; its files stay until `leave`."""
+        """Ask the command to end; its files stay until `leave`."""
         self.stopped = True
         self.say("stop")
 
+    def kill(self) -> None:
+        """End a command that doesn't end when it is asked to; its files stay until `leave`."""
+        self.say("kill")
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the end, and return whether it came in so many seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.ended, seconds)
+
     def leave(self, seconds: float = ANSWER_SECONDS) -> None:
-        """Ends everything on the host; returns when it has ended there, or the time is over."""
+        """End everything on the host, and wait for that, but no longer than so many seconds."""
         self.say("bye")
         self._reader.join(seconds)
         quietly(self._channel.close)
 
-    def _read(self) -> None:
-        poll = select.poll()
-        poll.register(self._channel.fileno(), select.POLLIN)
-        said = heard = time.monotonic()
-        over: int = False
-        while not over:
-            poll.poll(1000 * ALIVE_SECONDS)
-            now, over = time.monotonic(), self._channel.closed or self._channel.eof_received
-            while self._channel.recv_ready():
-                heard = now
-                self._take(self._out, self._channel.recv(65536))
-            while self._channel.recv_stderr_ready():
-                heard = now
-                self._take(self._errors, self._channel.recv_stderr(65536))
-            if now - heard > IDLE_SECONDS:           # then all that goes through this connection is lost
-                quietly(self._channel.get_transport().close)
-                over = True
-            elif now - said > ALIVE_SECONDS:
-                said = now
-                self.say("alive")
-        with self._changed:
-            self.ended = True
-            self._changed.notify_all()
+    def _renew(self) -> None:
+        """Renew the lease until the job has left the host."""
+        while not self._finished.wait(HEARTBEAT_SECONDS):
+            self.say("alive")
 
-    def _take(self, stream: bytearray, data: bytes) -> None:
+    def _read(self) -> None:
+        """Read both streams until they end, or the host has been silent for too long."""
+        try:
+            self._read_streams()
+        finally:
+            with self._changed:
+                self.ended = True
+                self._finished.set()
+                self._changed.notify_all()
+            quietly(self._channel.close)
+
+    def _read_streams(self) -> None:
+        last_heard = time.monotonic()
+        at_end = False
+        while not at_end:
+            silence = time.monotonic() - last_heard
+            self._poller.poll(1000 * max(0.0, IDLE_SECONDS - silence))
+            # Asked before the last data are read, so that none are missed.
+            at_end = bool(self._channel.closed or self._channel.eof_received)
+            if self._receive():
+                last_heard = time.monotonic()
+            elif time.monotonic() - last_heard >= IDLE_SECONDS:
+                self._connection.give_up(f"no answer for {IDLE_SECONDS} s")
+                at_end = True
+
+    def _receive(self) -> bool:
+        """Receive the data available on both streams; return whether there were any."""
+        received = False
+        while self._channel.recv_ready():
+            self._add(self._output, self._channel.recv(65536))
+            received = True
+        while self._channel.recv_stderr_ready():
+            self._add(self._errors, self._channel.recv_stderr(65536))
+            received = True
+        return received
+
+    def _add(self, stream: bytearray, data: bytes) -> None:
         with self._changed:
             stream += data
-            self._out[:] = self._out.replace(b"\n%b alive\n" % self._token, b"")
-            self.flooded = self.flooded or len(self._out) > LARGEST_ANSWER
+            self._output[:] = self._output.replace(b"\n%b alive\n" % self._token, b"")
             del self._errors[:-LARGEST_ANSWER]
+            if len(self._output) > LARGEST_ANSWER:
+                self.flooded = True
             # It has ended when both streams say so: they may come in any order.
-            self.ended = self.ended or (self._complete() and self.status is not None)
+            if self._errors_ended() and self.status is not None:
+                self.ended = True
             self._changed.notify_all()
         if self.flooded:
+            self.say("bye")  # nothing may be sent after the closing, see `say`
             quietly(self._channel.close)
 
 
 def quietly(call: Callable[..., object], *arguments: object) -> None:
-    """Does something with a connection that may be broken already: then paramiko can't say so any more."""
-    try:
+    """Call something that may fail because a connection is lost, which is reported elsewhere."""
+    with suppress(Exception):  # paramiko has many kinds
         call(*arguments)
-    except (OSError, EOFError):
-        pass
 
 
 def last_line(text: str) -> str:
-    """The last line that says something, for an error message."""
-    return ["no message", *filter(None, map(str.strip, text.splitlines()))][-1][:300]
+    """Return the last line of a text that isn't blank, for an error message."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no message"
 
 
 def is_number(text: str) -> bool:
-    """Whether it is a number that a host may have meant."""
+    """Return whether a host's answer is a number of plausible size."""
     return re.fullmatch(r"\d{1,9}", text, re.ASCII) is not None
+
+
+def short_name(command: str) -> str:
+    """Return a name for a shell command in an error message: never a whole script."""
+    first = re.split(r"[|;\n]", command)[0].strip("{ ")
+    if not first or not first.isprintable() or len(first) > 80:
+        return "a look-up"
+    return first
+
+
+def sudo_hint(errors: str) -> str:
+    """Return what to do about an error that sudo printed, or "" if it has printed none."""
+    if "sudo" not in errors:
+        return ""
+    if "tty" in errors:
+        return " (--sudo requires 'Defaults:USER !requiretty' in that host's sudoers)"
+    return " (--sudo requires a NOPASSWD rule in that host's sudoers)"
 
 
 class Host:
     """A host that is logged in to: runs commands under WRAPPER, and fetches files.
 
-    `way` is the connection, as Access makes it; `changed` is notified whenever something changes there; `log` is called
-    with each command that is run.
+    `changed` is notified whenever something changes there; `log` is called with each command.
     """
 
-    def __init__(self, name: str, way: Way | LocalWay, changed: threading.Condition, log: Callable[[str], None],
-                 sudo: bool) -> None:
-        self.name, self._way, self._changed, self._log = name, way, changed, log
-        self._transport: Any = way.transport
+    def __init__(
+        self,
+        connection: Connection,
+        changed: threading.Condition,
+        log: Callable[[str], None],
+        sudo: bool,
+    ) -> None:
+        self.name = connection.name
+        self._connection = connection
+        self._changed = changed
+        self._log = log
+        self.sudo = sudo  # whether commands run by sudo
         self._shell = SUDO_SHELL if sudo else "exec sh"
         self._jobs: list[Job] = []
 
     @property
     def address(self) -> str:
-        """The IP address of the host, as the connection has it; nothing if that goes through another host."""
-        try:
-            return str(self._transport.getpeername()[0]).split("%")[0].removeprefix("::ffff:")
-        except (OSError, AttributeError, IndexError):
-            return ""
+        """The IP address under which the host was reached; "" behind a jump."""
+        return self._connection.address
 
     def check(self) -> None:
-        """HostConnectionError if the connection is lost."""
-        if not self._transport.is_active():
-            reason = str(self._transport.get_exception() or "")      # EOFError has no words
-            raise HostConnectionError(f"the connection to {self.name} is lost{f': {reason}' if reason else ''}")
+        """Raise HostConnectionError if the connection is lost."""
+        if not self._connection.is_active():
+            message = f"the connection to {self.name} is lost"
+            if reason := self._connection.error():
+                message += f": {reason}"
+            raise HostConnectionError(message)
 
-    def _session(self) -> paramiko.Channel:
-        """A new session; sshd counts one that has just ended a little longer."""
-        from paramiko import ChannelException, SSHException
-        for attempt in range(6):
-            self.check()
-            try:
-                channel: paramiko.Channel = self._transport.open_session(timeout=CONNECT_SECONDS)
-                channel.settimeout(CONNECT_SECONDS)
-                return channel
-            except (SSHException, EOFError, OSError) as error:
-                # Of several that are refused at once, paramiko tells only one why.
-                if not isinstance(error, ChannelException) and str(error) != "Unable to open channel.":
-                    raise HostConnectionError(
-                        f"{self.name}: can't start a session: {str(error) or 'no answer'}") from error
-            time.sleep(0.02 * 2 ** attempt)
-        raise HostConnectionError(f"{self.name}: sshd allows too few sessions on a connection: its sshd_config needs "
-                                  "MaxSessions 2 or more")
+    def start(
+        self, command: str, seconds: float, *, private: bool = False, shown: Iterable[str] = ()
+    ) -> Job:
+        """Start a shell command that ends after so many seconds at the latest.
 
-    def start(self, command: str, seconds: float, *, private: bool = False, shown: Iterable[str] = ()) -> Job:
-        """Starts a shell command that ends after so many seconds at the latest; people are `shown` it, or those.
-
-        With `private` it runs in a directory of its own, which stays until `Job.leave`.
+        With `private` it runs in a directory of its own, which stays until `Job.leave`. The log
+        shows the command, or what is `shown` in its place.
         """
-        from paramiko import SSHException
-        token, channel = f"netweaver-{os.urandom(12).hex()}", self._session()
-        assignments = {"TOKEN": token, "COMMAND": command, "PRIVATE": "yes" if private else "",
-                       "LIMIT": str(int(seconds) + 1), "IDLE": str(IDLE_SECONDS)}
-        script = "".join(f"{name}={quote(value)}\n" for name, value in assignments.items()) + WRAPPER
         for line in shown or [command]:
             self._log(f"{self.name}: {line}")
-        try:
-            channel.exec_command(self._shell)
-            channel.sendall(script.encode(errors="surrogateescape"))
-        except (SSHException, EOFError, OSError):
-            self.check()                             # else a shell that has ended at once; it may have said why
-        self._jobs.append(Job(self.name, channel, token, self._changed))
-        return self._jobs[-1]
-
-    def check_job(self, job: Job) -> None:
-        """HostConnectionError if a job has ended since the connection did, not by itself."""
-        if job.ended and job.status is None and not job.flooded:
-            self.check()
-            if job.directory or not job.errors.strip():      # it did start, or couldn't even say why not
-                raise HostConnectionError(f"the connection to {self.name} is lost (or its shell there was killed)")
-
-    def run(self, command: str, seconds: float = ANSWER_SECONDS) -> Job:
-        """Runs a shell command to its end; RemoteCommandError if that is not one of its own."""
-        job = self.start(command, seconds)
-        self._jobs.remove(job)
+        job = self._start(command, seconds, private)
         with self._changed:
-            self._changed.wait_for(lambda: job.ended, seconds)
-        if job.status is None:
-            self.check_job(job)
-            why = ("did not answer in time" if not job.ended else "says too much" if job.flooded else
-                   f"could not be run: {last_line(job.errors)}{SUDO_HINT if 'sudo' in job.errors else ''}")
-            job.leave(0)
-            raise RemoteCommandError(f"{self.name}: {command}: {why}")
+            self._jobs = [earlier for earlier in self._jobs if not earlier.has_left]
+            self._jobs.append(job)
         return job
 
-    def open_sftp(self) -> Any:
-        """The session in which files are fetched, an SFTPClient; CaptureError if the host has none."""
-        from paramiko import SFTPClient, SFTPError, SSHException
-        if isinstance(self._way, LocalWay):
-            return self._way
-        channel = self._session()
+    def _start(self, command: str, seconds: float, private: bool) -> Job:
+        self.check()
+        token = f"netweaver-{os.urandom(12).hex()}"
+        variables = {
+            "TOKEN": token,
+            "COMMAND": command,
+            "PRIVATE": "yes" if private else "",
+            "LIMIT": str(int(seconds) + 1),
+            "IDLE": str(IDLE_SECONDS),
+        }
+        assignments = [f"{name}={quote(value)}\n" for name, value in variables.items()]
+        script = "".join(assignments) + WRAPPER
+
+        def begin() -> Job:
+            channel = self._connection.start_shell(self._shell, script)
+            return Job(self._connection, channel, token, self._changed)
+
+        return self._bounded(begin)
+
+    def _bounded(self, call: Callable[[], T]) -> T:
+        """Return the result of a call that opens a session; limit its time, as paramiko doesn't."""
         try:
-            channel.invoke_subsystem("sftp")
-            return SFTPClient(channel)
-        except (SFTPError, SSHException, EOFError, OSError) as error:
-            raise CaptureError(f"{self.name}: has no SFTP ({str(error) or 'it ended at once'}): its sshd_config needs "
-                               "a line such as 'Subsystem sftp internal-sftp'") from error
+            results: list[T] = in_parallel(call, seconds=CONNECT_SECONDS)
+        except NoAnswerError:
+            self._connection.give_up(f"no answer for {CONNECT_SECONDS} s")
+            self.check()
+            raise
+        except (OSError, RuntimeError) as error:  # as for too many open files, or threads
+            raise HostConnectionError(f"{self.name}: can't start a session: {error}") from error
+        return results[0]
 
-    def fetch(self, sftp: Any, path: str, local: str, most: int) -> None:
-        """Copies a file of the host, of `most` bytes at the most; CaptureError if it can't be copied whole."""
-        from paramiko import SFTPError, SSHException
+    def check_job(self, job: Job) -> None:
+        """Raise HostConnectionError if a job has ended because the connection has."""
+        if not job.ended or job.status is not None or job.flooded:
+            return
+        self.check()
+        if job.directory:
+            raise HostConnectionError(
+                f"the connection to {self.name} is lost (or its shell there was killed)"
+            )
+        if not job.errors.strip():
+            raise HostConnectionError(
+                f"{self.name}: the account can't run commands (a forced command, or a login shell "
+                f"such as nologin): {last_line(job.greeting)}"
+            )
 
-        def check(size: int, _: int = 0) -> None:
-            if size > most:
-                raise CaptureError(f"{self.name}: {path} has more than the {most} bytes which it may have")
+    def run(self, command: str, seconds: float = ANSWER_SECONDS, name: str = "") -> Job:
+        """Run a shell command to its end, and return it; `name` is what to call it in errors.
 
+        Raises RemoteCommandError if it doesn't end by itself in so many seconds.
+        """
+        self._log(f"{self.name}: {command}")
+        job = self._start(command, seconds, private=False)
+        job.wait(seconds)
+        if job.status is None:
+            self.check_job(job)
+            reason = self._failure(job)
+            job.leave(0)
+            raise RemoteCommandError(f"{self.name}: {name or short_name(command)}: {reason}")
+        return job
+
+    def _failure(self, job: Job) -> str:
+        if not job.ended:
+            return "did not answer in time"
+        if job.flooded:
+            return f"its output is larger than {LARGEST_ANSWER} bytes"
+        return f"could not be run: {last_line(job.errors)}{sudo_hint(job.errors)}"
+
+    def open_files(self) -> FileSource:
+        """Open the session in which files are fetched; raise CaptureError if the host has none."""
+        self.check()
+        return self._bounded(self._connection.open_files)
+
+    def fetch(self, files: FileSource, path: str, local: str, largest: int) -> None:
+        """Copy a file of the host, which may have so many bytes.
+
+        Raises CaptureError if it has more, or can't be copied whole.
+        """
         try:
             with open(local, "wb") as file:
-                check(sftp.stat(path).st_size or 0)
-                sftp.getfo(path, file, check)
-        except (SFTPError, SSHException, EOFError, OSError) as error:
-            number = getattr(error, "errno", None)
-            if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
-                raise CaptureError(f"can't write {local} on this machine: {os.strerror(number)}") from error
-            self.check()
-            raise CaptureError(f"{self.name}: can't fetch {path}: {str(error) or 'the transfer broke off'}") from error
+                for block in files.read(path, largest):
+                    file.write(block)
+        except OSError as error:
+            raise CaptureError(f"can't write {local} on this machine: {error.strerror}") from error
 
     def leave(self) -> None:
-        """Ends all that still runs there."""
+        """End everything that still runs there."""
         in_parallel(*(job.leave for job in self._jobs))
 
     def close(self) -> None:
-        self._way.close()
+        self._connection.close()
+
+
+class SftpFiles:
+    """A session in which files of a host are read by SFTP; its answers are not trusted.
+
+    paramiko's client sends and receives by this object, which bounds the size of all answers and
+    the time that each takes.
+    """
+
+    def __init__(self, connection: Connection, channel: paramiko.Channel) -> None:
+        from paramiko import SFTPClient
+
+        self._connection = connection
+        self._channel = channel
+        self._deadline = time.monotonic() + CONNECT_SECONDS
+        self._bytes_left = LARGEST_ANSWER
+        self._client = SFTPClient(cast("paramiko.Channel", self))
+
+    def get_name(self) -> str:
+        return self._channel.get_name()
+
+    def send(self, data: bytes) -> int:
+        return self._channel.send(data)
+
+    def recv(self, size: int) -> bytes:
+        seconds = self._deadline - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError
+        self._channel.settimeout(seconds)
+        data = self._channel.recv(size)
+        self._bytes_left -= len(data)
+        if self._bytes_left < 0:
+            raise EOFError("the server sent more data than the file has")
+        return data
+
+    def close(self) -> None:
+        quietly(self._channel.close)
+
+    def read(self, path: str, largest: int) -> Iterator[bytes]:
+        """Yield the blocks of a file.
+
+        Raises CaptureError if it can't be read or has more bytes, HostConnectionError if the
+        server doesn't answer.
+        """
+        name = self._connection.name
+        try:
+            yield from self._blocks(path, largest)
+        except TimeoutError as error:
+            self._connection.give_up(f"no answer for {CONNECT_SECONDS} s")
+            raise HostConnectionError(
+                f"the connection to {name} is lost: no answer for {CONNECT_SECONDS} s"
+            ) from error
+        except CaptureError as error:
+            raise CaptureError(f"{name}: {error}") from error
+        except Exception as error:  # a strange answer can make paramiko raise anything
+            if not self._connection.is_active():
+                raise HostConnectionError(f"the connection to {name} is lost") from error
+            reason = str(error) or "the transfer was cut off"
+            raise CaptureError(f"{name}: can't fetch {path}: {reason}") from error
+
+    def _blocks(self, path: str, largest: int) -> Iterator[bytes]:
+        """Yield the blocks of a file, as `read` does; let paramiko's own errors pass."""
+        self._deadline = time.monotonic() + CONNECT_SECONDS
+        with self._client.open(path, "rb") as file:
+            left = file.stat().st_size or 0
+            if left > largest:
+                raise CaptureError(f"{path} is larger than its limit of {largest} bytes")
+            self._bytes_left = 2 * left + LARGEST_ANSWER  # with what SFTP adds to the file
+            file.prefetch(left)
+            while left > 0:
+                self._deadline = time.monotonic() + CONNECT_SECONDS
+                block = file.read(min(left, SFTP_BLOCK))
+                if not block:
+                    raise EOFError(f"{counted(left, 'byte is', 'bytes are')} missing")
+                left -= len(block)
+                yield block
 
 
 def in_parallel(*calls: Callable[[], Any], seconds: float | None = None) -> list[Any]:
-    """The answers of the calls, each made in a thread of its own; raises the first error, once all have ended.
+    """Make calls in threads of their own, and return their results in the order of the calls.
 
-    HostConnectionError if they take more than so many seconds (a resolver may take its time).
+    Raises the first error once all have ended, or NoAnswerError if that takes so many seconds.
     """
     deadline = time.monotonic() + (seconds or threading.TIMEOUT_MAX / 2)
-    answers: dict[int, Any] = {}
+    results: dict[int, Any] = {}
     errors: list[BaseException] = []
 
-    def run(place: int, call: Callable[[], Any]) -> None:
+    def run(index: int, call: Callable[[], Any]) -> None:
         try:
-            answers[place] = call()
+            results[index] = call()
         except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=item, daemon=True) for item in enumerate(calls)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0, deadline - time.monotonic()))
+    try:
+        for thread in threads:
+            thread.start()
+        join_all(threads, deadline)
+    except KeyboardInterrupt:
+        join_all(threads, time.monotonic() + GRACE_SECONDS)
+        raise
     if errors:
         raise errors[0]
-    if len(answers) < len(calls):
-        raise HostConnectionError(f"no answer after {seconds} s: check addresses, name resolution and network")
-    return [answers[place] for place in range(len(calls))]
+    if len(results) < len(calls):
+        raise NoAnswerError(
+            f"no answer after {seconds} s: check addresses, name resolution and network"
+        )
+    return [results[index] for index in range(len(calls))]
 
 
-# ---- Remote: logging in --------------------------------------------------------------------------------------
-# OpenSSH answers what OpenSSH would do: `ssh -G` resolves its configuration, `ssh-keygen -F` finds the lines of
-# known_hosts, and a jump is `ssh -W`.  What is left to do here: compare host keys, append a line, and try keys.
+def join_all(threads: Iterable[threading.Thread], deadline: float) -> None:
+    """Wait for the ends of threads, as long as there is time."""
+    for thread in threads:
+        if thread.is_alive():
+            thread.join(max(0, deadline - time.monotonic()))
 
-RSA_WITH_SHA2 = ("rsa-sha2-512", "rsa-sha2-256")     # which OpenSSH has since 7.2
+
+# ---- Login -----------------------------------------------------------------------------------
+# OpenSSH's own programs answer what OpenSSH would do: `ssh -G` resolves its configuration,
+# `ssh-keygen -F` finds lines in known_hosts, and `ssh -W` connects through a jump.  paramiko
+# carries the connection.  An option that restricts logins is honoured, or the login is refused.
+
+CERTIFICATE = "-cert-v01@openssh.com"
+# The number of strings that make up a public key, by its kind.
+PUBLIC_KEY_STRINGS = {
+    "ssh-ed25519": 1,
+    "ssh-rsa": 2,
+    "ssh-dss": 4,
+    "ecdsa-sha2-nistp256": 2,
+    "ecdsa-sha2-nistp384": 2,
+    "ecdsa-sha2-nistp521": 2,
+    "sk-ssh-ed25519@openssh.com": 2,
+    "sk-ecdsa-sha2-nistp256@openssh.com": 3,
+}
+# paramiko's classes, by the kind of a key or by the first line of the older format.
+PRIVATE_KEY_CLASSES = {
+    "ssh-ed25519": "Ed25519Key",
+    "ssh-rsa": "RSAKey",
+    "RSA": "RSAKey",
+    "ecdsa-sha2-nistp256": "ECDSAKey",
+    "ecdsa-sha2-nistp384": "ECDSAKey",
+    "ecdsa-sha2-nistp521": "ECDSAKey",
+    "EC": "ECDSAKey",
+}
+PRIVATE_KEY_CIPHERS = ("none", "aes256-ctr", "aes256-cbc")  # of OpenSSH's format
+RSA_SIGNATURES = ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")
+USE_AGENT = "load it into ssh-agent (ssh-add), and use it without -k"
+OLD_SERVER_ADVICE = (
+    "is an RSA key, and this old server supports SHA-1 only: use an ed25519 key, or "
+    "-o PubkeyAcceptedAlgorithms=+ssh-rsa with pip install 'paramiko<5'"
+)
+# What to do about keys that paramiko can't read, by their kind.
+KEY_ADVICE = {
+    "": "it is in PKCS#8 format: convert it with ssh-keygen -p -f FILE",
+    "ENCRYPTED": "it is in PKCS#8 format: convert it with ssh-keygen -p -f FILE",
+    "PuTTY": "it is PuTTY's: convert it with puttygen FILE -O private-openssh -o NEWFILE",
+    "DSA": "DSA keys are not supported: use an ed25519 key",
+    "ssh-dss": "DSA keys are not supported: use an ed25519 key",
+    "sk-ssh-ed25519@openssh.com": f"it is a security key: {USE_AGENT}",
+    "sk-ecdsa-sha2-nistp256@openssh.com": f"it is a security key: {USE_AGENT}",
+}
+SYSTEM_DIRECTORY = "/etc/ssh"
+# Options that the hosts of a jump must not share.
+OPTIONS_OF_ONE_HOST = r"\s*(hostname|port|user|hostkeyalias|proxyjump|proxycommand)[\s=]"
+# Options that restrict algorithms, and paramiko's names for them.
+ALGORITHM_OPTIONS = {
+    "KexAlgorithms": "kex",
+    "HostKeyAlgorithms": "key_types",
+    "Ciphers": "ciphers",
+    "MACs": "digests",
+}
+# Options that paramiko can't honour, unless they have one of these values.
+UNSUPPORTED_OPTIONS = {
+    "bindinterface": ("", "none"),
+    "knownhostscommand": ("", "none"),
+    "preferredauthentications": ("", "publickey"),
+    "proxyusefdpass": ("", "no"),
+    "pubkeyauthentication": ("", "yes", "true", "unbound"),
+    "refuseconnection": ("", "none"),
+    "remotecommand": ("", "none"),
+    "revokedhostkeys": ("", "none"),
+    "sessiontype": ("", "default"),
+}
+# Algorithms that paramiko has before version 5 only.
+OUTDATED_ALGORITHMS = (
+    "ssh-rsa",
+    "diffie-hellman-group14-sha1",
+    "diffie-hellman-group-exchange-sha1",
+    "diffie-hellman-group1-sha1",
+)
+# paramiko knows this algorithm by its older name only.
+OLDER_NAMES = {"curve25519-sha256": "curve25519-sha256@libssh.org"}
+AGENT_SIGNATURE_FLAGS = {"rsa-sha2-256": 2, "rsa-sha2-512": 4}
+AGENT_KEY = "a key of ssh-agent"  # in messages
+AGENT_SIGN_SECONDS = 60  # a person may have to confirm, or to touch a security key
 
 
 class Target:
-    """Whom to log in as, and where: `[user@]host[:port]`, IPv6 literals in brackets when a port follows.
+    """A user and a host to log in to, given as `[user@]host[:port]`.
 
-    `user` and `port` are None where the text doesn't say: then ssh_config does, or they are root and 22.  "local" is
-    this machine, without SSH.
+    An IPv6 address with a port stands in brackets.  `user` and `port` are None where the text
+    does not name them.  "local" is this machine, without SSH.  Raises UsageError if the text is
+    not of that form.
     """
 
     def __init__(self, text: str) -> None:
-        user, at, place = text.rpartition("@")
-        parts = re.fullmatch(r"(?:\[([^]]+)]|([^:]+))(?::(\d{1,5}))?", place)
-        if not parts and place.count(":") > 1:       # a bare IPv6 literal
-            parts = re.fullmatch(r"()([0-9A-Fa-f:.]+(?:%\w+)?)()", place)
-        self.user, self.host = user if at else None, (parts[1] or parts[2]) if parts else ""
-        self.port = int(parts[3]) if parts and parts[3] else None
-        if (not re.fullmatch(r"[\w.:%][\w.:%-]*", self.host, re.ASCII) or self.port not in (None, *range(1, 65536))
-                or (at and not re.fullmatch(r"[\w.][\w.@\\$-]*", user))):
-            raise UsageError(f"{text!r} is not [user@]host[:port] (an IPv6 address with a port goes in brackets)")
+        user, at_sign, address = text.rpartition("@")
+        self.user = user if at_sign else None
+        self.host, port = self._split(address)
+        self.port = int(port) if port else None
+        has_user = not at_sign or re.fullmatch(r"[\w.+#][\w.@\\$+#-]*", user)
+        has_host = re.fullmatch(r"[\w.:%][\w.:%-]*", self.host, re.ASCII)
+        has_port = self.port is None or 1 <= self.port <= 65535
+        if not (has_user and has_host and has_port):
+            raise UsageError(
+                f"{text!r} is not [user@]host[:port] (an IPv6 address with a port goes in brackets)"
+            )
+
+    @staticmethod
+    def _split(address: str) -> tuple[str, str]:
+        """Return the host and the port as they are given; "" for each that is not there."""
+        if re.fullmatch(r"[\dA-Fa-f.]*:[\dA-Fa-f.]*:[\dA-Fa-f:.]*(%[\w.-]+)?", address):
+            return address, ""
+        match = re.fullmatch(r"(?:\[([^]]+)]|([^]:[]+))(?::(\d{1,5}))?", address)
+        if not match:
+            return "", ""
+        return match[1] or match[2], match[3] or ""
+
+    @property
+    def is_local(self) -> bool:
+        return self.host == "local" and self.user is None and self.port is None
 
     def named(self, user: str, port: int) -> str:
-        """What it is called in messages and in the report."""
+        """Return the name of the host in messages and in the report."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{user}@{host}" + (f":{port}" if port != 22 else "")
+        if port == 22:
+            return f"{user}@{host}"
+        return f"{user}@{host}:{port}"
 
 
-class HostSettings:
-    """What OpenSSH's configuration says of a target, by the lines that `ssh -G` printed, by keyword.
+def check_ascii(text: str) -> None:
+    """Raise UsageError for a host whose internationalized name is not in its ASCII form."""
+    name = text.rpartition("@")[2]
+    if name.isascii():
+        return
+    hint = ""
+    with suppress(UnicodeError):
+        hint = f" ({name.encode('idna').decode()})"
+    raise UsageError(f"{text}: give the name in its ASCII form{hint}")
 
-    `names` are those in known_hosts: a key which only the second one has is accepted, too.  `own_files` are the
-    user's known_hosts files, of which the first gets new keys; `files` are those and the system's.  `checking` is yes,
-    no, ask or accept-new.  `jumps` and `command` are empty if there is none.
+
+class SshOptions:
+    """The options that `ssh -G -v` printed for a host.
+
+    `files_read` are the files from which it read them, without `own_file`, which only names those.
     """
 
-    def __init__(self, target: Target, values: Mapping[str, Sequence[str]]) -> None:
-        import pwd
+    def __init__(self, output: bytes, log: bytes = b"", own_file: str = "") -> None:
+        self._values: dict[str, list[str]] = {}
+        for line in os.fsdecode(output).split("\n"):
+            keyword, _, value = line.partition(" ")
+            self._values.setdefault(keyword.lower(), []).append(value)
+        # ssh ends the lines of its log by CR and LF.
+        files = re.findall(r"Reading configuration data (.*?)\r?\n", os.fsdecode(log))
+        self.files_read = [name for name in files if name != own_file]
 
-        def value(keyword: str) -> str:
-            text = values.get(keyword, ["none"])[0]
-            return "" if text.lower() == "none" else text
+    def every(self, keyword: str) -> list[str]:
+        """Return the values of an option that may be given several times, without "none"."""
+        return [value for value in self._values.get(keyword, []) if value.lower() != "none"]
 
-        def paths(keyword: str) -> list[str]:        # ssh -G joins them by blanks, and doesn't quote theirs
-            return [home_path(path) for path in re.split(r" (?=[/~])", value(keyword)) if path]
+    def text(self, keyword: str, default: str = "") -> str:
+        """Return the value of an option as it is."""
+        return self._values.get(keyword, [default])[0]
 
-        def expand(text: str) -> str:
-            return re.sub(r"%(.)", lambda token: tokens.get(token[1], token[0]), text)
+    def is_on(self, keyword: str) -> bool:
+        return self.text(keyword) in ("yes", "true")
 
-        alias, local, me = value("hostkeyalias"), os.uname().nodename, pwd.getpwuid(os.getuid())
-        self.host, self.port, self.user = value("hostname"), int(value("port")), value("user")
-        self.name = target.named(self.user, self.port)
-        self.place = f"port {self.port}" + ("" if self.host == target.host else f" of {self.host}")
-        for keyword in ("revokedhostkeys", "knownhostscommand"):         # better no session than one that ssh refuses
-            if value(keyword):
-                raise HostConnectionError(f"{self.name}: ssh_config sets {keyword}, which netweaver can't honour")
-        tokens = {"%": "%", "d": me.pw_dir, "h": self.host, "i": str(me.pw_uid), "k": alias or self.host, "l": local,
-                  "L": local.partition(".")[0], "n": target.host, "p": str(self.port), "r": self.user,
-                  "u": me.pw_name}
-        place = self.host if self.port == 22 else f"[{self.host}]:{self.port}"
-        self.names = [alias] if alias else list(dict.fromkeys((place, self.host)))
-        self.own_files = paths("userknownhostsfile")
-        self.files = self.own_files + paths("globalknownhostsfile")
-        checking = value("stricthostkeychecking")
-        self.checking = {"true": "yes", "false": "no", "off": "no"}.get(checking, checking)
-        self.hashed, self.only_named = value("hashknownhosts") == "yes", value("identitiesonly") == "yes"
-        self.agent = values.get("identityagent") != ["none"]
-        self.identities = [os.path.expandvars(expand(home_path(path))) for path in values.get("identityfile", ())
-                           if path != "none"]
-        self.jumps, self.command = value("proxyjump"), expand(value("proxycommand"))
-        self.way = f"ProxyJump {self.jumps}" if self.jumps else f"ProxyCommand {self.command}"
+    def number(self, keyword: str, default: int) -> int:
+        text = self.text(keyword)
+        return int(text) if text.isdecimal() else default
+
+    def algorithms(self, keyword: str) -> list[str] | None:
+        """Return a list of algorithms; None if this version of ssh has no such option."""
+        text = self.text(keyword)
+        return text.split(",") if text else None
+
+
+@dataclass(frozen=True)
+class HostSettings:
+    """OpenSSH's configuration for a host, as far as it matters to a login without its `ssh`."""
+
+    options: SshOptions
+    name: str  # in messages and in the report
+    host: str
+    port: int
+    user: str
+    place: str  # host and port in messages, without what the name has already
+    known_names: tuple[str, ...]  # in known_hosts; the first one's keys come before the others'
+    user_files: tuple[str, ...]  # the user's known_hosts files, of which the first gets new keys
+    system_files: tuple[str, ...]
+    identities: tuple[str, ...]  # paths of private keys
+    certificates: tuple[str, ...]  # paths of certificates; those beside the keys if it is empty
+    agent_socket: str
+    jumps: str
+    proxy_command: str
+
+    @property
+    def known_hosts_files(self) -> tuple[str, ...]:
+        return self.user_files + self.system_files
+
+    @property
+    def is_unchecked(self) -> bool:
+        """Return whether any host key passes."""
+        return self.options.text("stricthostkeychecking") in ("no", "off", "false")
+
+    @property
+    def connect_seconds(self) -> int:
+        return self.options.number("connecttimeout", 0) or CONNECT_SECONDS
+
+    @property
+    def smallest_rsa_bits(self) -> int:
+        return self.options.number("requiredrsasize", self.options.number("rsaminsize", 1024))
+
+    @property
+    def proxy(self) -> str:
+        """The option that makes the connection go through something else; "" for none."""
+        if self.jumps:
+            return f"ProxyJump {self.jumps}"
+        if self.proxy_command:
+            return f"ProxyCommand {self.proxy_command}"
+        return ""
+
+
+def read_settings(
+    target: Target,
+    options: SshOptions,
+    expand: Callable[[str], str],
+    split_files: Callable[[str], tuple[str, ...]],
+) -> HostSettings:
+    """Return the settings for a target from the answer of `ssh -G`.
+
+    `expand` replaces the tokens in a path, and `split_files` splits the value of a keyword into
+    names of files.  Raises HostConnectionError if an option can't be honoured.
+    """
+    host = options.text("hostname")
+    port = options.number("port", 22)
+    user = options.text("user")
+    alias = options.text("hostkeyalias")
+    name = target.named(user, port)
+    check_options(name, options)
+    place = f"port {port}"
+    if host != target.host:
+        place = f"port {port} of {host}"
+    known_names: tuple[str, ...] = (host,)
+    if alias:
+        known_names = (alias,)
+    elif port != 22:
+        known_names = (f"[{host}]:{port}", host)
+    tokens = {"%": "%", "h": host, "k": alias or host, "n": target.host, "p": str(port), "r": user}
+
+    return HostSettings(
+        options=options,
+        name=name,
+        host=host,
+        port=port,
+        user=user,
+        place=place,
+        known_names=known_names,
+        user_files=split_files("UserKnownHostsFile"),
+        system_files=split_files("GlobalKnownHostsFile"),
+        identities=tuple(map(expand, options.every("identityfile"))),
+        certificates=tuple(map(expand, options.every("certificatefile"))),
+        agent_socket=find_agent(options),
+        jumps=expand_tokens(name, options.text("proxyjump"), tokens),
+        proxy_command=expand_tokens(name, options.text("proxycommand"), tokens),
+    )
+
+
+def check_options(name: str, options: SshOptions) -> None:
+    """Raise HostConnectionError if an option asks for something that paramiko can't do."""
+    for keyword, harmless in UNSUPPORTED_OPTIONS.items():
+        value = options.text(keyword)
+        if not set(value.split(",")) & set(harmless):
+            raise HostConnectionError(
+                f"{name}: ssh_config sets {keyword} {value}, which netweaver can't honour: it "
+                "logs in by public keys and runs commands"
+            )
+    for jump in options.text("proxyjump").split(","):
+        with naming(f"{name}: ProxyJump"):
+            check_ascii(jump)
+
+
+def expand_tokens(name: str, text: str, tokens: Mapping[str, str]) -> str:
+    """Return a proxy's option with its tokens replaced; raise HostConnectionError for others."""
+
+    def replacement(match: re.Match[str]) -> str:
+        if match[1] not in tokens:
+            raise HostConnectionError(f"{name}: {text} has an unknown token {match[0]}")
+        return tokens[match[1]]
+
+    return re.sub(r"%(.?)", replacement, text)
+
+
+def find_agent(options: SshOptions) -> str:
+    """Return the path of ssh-agent's socket; "" if there is none or it must not be used."""
+    path = options.text("identityagent", "SSH_AUTH_SOCK")
+    if path == "SSH_AUTH_SOCK" or path.startswith("$"):
+        return os.environ.get(path.lstrip("$"), "")
+    return "" if path == "none" else path
 
 
 def home_path(path: str) -> str:
-    """A path with ~ as ssh expands it, which doesn't look at $HOME."""
-    import pwd
-    return pwd.getpwuid(os.getuid()).pw_dir + path[1:] if path[:2] == "~/" else os.path.expanduser(path)
+    """Return a path with ~ replaced as ssh does, which doesn't look at $HOME."""
+    if path == "~" or path.startswith("~/"):
+        try:
+            return pwd.getpwuid(os.getuid()).pw_dir + path[1:]
+        except KeyError as error:
+            raise HostConnectionError(
+                f"no user exists for uid {os.getuid()}: ssh needs an entry in /etc/passwd"
+            ) from error
+    return os.path.expanduser(path)
 
 
-def ask_openssh(*command: str) -> subprocess.CompletedProcess[str]:
-    """What one of OpenSSH's programs answers."""
-    import subprocess
+def run_openssh(*command: str) -> subprocess.CompletedProcess[bytes]:
+    """Run one of OpenSSH's programs to its end."""
     try:
-        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=CONNECT_SECONDS,
-                              encoding="utf-8", errors="surrogateescape")
+        return subprocess.run(
+            [os.fsencode(word) for word in command],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=CONNECT_SECONDS,
+        )
+    except FileNotFoundError as error:
+        raise HostConnectionError(f"can't find {command[0]}: install OpenSSH's client") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise HostConnectionError(f"can't run {command[0]} ({error}): is OpenSSH's client installed?") from error
+        raise HostConnectionError(f"can't run {command[0]}: {error}") from error
 
 
-def words_of(text: str) -> str:
-    """What a program has said, on one line."""
-    lines = [line.strip() for line in text.split("\n") if line.strip(" @\r")]
-    return "; ".join(line for line in lines if not line.startswith("Warning: Permanently added"))[-400:]
+def one_line(text: str) -> str:
+    """Return what a program printed as one line, without frames and noise."""
+    lines = []
+    for line in text.split("\n"):
+        line = line.strip(" @\r")
+        if line and not line.startswith(("Warning: Permanently added", "debug", "OpenSSH_")):
+            lines.append(line)
+    return "; ".join(lines)[-400:]
 
 
-KnownKey = namedtuple("KnownKey", "place marker kind blob")          # marker: REVOKED, CA or nothing
+# -- host keys --
 
 
-def known_keys(name: str, files: Iterable[str]) -> list[KnownKey]:
-    """What known_hosts files say of a name; the blob of a damaged line is empty.
+@dataclass(frozen=True)
+class KnownKey:
+    """A line of a known_hosts file that applies to a host."""
 
-    `ssh-keygen -F` knows patterns, negation, hashes, blanks and markers.
+    place: str  # line and file, in messages
+    marker: str  # "REVOKED", "CA" or ""
+    kind: str  # such as ssh-ed25519
+    blob: bytes  # empty if the line is damaged
+
+
+def find_known_keys(name: str, files: Iterable[str]) -> list[KnownKey]:
+    """Return the keys that known_hosts files have for a name.
+
+    `ssh-keygen -F` knows patterns, negation, hashed names and markers.
     """
-    from base64 import b64decode
     keys = []
     for file in filter(os.path.exists, files):
-        answer = ask_openssh("ssh-keygen", "-F", name, "-f", file)
+        answer = run_openssh("ssh-keygen", "-F", name, "-f", file)
         if answer.returncode > 1 or not os.access(file, os.R_OK):
-            raise HostConnectionError(f"can't read {file}: {words_of(answer.stderr) or 'no permission'}")
-        lines = answer.stdout.split("\n")
-        for header, line in zip(lines[::2], lines[1::2]):        # "# Host NAME found: line 3 REVOKED", and the line
-            number, marker = re.findall(r" found: line (\d+) ?(\w*)$", header.rstrip("\r"))[0]
-            _, kind, key, *_ = [*line.split()[1 if marker else 0:], "", "", ""]
-            try:
-                blob = b64decode(key, validate=True)
-            except ValueError:
-                blob = b""
-            keys.append(KnownKey(f"line {number} of {file}", marker, kind, blob))
+            reason = one_line(os.fsdecode(answer.stderr)) or "no permission"
+            raise HostConnectionError(f"can't read {file}: {reason}")
+        lines = os.fsdecode(answer.stdout).split("\n")
+        for header, line in zip(lines[::2], lines[1::2]):
+            keys.append(parse_known_key(header, line, file))
     return keys
 
 
-def is_known(key: paramiko.PKey, settings: HostSettings, shown: str) -> bool:
-    """Whether a host's key is known, or else the host new; HostConnectionError if it must be refused.
+def parse_known_key(header: str, line: str, file: str) -> KnownKey:
+    """Parse an answer of ssh-keygen: "# Host NAME found: line 3 REVOKED", and the line itself."""
+    line_number, marker = re.findall(r" found: line (\d+) ?(\w*)\r?$", header)[0]
+    fields = line.split()
+    if marker:
+        fields = fields[1:]
+    place = f"line {line_number} of {file}"
+    if len(fields) < 3:
+        return KnownKey(place, marker, "", b"")
+    return KnownKey(place, marker, fields[1], decode_base64(fields[2]))
 
-    `shown` is what to call the key.  Stricter than ssh: by a damaged line or a certificate authority, too, a host is
-    known.
+
+def decode_base64(text: str) -> bytes:
+    """Return the decoded text, or b"" if it is not base64."""
+    try:
+        return b64decode(text, validate=True)
+    except ValueError:
+        return b""
+
+
+def is_known(key: paramiko.PKey, settings: HostSettings, title: str) -> bool:
+    """Return whether a host's key is known; False if the host is new.
+
+    Raises HostConnectionError if the key must be refused.  `title` is the key in messages.  In
+    contrast to ssh, a host with a damaged line or a certificate authority is no new host.
     """
-    named, *others = (known_keys(name, settings.files) for name in settings.names)
-    plain = [known for known in named if not known.marker]
-    same = [known for known in (*named, *(known for more in others for known in more)) if known.blob == key.asbytes()]
-    changed = [known.place for known in plain if known.kind == key.get_name() or not known.blob]
-    authorities = [known.place for known in named if known.marker == "CA"]
-    for known in named:
-        if known.marker == "REVOKED" and known in same:
-            raise HostConnectionError(f"{shown} is revoked by {known.place}: ask who administers that host")
-    if any(known in same for known in plain):
+    first, *others = settings.known_names
+    known_keys = find_known_keys(first, settings.known_hosts_files)
+    if is_among(known_keys, key, title):
         return True
-    if changed:
-        raise HostConnectionError(f"{shown} has changed, or someone is in between: if it is right, remove "
-                                  f"{', '.join(changed)}")
-    if plain:
-        raise HostConnectionError(f"{shown} isn't known, only a key of another type is ({plain[0].kind}, "
-                                  f"{plain[0].place}), which the host doesn't show: if it is right, add it there")
-    if any(not known.marker for known in same):
-        return True
-    if authorities:
-        raise HostConnectionError(f"{shown} would be known by a certificate only ({authorities[0]}), which paramiko "
-                                  "can't verify: add the key itself to known_hosts")
+    for name in others:
+        with suppress(HostConnectionError):
+            if is_among(find_known_keys(name, settings.known_hosts_files), key, title):
+                return True
+    for known in known_keys:
+        if known.marker == "CA":
+            raise HostConnectionError(
+                f"{title} can only be verified by a certificate ({known.place}), which paramiko "
+                "doesn't support: add the key itself to known_hosts"
+            )
     return False
 
 
-def accept(key: paramiko.PKey, settings: HostSettings) -> None:
-    """Lets a known key pass, and records that of a new host, if new ones are accepted; HostConnectionError if not.
+def is_among(known_keys: Sequence[KnownKey], key: paramiko.PKey, title: str) -> bool:
+    """Return whether a key is among those known for a name; False if none is.
 
-    With `no` any key passes: to warn of that is up to the caller.
+    Raises HostConnectionError if it is revoked, or if only others are known.
     """
-    from base64 import b64encode
-    from hashlib import sha256
-    fingerprint = b64encode(sha256(key.asbytes()).digest()).decode().rstrip("=")
-    shown = f"{settings.name}: its host key ({key.get_name()} SHA256:{fingerprint})"
-    if settings.checking == "no" or is_known(key, settings, shown):
+    for known in known_keys:
+        if known.marker == "REVOKED" and known.blob == key.asbytes():
+            raise HostConnectionError(
+                f"{title} is revoked by {known.place}: ask the administrator of that host"
+            )
+    plain = [known for known in known_keys if not known.marker]
+    if any(known.blob == key.asbytes() for known in plain):
+        return True
+    if plain:
+        raise HostConnectionError(
+            f"{title} does not match the known key (possible man-in-the-middle attack). If the "
+            f"new key is genuine, remove {', '.join(known.place for known in plain)}"
+        )
+    return False
+
+
+def check_host_key(
+    key: paramiko.PKey, settings: HostSettings, address: str, warn: Callable[[str], None]
+) -> None:
+    """Check a host's key as ssh does, and record that of a new host.
+
+    `address` is the IP address of a host that was reached directly, else "".  Raises
+    HostConnectionError if the key must be refused.
+    """
+    title = f"{settings.name}: its host key ({key.get_name()} {key.fingerprint})"
+    smallest = settings.smallest_rsa_bits
+    if key.get_name() == "ssh-rsa" and key.get_bits() < smallest:
+        raise HostConnectionError(
+            f"{title} has only {key.get_bits()} bits: RequiredRSASize is {smallest}"
+        )
+    if settings.is_unchecked or is_trusted_loopback(settings, address):
         return
-    if settings.checking not in ("accept-new", "ask") or not settings.own_files:
-        why = f"StrictHostKeyChecking is {settings.checking}" if settings.own_files else "UserKnownHostsFile is none"
-        raise HostConnectionError(f"{shown} is not known, and {why}: connect once with ssh, or see -o "
-                                  "StrictHostKeyChecking and -o UserKnownHostsFile")
+    known = is_known(key, settings, title)
+    if settings.options.is_on("checkhostip") and address not in ("", settings.host):
+        check_key_of_address(key, settings, address, title)
+    if not known:
+        accept_new_host(key, settings, title, warn)
+
+
+def is_trusted_loopback(settings: HostSettings, address: str) -> bool:
+    """Return whether NoHostAuthenticationForLocalhost lets any key pass."""
+    options = settings.options
+    if not options.is_on("nohostauthenticationforlocalhost") or options.text("hostkeyalias"):
+        return False
+    return bool(address) and ip_address(address).is_loopback
+
+
+def check_key_of_address(
+    key: paramiko.PKey, settings: HostSettings, address: str, title: str
+) -> None:
+    """Raise HostConnectionError if another key is known for the address (CheckHostIP)."""
+    if ip_address(address).is_loopback:
+        return
+    name = address if settings.port == 22 else f"[{address}]:{settings.port}"
+    known_keys = find_known_keys(name, settings.known_hosts_files)
+    is_among(known_keys, key, f"{title}, of {address},")
+
+
+def accept_new_host(
+    key: paramiko.PKey, settings: HostSettings, title: str, warn: Callable[[str], None]
+) -> None:
+    """Record the key of a new host; raise HostConnectionError if it must be known before."""
+    checking = settings.options.text("stricthostkeychecking").replace("true", "yes")
+    if checking != "accept-new":
+        raise HostConnectionError(
+            f"{title} is not known, and StrictHostKeyChecking is {checking}: "
+            "connect once with ssh, or use -o StrictHostKeyChecking=accept-new"
+        )
+    if not settings.user_files:
+        raise HostConnectionError(
+            f"{title} is not known, and UserKnownHostsFile is none: use -o UserKnownHostsFile=FILE"
+        )
+    path = settings.user_files[0]
     try:
-        record(settings.own_files[0], key, settings, shown)
+        record_host_key(path, key, settings, title)
     except OSError as error:
-        raise HostConnectionError(f"{settings.name}: can't record its host key in {settings.own_files[0]}: "
-                                  f"{error.strerror} (-o UserKnownHostsFile=FILE names another one)") from error
+        warn(f"{settings.name}: can't record its host key in {path}: {error.strerror}")
 
 
-def record(path: str, key: paramiko.PKey, settings: HostSettings, shown: str) -> None:
-    """Appends one line to a known_hosts file, under a lock: other runs may be doing the same."""
-    import fcntl
+def record_host_key(path: str, key: paramiko.PKey, settings: HostSettings, title: str) -> None:
+    """Append a host's key, which messages call `title`, to a known_hosts file.
 
-    from paramiko import HostKeys
-    os.makedirs(os.path.dirname(path) or ".", 0o700, exist_ok=True)
-    with open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "r+b", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if not is_known(key, settings, shown):       # else another run was quicker
-            name = HostKeys.hash_host(settings.names[0]) if settings.hashed else settings.names[0]
-            whole = (file.read() or b"\n").endswith(b"\n")
-            file.write(f"{'' if whole else chr(10)}{name} {key.get_name()} {key.get_base64()}\n".encode())
-
-
-def load_key(path: str, ask: Callable[[str], str] | None) -> paramiko.PKey:
-    """The private key in a file; HostConnectionError if it can't be used.  `ask` gets its passphrase from a person.
-
-    cryptography, which paramiko brings, reads more formats (PKCS#8), so it reads, and paramiko gets OpenSSH's own.
+    The file is locked meanwhile, since another run may be recording the same key.
     """
-    import io
+    from paramiko import HostKeys
 
-    import paramiko
-    from cryptography.hazmat.primitives import serialization as formats
-    asked, private = False, None                     # type: bool, Any
+    ssh_directory = home_path("~/.ssh")
+    if path.startswith(ssh_directory + "/"):
+        os.makedirs(ssh_directory, 0o700, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    with open(descriptor, "r+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if is_known(key, settings, title):
+            return  # another run has just recorded it
+        name = settings.known_names[0]
+        if settings.options.is_on("hashknownhosts"):
+            name = HostKeys.hash_host(name)
+        line = f"{name} {key.get_name()} {key.get_base64()}\n"
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            line = "\n" + line
+        file.write(line.encode())
+
+
+# -- keys to log in with --
+
+
+class SshReader:
+    """A reader of numbers and strings in SSH's encoding (RFC 4251).
+
+    Raises ValueError if the data ends early.
+    """
+
+    def __init__(self, data: bytes, offset: int = 0) -> None:
+        self._data = data
+        self._offset = offset
+
+    def number(self) -> int:
+        return int.from_bytes(self._next(4), "big")
+
+    def string(self) -> bytes:
+        return self._next(self.number())
+
+    def strings(self, count: int) -> list[bytes]:
+        return [self.string() for _ in range(count)]
+
+    def _next(self, size: int) -> bytes:
+        data = self._data[self._offset : self._offset + size]
+        if len(data) < size:
+            raise ValueError("the data ends early")
+        self._offset += size
+        return data
+
+
+def ssh_string(data: bytes | str) -> bytes:
+    """Encode a string for SSH (RFC 4251)."""
+    if isinstance(data, str):
+        data = data.encode()
+    return len(data).to_bytes(4, "big") + data
+
+
+def key_kind(blob: bytes) -> str:
+    """Return the kind of a public key or certificate, such as ssh-ed25519."""
+    return SshReader(blob).string().decode(errors="replace")
+
+
+def is_certificate(blob: bytes) -> bool:
+    return bool(certified_key(blob))
+
+
+def certified_key(certificate: bytes) -> bytes:
+    """Return the public key in a certificate; b"" if it is none."""
+    try:
+        reader = SshReader(certificate)
+        kind, is_certificate, _ = reader.string().decode(errors="replace").partition(CERTIFICATE)
+        if kind.startswith("sk-"):
+            kind += "@openssh.com"
+        if not is_certificate or kind not in PUBLIC_KEY_STRINGS:
+            return b""
+        reader.string()  # the nonce
+        strings = reader.strings(PUBLIC_KEY_STRINGS[kind])
+    except ValueError:
+        return b""
+    return ssh_string(kind) + b"".join(map(ssh_string, strings))
+
+
+def rsa_bits(blob: bytes) -> int | None:
+    """Return the size of an RSA key or certificate in bits; None for other kinds."""
+    kind = key_kind(blob)
+    if kind == "ssh-rsa" + CERTIFICATE:
+        blob = certified_key(blob)
+    elif kind != "ssh-rsa":
+        return None
+    _, _, modulus = SshReader(blob).strings(3)
+    return int.from_bytes(modulus, "big").bit_length()
+
+
+def read_start(path: str) -> bytes:
+    """Return the content of a small file; b"" if it can't be read."""
     try:
         with open(path, "rb") as file:
-            data = file.read(LARGEST_ANSWER)
-        if b"PRIVATE KEY-----" not in data:
-            public = data.startswith((b"ssh-", b"ecdsa-", b"sk-"))
-            raise HostConnectionError(f"can't use the key {path}: it is "
-                                      f"{'a public key: give the private one' if public else 'not a private key'}")
-        load: Any = formats.load_ssh_private_key if b"BEGIN OPENSSH" in data else formats.load_pem_private_key
-        try:
-            private = load(data, None)
-        except (TypeError, ValueError) as error:     # the versions say in various ways that it is protected
-            if "assword" not in str(error) or "may be in an incorrect format" in str(error):
-                raise
-            if ask is None:
-                raise HostConnectionError(f"can't use the key {path}: it is protected by a passphrase: load it into "
-                                          "ssh-agent (ssh-add) and leave -k out") from None
-            asked = True
-            private = load(data, ask(f"Passphrase for {path}: ").encode())
-        text = private.private_bytes(formats.Encoding.PEM, formats.PrivateFormat.OpenSSH, formats.NoEncryption())
-        kinds: Any = {"RSA": paramiko.RSAKey, "ECP": paramiko.ECDSAKey, "Ell": paramiko.ECDSAKey}
-        kind = kinds.get(type(private).__name__.lstrip("_")[:3], paramiko.Ed25519Key)
-        key: paramiko.PKey = kind.from_private_key(io.StringIO(text.decode()))
-        if os.path.exists(f"{path}-cert.pub"):
-            key.load_certificate(f"{path}-cert.pub")
-        return key
-    except HostConnectionError:
-        raise
-    except OSError as error:
-        why = error.strerror or str(error)
-    except Exception as error:                       # whatever cryptography makes of a strange file
-        why = "the passphrase is wrong" if asked else (f"{words_of(str(error))[:120]}: if ssh reads it, ssh-keygen -p "
-                                                       f"-f {path} writes it anew in OpenSSH's format")
-    raise HostConnectionError(f"can't use the key {path}: {why}")
+            return file.read(LARGEST_ANSWER)
+    except OSError:
+        return b""
 
 
-def public_key(path: str) -> bytes:
-    """The public key of an identity file; empty if that isn't known without a passphrase."""
-    from base64 import b64decode
-    for candidate in (f"{path}.pub", path):
-        try:
-            with open(candidate, "rb") as file:
-                return b64decode(file.read(1 << 16).split()[1], validate=True)
-        except (OSError, IndexError, ValueError):
-            pass
+def read_public_key(path: str) -> bytes:
+    """Return the public key or certificate in a file, or in the .pub file beside it, else b""."""
+    for candidate in (path, f"{path}.pub"):
+        for line in read_start(candidate).split(b"\n"):
+            fields = line.split()
+            if len(fields) >= 2:
+                blob = decode_base64(fields[1].decode("latin-1"))
+                if blob.startswith(ssh_string(fields[0])):
+                    return blob
     return b""
 
 
-class Way:
-    """A connection to a host: TCP, or a process that speaks for it, and says on its stderr what goes wrong."""
+def public_half(path: str) -> bytes:
+    """Return the public key of an identity file; b"" if only its passphrase would show it."""
+    blob = read_public_key(path)
+    if blob:
+        return blob
+    try:
+        return parse_openssh_key(read_start(path))[1]
+    except ValueError:
+        return b""
 
-    def __init__(self, settings: HostSettings, config: str) -> None:
-        import socket
-        import subprocess
-        import tempfile
 
-        import paramiko
-        self._said, self._proxy = tempfile.TemporaryFile(), None     # type: Any, subprocess.Popen[bytes] | None
-        if settings.jumps or settings.command:
-            command = [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {settings.command}"]
-            if settings.jumps:
-                before, _, last = settings.jumps.rpartition(",")
-                host = f"[{settings.host}]" if ":" in settings.host else settings.host
-                command = ["ssh", "-F", config, *(["-J", before] if before else []),
-                           "-W", f"{host}:{settings.port}", "--", last if "://" in last else f"ssh://{last}"]
-            self._sock, theirs = socket.socketpair()
+def parse_openssh_key(data: bytes) -> tuple[str, bytes]:
+    """Return the cipher and the public key of a private key in OpenSSH's format.
+
+    Raises ValueError if the data has another format.
+    """
+    match = re.search(rb"BEGIN OPENSSH PRIVATE KEY-----(.*)-----END", data, re.DOTALL)
+    content = decode_base64(re.sub(r"\s", "", match[1].decode("latin-1"))) if match else b""
+    magic = b"openssh-key-v1\0"
+    if not content.startswith(magic):
+        raise ValueError("not OpenSSH's format")
+    reader = SshReader(content, len(magic))
+    cipher, _, _ = reader.strings(3)
+    reader.number()  # of keys
+    return cipher.decode(errors="replace"), reader.string()
+
+
+def load_key(path: str, ask: Callable[[str], str] | None) -> paramiko.PKey:
+    """Return the private key in a file.
+
+    `ask` gets its passphrase from a person, if it has one.  Raises HostConnectionError if the key
+    can't be used.
+    """
+    import paramiko
+
+    passphrase = None
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LARGEST_ANSWER)
+            status = os.fstat(file.fileno())
+        kind, is_encrypted = identify_private_key(data)
+        key_class: type[paramiko.PKey] = getattr(paramiko, PRIVATE_KEY_CLASSES[kind])
+        if status.st_uid == os.getuid() and status.st_mode & 0o077:
+            mode = stat.S_IMODE(status.st_mode)
+            raise ValueError(f"its permissions {mode:04o} are too open: chmod 600 {path}")
+        if is_encrypted:
+            passphrase = ask_passphrase(path, ask)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise HostConnectionError(f"can't use the key {path}: {reason}") from error
+    try:
+        return key_class.from_private_key_file(path, passphrase)
+    except Exception as error:  # whatever paramiko and cryptography make of a damaged file
+        reason = f"paramiko can't read it ({one_line(str(error))[:120]}): {USE_AGENT}"
+        if is_encrypted and "cipher" not in str(error):
+            reason = "the passphrase is wrong"
+        raise HostConnectionError(f"can't use the key {path}: {reason}") from error
+
+
+def ask_passphrase(path: str, ask: Callable[[str], str] | None) -> str:
+    """Ask a person for the passphrase of a key; raise ValueError if there is nobody."""
+    if ask is None:
+        raise ValueError(f"it is protected by a passphrase: {USE_AGENT}")
+    return ask(f"Passphrase for {path}: ")
+
+
+def identify_private_key(data: bytes) -> tuple[str, bool]:
+    """Return the kind of a private key, and whether it is encrypted.
+
+    Raises ValueError if paramiko can't read keys of this kind.
+    """
+    cipher = "none"
+    try:
+        cipher, blob = parse_openssh_key(data)
+        kind = key_kind(blob)
+        is_encrypted = cipher != "none"
+    except ValueError:
+        pattern = rb"^(?:-----BEGIN (.*?) ?PRIVATE KEY-----|(PuTTY)-User-Key-File)"
+        match = re.search(pattern, data, re.MULTILINE)
+        kind = b"".join(match.groups(b"")).decode(errors="replace") if match else "nothing"
+        is_encrypted = b"ENCRYPTED" in data
+    if kind not in PRIVATE_KEY_CLASSES:
+        raise ValueError(
+            KEY_ADVICE.get(kind, "it is not a private key (a public one?), or damaged")
+        )
+    if cipher not in PRIVATE_KEY_CIPHERS:
+        raise ValueError(
+            f"paramiko lacks {cipher}: change it by ssh-keygen -p -Z aes256-ctr -f FILE"
+        )
+    return kind, is_encrypted
+
+
+class Agent:
+    """A client of ssh-agent; without keys if there is no agent."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(CONNECT_SECONDS)
+        self.keys: list[bytes] = []
+        try:
+            if path:
+                self._socket.connect(path)
+                self.keys = self._list_keys()
+        except (OSError, ValueError):
+            self.keys = []
+        self._socket.settimeout(AGENT_SIGN_SECONDS)
+
+    def _list_keys(self) -> list[bytes]:
+        reader = self._exchange(bytes([11]), 12)  # REQUEST_IDENTITIES, IDENTITIES_ANSWER
+        keys = []
+        for _ in range(reader.number()):
+            keys.append(reader.string())
+            reader.string()  # the comment
+        return keys
+
+    def sign(self, blob: bytes, data: bytes, algorithm: str) -> bytes:
+        """Return a signature in SSH's encoding; raise OSError or ValueError if it is refused."""
+        flags = AGENT_SIGNATURE_FLAGS.get(algorithm.replace(CERTIFICATE, ""), 0)
+        request = bytes([13]) + ssh_string(blob) + ssh_string(data) + flags.to_bytes(4, "big")
+        return self._exchange(request, 14).string()  # SIGN_REQUEST, SIGN_RESPONSE
+
+    def _exchange(self, request: bytes, answer_type: int) -> SshReader:
+        self._socket.sendall(ssh_string(request))
+        with self._socket.makefile("rb") as stream:
+            size = int.from_bytes(stream.read(4), "big")
+            answer = stream.read(min(size, LARGEST_ANSWER))
+        if answer[:1] != bytes([answer_type]):
+            raise ValueError("ssh-agent refused")
+        return SshReader(answer, 1)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A public key or certificate to log in with, and what signs for it."""
+
+    title: str  # in messages
+    blob: bytes  # b"" if it isn't known before the private key is loaded
+    path: str  # of the private key; "" if ssh-agent signs
+    agent_blob: bytes = b""  # the key by which ssh-agent signs; b"" if the private key does
+
+
+def list_identities(
+    settings: HostSettings, agent_keys: Sequence[bytes], key_given: bool
+) -> list[Identity]:
+    """Return the identities in the order in which ssh tries them.
+
+    These are certificates from ssh_config, keys of ssh-agent that are configured, ssh-agent's
+    other keys, and keys in files.  If the user has given a key, ssh-agent's others are left out.
+    """
+    files = list_files(settings)
+    titles = {identity.blob: identity.title for identity in files}
+    leaves_others_out = key_given or settings.options.is_on("identitiesonly")
+    configured = []
+    others = []
+    for blob in agent_keys:
+        if blob in titles:
+            configured.append(Identity(titles[blob], blob, "", blob))
+        elif not leaves_others_out:
+            others.append(Identity(AGENT_KEY, blob, "", blob))
+    files = [identity for identity in files if identity.blob not in agent_keys]
+    certificates = []
+    for path in settings.certificates:
+        certificates += read_certificate(path)
+    keys = configured + others + files
+    return [find_signer(identity, keys) for identity in certificates + keys]
+
+
+def list_files(settings: HostSettings) -> list[Identity]:
+    """Return the keys of which a file has at least the public half, and certificates beside."""
+    files = []
+    for path in settings.identities:
+        blob = public_half(path)
+        if blob or os.path.exists(path):
+            files.append(Identity(f"the key {path}", blob, path))
+        if not settings.certificates:
+            files += read_certificate(f"{path}-cert.pub", path)
+    return files
+
+
+def read_certificate(path: str, key_path: str = "") -> list[Identity]:
+    """Return the certificate in a file as an identity, if it is there."""
+    blob = read_public_key(path)
+    if not is_certificate(blob):
+        return []
+    return [Identity(f"the certificate {path}", blob, key_path)]
+
+
+def find_signer(identity: Identity, keys: Sequence[Identity]) -> Identity:
+    """Return a certificate's identity with what signs for its key; other identities as they are."""
+    if is_certificate(identity.blob) and not identity.agent_blob:
+        key = certified_key(identity.blob)
+        for signer in keys:
+            if signer.blob == key:
+                return replace(identity, path=signer.path, agent_blob=signer.agent_blob)
+    return identity
+
+
+def signature_algorithm(
+    kind: str, allowed: Sequence[str] | None, server: Sequence[str] | None
+) -> str:
+    """Return the algorithm to sign with by a key of some kind, as ssh chooses it; "" for none.
+
+    `allowed` are the client's algorithms, and `server` those of the server; None if not known.
+    """
+    if kind.replace(CERTIFICATE, "") != "ssh-rsa":
+        if allowed is None or kind in allowed:
+            return kind
+        return ""
+    suffix = kind.removeprefix("ssh-rsa")
+    if server is None:
+        server = ["ssh-rsa"]  # OpenSSH before 7.2
+    for base in RSA_SIGNATURES:
+        if base in server and (allowed is None or base + suffix in allowed):
+            return base + suffix
+    return ""
+
+
+# -- connections --
+
+
+def new_transport(sock: socket.socket) -> Any:
+    """Return a paramiko.Transport that keeps what the server offers and why it disconnects."""
+    import paramiko
+
+    class Transport(paramiko.Transport):
+        farewell = ""
+        offers: dict[str, list[str]]
+
+        def _parse_kex_init(self, message: paramiko.Message) -> None:
+            options = ("KexAlgorithms", "HostKeyAlgorithms", "Ciphers", "Ciphers", "MACs")
+            reader = SshReader(message.asbytes(), 16)
+            for option, names in zip(options, reader.strings(len(options))):
+                self.offers[option] = names.decode(errors="replace").split(",")
+            super()._parse_kex_init(message)  # type: ignore[misc]
+
+        def _parse_disconnect(self, message: paramiko.Message) -> None:
+            reader = SshReader(message.asbytes())
+            reader.number()
+            self.farewell = reader.string().decode(errors="replace")
+            super()._parse_disconnect(message)  # type: ignore[misc]
+
+    transport = Transport(sock)
+    transport.offers = {}
+    return transport
+
+
+class LoginEnded(Exception):
+    """The server has ended a login before it was decided."""
+
+
+class NoAnswer(Exception):
+    """The server does not answer."""
+
+
+class PublicKeyLogin:
+    """Authentication by public keys (RFC 4252), as ssh does it: offer a key, then sign.
+
+    paramiko's own signs at once, so that it needs every passphrase, and knows few kinds of keys.
+    It calls the functions in `_handler_table` for the messages that it gets.
+    """
+
+    SERVICE_REQUEST = 5
+    SERVICE_ACCEPT = 6
+    REQUEST = 50
+    FAILURE = 51
+    SUCCESS = 52
+    BANNER = 53
+    KEY_WANTED = 60
+    banner = None  # paramiko looks at it
+
+    def __init__(self, transport: Any, user: str, seconds: float) -> None:
+        self.methods: list[str] = []  # with which the server would go on
+        self.is_partial = False  # a key was accepted, and the server wants more
+        self._transport = transport  # a paramiko.Transport, with its internals
+        self._user = user
+        self._seconds = seconds
+        self._authenticated = False
+        self._answers: SimpleQueue[tuple[int, bytes]] = SimpleQueue()
+        kinds = (self.SERVICE_ACCEPT, self.FAILURE, self.SUCCESS, self.BANNER, self.KEY_WANTED)
+        self._handler_table = {kind: partial(self._receive, kind) for kind in kinds}
+        self._transport.auth_handler = self
+        if not transport.is_active():
+            raise LoginEnded  # and there was nobody to tell
+        self._exchange(bytes([self.SERVICE_REQUEST]) + ssh_string("ssh-userauth"))
+
+    def is_authenticated(self) -> bool:
+        return self._authenticated
+
+    def abort(self) -> None:
+        """Wake up the thread that waits for an answer; paramiko calls this when it is cut off."""
+        self._answers.put((0, b""))
+
+    def _receive(self, kind: int, message: paramiko.Message) -> None:
+        if kind == self.SUCCESS:
+            self._authenticated = True
+            self._transport._auth_trigger()
+        if kind != self.BANNER:
+            self._answers.put((kind, message.asbytes()))
+
+    def server_algorithms(self) -> list[str] | None:
+        """Return the server's signature algorithms; None if it does not say (RFC 8308)."""
+        text = self._transport.server_extensions.get("server-sig-algs")
+        if not text:
+            return None
+        algorithms: list[str] = text.decode(errors="replace").split(",")
+        if "OpenSSH_7.4" in self._transport.remote_version:  # it has them, but doesn't list them
+            algorithms += ["rsa-sha2-256", "rsa-sha2-512"]
+        return algorithms
+
+    def offer(self, algorithm: str, blob: bytes) -> bool:
+        """Return whether the server would accept a key."""
+        return self._exchange(self._request(algorithm, blob, signed=False)) == self.KEY_WANTED
+
+    def sign(self, algorithm: str, blob: bytes, sign: Callable[[bytes], bytes]) -> bool:
+        """Return whether the server lets the user in by a key; `sign` makes the signature."""
+        request = self._request(algorithm, blob, signed=True)
+        signature = sign(ssh_string(self._transport.session_id) + request)
+        return self._exchange(request + ssh_string(signature)) == self.SUCCESS
+
+    def _request(self, algorithm: str, blob: bytes, signed: bool) -> bytes:
+        start = [self._user, "ssh-connection", "publickey"]
+        return b"".join(
+            [
+                bytes([self.REQUEST]),
+                *map(ssh_string, start),
+                bytes([signed]),
+                ssh_string(algorithm),
+                ssh_string(blob),
+            ]
+        )
+
+    def _exchange(self, request: bytes) -> int:
+        """Send a request, and return the type of the answer."""
+        from paramiko import Message
+
+        try:
+            self._transport._send_message(Message(request))
+            kind, answer = self._answers.get(timeout=self._seconds)
+        except Empty as error:
+            raise NoAnswer from error
+        except (OSError, EOFError) as error:
+            raise LoginEnded from error
+        if not kind:
+            raise LoginEnded
+        if kind == self.FAILURE:
+            self.methods = answer[4:-1].decode(errors="replace").split(",")
+            self.is_partial = answer[-1:] != b"\0"
+        return kind
+
+
+def connect_tcp(settings: HostSettings) -> socket.socket:
+    """Connect to a host as ssh_config says; raise HostConnectionError if it can't be reached."""
+    failure: Exception | None = None
+    for attempt in range(settings.options.number("connectionattempts", 1)):
+        if attempt:
+            time.sleep(1)  # as ssh
+        try:
+            return open_socket(settings)
+        except OSError as error:
+            failure = error
+    reason = getattr(failure, "strerror", None) or str(failure)
+    advice = "check the address, the network and sshd"
+    if isinstance(failure, TimeoutError):
+        reason = "no answer"
+    elif isinstance(failure, ConnectionRefusedError):
+        advice = "is sshd running there? (XenServer 9 has it off by default: xe host-enable-ssh)"
+    raise HostConnectionError(
+        f"{settings.name}: can't reach {settings.place}: {reason}: {advice}"
+    ) from failure
+
+
+ADDRESS_FAMILIES = {"inet": socket.AF_INET, "inet6": socket.AF_INET6}
+
+
+def open_socket(settings: HostSettings) -> socket.socket:
+    """Connect to the first of a host's addresses that answers; raise the last one's OSError.
+
+    Raises HostConnectionError if its name can't be resolved.
+    """
+    wanted = ADDRESS_FAMILIES.get(settings.options.text("addressfamily"), socket.AF_UNSPEC)
+    try:
+        answers = socket.getaddrinfo(settings.host, settings.port, wanted, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise HostConnectionError(
+            f"{settings.name}: can't resolve {settings.host!r}: {reason}"
+        ) from error
+    failure = OSError("it has no address")
+    for family, _, _, _, address in answers:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            connect_socket(sock, settings, address)
+            return sock
+        except OSError as error:
+            failure = error
+            sock.close()
+    raise failure
+
+
+def connect_socket(sock: socket.socket, settings: HostSettings, address: Any) -> None:
+    """Connect a socket to an address; raise OSError if that fails."""
+    sock.settimeout(settings.connect_seconds)
+    if bind_address := settings.options.text("bindaddress"):
+        answers = socket.getaddrinfo(bind_address, 0, sock.family, socket.SOCK_STREAM)
+        sock.bind(answers[0][4])
+    sock.connect(address)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # else a dead peer is noticed after 15 minutes
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
+
+
+class DroppedConnectionError(HostConnectionError):
+    """A connection that ended, and that may be tried again."""
+
+
+class SshConnection:
+    """A connection by SSH: over TCP, or over a process that reports on its stderr what failed."""
+
+    def __init__(self, settings: HostSettings, proxy_command: Sequence[str]) -> None:
+        self.name = settings.name
+        self._settings = settings
+        self._reason = ""
+        self._proxy: subprocess.Popen[bytes] | None = None
+        self._proxy_errors: IO[bytes] = io.BytesIO()
+        if proxy_command:
+            self._proxy_errors = tempfile.TemporaryFile()
+            self._socket, theirs = socket.socketpair()
             with theirs:
-                self._proxy = subprocess.Popen(command, stdin=theirs.fileno(), stdout=theirs.fileno(),
-                                               stderr=self._said, start_new_session=True)
+                self._proxy = subprocess.Popen(
+                    proxy_command,
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
+                    stderr=self._proxy_errors,
+                    start_new_session=True,
+                )
         else:
-            try:
-                self._sock = socket.create_connection((settings.host, settings.port), CONNECT_SECONDS)
-            except (OSError, UnicodeError) as error:
-                why = "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or str(error)
-                hint = ("is sshd running there? (XenServer 9 starts without: xe host-enable-ssh)"
-                        if isinstance(error, ConnectionRefusedError) else "check the address, the network and sshd")
-                raise HostConnectionError(f"{settings.name}: can't reach {settings.place}: {why}: {hint}") from error
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: without it a dead peer is noticed after 15 minutes
-                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
-        self.transport = paramiko.Transport(self._sock)
+            self._socket = connect_tcp(settings)
+        self.transport = new_transport(self._socket)
+        security = self.transport.get_security_options()
+        self._supported: dict[str, tuple[str, ...]] = {
+            option: tuple(getattr(security, attribute))
+            for option, attribute in ALGORITHM_OPTIONS.items()
+        }
 
-    def words(self) -> str:
-        """What the process has said."""
-        self._said.seek(0)
-        return words_of(self._said.read().decode(errors="replace"))
+    def negotiate(self, known_kinds: Collection[str]) -> paramiko.PKey:
+        """Agree on keys with the server, and return its host key.
+
+        A host key of a known kind is preferred.  Raises HostConnectionError.
+        """
+        import paramiko
+
+        started = time.monotonic()
+        seconds = self._settings.connect_seconds
+        self._restrict(known_kinds)
+        self.transport.banner_timeout = seconds
+        self.transport.handshake_timeout = seconds + HEARTBEAT_SECONDS  # start_client ends first
+        self.transport.channel_timeout = CONNECT_SECONDS
+        try:
+            self.transport.start_client(timeout=seconds)
+            if not self.transport.initial_kex_done:  # it returns silently when the time is over
+                raise paramiko.SSHException(f"no answer within {seconds} s")
+            host_key: paramiko.PKey = self.transport.get_remote_server_key()
+            return host_key
+        except paramiko.ssh_exception.IncompatiblePeer as error:
+            raise HostConnectionError(self._explain_incompatible(error)) from error
+        except Exception as error:  # whatever paramiko's thread has died of
+            words = self._proxy_words()
+            message = self._explain_failure(error, words)
+            # Of many connections at once sshd drops some.
+            is_dropped = "SSH protocol banner" in str(error) and time.monotonic() - started < 2
+            if is_dropped and (not words or "closed by remote host" in words):
+                raise DroppedConnectionError(message) from error
+            raise HostConnectionError(message) from error
+
+    def _restrict(self, known_kinds: Collection[str]) -> None:
+        """Leave only the algorithms that ssh_config allows, in its order."""
+
+        def is_unknown(algorithm: str) -> bool:
+            kind = "ssh-rsa" if algorithm in RSA_SIGNATURES else algorithm
+            return kind not in known_kinds
+
+        security = self.transport.get_security_options()
+        for option, attribute in ALGORITHM_OPTIONS.items():
+            allowed = self._settings.options.algorithms(option.lower())
+            if allowed is None:
+                continue
+            names = dict.fromkeys(OLDER_NAMES.get(name, name) for name in allowed)
+            usable = tuple(name for name in names if name in self._supported[option])
+            if not usable:
+                raise HostConnectionError(
+                    f"{self.name}: ssh_config's {option} has no algorithm that paramiko supports"
+                )
+            setattr(security, attribute, usable)
+        security.key_types = tuple(sorted(security.key_types, key=is_unknown))
+
+    def _explain_incompatible(self, error: Exception) -> str:
+        """Return a message that names the algorithms of a server that has none in common."""
+        place = self._settings.place
+        security = self.transport.get_security_options()
+        for option, offers in self.transport.offers.items():
+            usable = getattr(security, ALGORITHM_OPTIONS[option])
+            markers = ("ext-info-", "kex-strict-")
+            offered = [name for name in offers if not name.startswith(markers)]
+            if not set(offered).isdisjoint(usable):
+                continue
+            allowable = [name for name in offered if name in self._supported[option]]
+            outdated = [name for name in offered if name in OUTDATED_ALGORITHMS]
+            if allowable:
+                advice = f"ssh_config allows none of them: use -o {option}=+{allowable[0]}"
+            elif outdated:
+                advice = f"use pip install 'paramiko<5' and -o {option}=+{outdated[0]}"
+            else:
+                advice = f"paramiko supports none of them: allow {usable[0]} in that sshd_config"
+            names = ", ".join(offered)
+            return f"{self.name}: {place} offers only {names} ({option}): {advice}"
+        return f"{self.name}: no algorithms in common with {place}: {error}"
+
+    def _explain_failure(self, error: Exception, proxy_words: str) -> str:
+        place = self._settings.place
+        if proxy_words:
+            return f"{self.name}: can't reach {place} by {self._settings.proxy}: {proxy_words}"
+        reason = str(error) or self.transport.farewell or "it hung up"
+        return f"{self.name}: no SSH session with {place}: {reason}: is sshd listening there?"
+
+    def _proxy_words(self) -> str:
+        """Return what the process that carries the connection reported."""
+        self._proxy_errors.seek(0)
+        return one_line(self._proxy_errors.read().decode(errors="replace"))
+
+    @property
+    def signs_by_sha1(self) -> bool:
+        """Return whether this version of paramiko signs by RSA with SHA-1."""
+        return "ssh-rsa" in self._supported["HostKeyAlgorithms"]
+
+    @property
+    def address(self) -> str:
+        """The IP address under which the host was reached; "" behind a jump."""
+        try:
+            return str(self._socket.getpeername()[0]).split("%")[0].removeprefix("::ffff:")
+        except (OSError, IndexError):
+            return ""
+
+    def is_active(self) -> bool:
+        return bool(self.transport.is_active())
+
+    def error(self) -> str:
+        """Return why the connection was lost, or "" if that isn't known."""
+        return self._reason or str(self.transport.get_exception() or "")  # EOFError has no words
+
+    def _open_session(self) -> paramiko.Channel:
+        """Open a session; sshd counts one that has just ended a little longer."""
+        from paramiko import SSHException
+
+        for attempt in range(6):
+            try:
+                channel: paramiko.Channel = self.transport.open_session(timeout=CONNECT_SECONDS)
+                channel.settimeout(CONNECT_SECONDS)
+                return channel
+            except (SSHException, EOFError, OSError) as error:
+                # All else is a refusal: of several at once, paramiko tells only one why.
+                if not self.is_active() or str(error).startswith("Timeout"):
+                    raise HostConnectionError(
+                        f"{self.name}: can't start a session: no answer"
+                    ) from error
+            time.sleep(0.02 * 2**attempt)
+        raise HostConnectionError(
+            f"{self.name}: sshd allows too few sessions per connection: its sshd_config needs "
+            "MaxSessions 2 or more"
+        )
+
+    def start_shell(self, command: str, script: str) -> Channel:
+        """Start a command in a session of its own, and send it a script."""
+        channel = self._open_session()
+        # What fails has ended the channel or the connection, which its reader notices.
+        quietly(channel.exec_command, command)
+        quietly(channel.sendall, script.encode(errors="surrogateescape"))
+        return channel
+
+    def open_files(self) -> SftpFiles:
+        """Open the session in which files are read; raise CaptureError if the host has none."""
+        channel = self._open_session()
+        try:
+            channel.invoke_subsystem("sftp")
+            return SftpFiles(self, channel)
+        except Exception as error:  # a strange answer can make paramiko raise anything
+            raise CaptureError(
+                f"{self.name}: can't start SFTP ({str(error) or 'it ended at once'}): its "
+                "sshd_config needs a line such as 'Subsystem sftp internal-sftp'"
+            ) from error
+
+    def give_up(self, reason: str) -> None:
+        """Close the connection, whatever waits for it; `error` returns the reason."""
+        self._reason = reason
+        self.close()
 
     def close(self) -> None:
         quietly(self.transport.close)
-        quietly(self._sock.close)                    # a transport that hasn't begun leaves it open
-        self._said.close()
-        if self._proxy:                              # ssh -W would wait for a host that is silent
-            self._proxy.kill()
+        quietly(self._socket.close)  # a transport that hasn't begun leaves it open
+        self._proxy_errors.close()
+        if self._proxy:  # ssh -W would wait for a host that is silent
+            quietly(os.killpg, self._proxy.pid, signal.SIGKILL)  # with what it has started
             self._proxy.wait()
 
 
-class LocalSession:
-    """A shell on this machine, with what is used here of a paramiko channel."""
-    closed = False
+class LocalChannel:
+    """A shell on this machine."""
 
-    def exec_command(self, command: str) -> None:
-        import selectors
-        from subprocess import PIPE, Popen
-        self._process = Popen(["/bin/sh", "-c", command], stdin=PIPE, stdout=PIPE, stderr=PIPE, bufsize=0,
-                              start_new_session=True)
-        self._streams: list[Any] = [self._process.stdout, self._process.stderr]
-        self._ended, self._selector = [False, False], selectors.DefaultSelector()
-        for number, stream in enumerate(self._streams):
-            self._selector.register(stream, selectors.EVENT_READ, number)
-
-    def settimeout(self, seconds: float) -> None:
-        """A pipe to a shell on this machine doesn't block."""
+    def __init__(self, command: str) -> None:
+        self.closed = False
+        try:
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,
+            )
+            self._selector = selectors.DefaultSelector()
+        except OSError as error:
+            raise HostConnectionError(
+                f"local: can't start a shell: {error.strerror or error}"
+            ) from error
+        assert self._process.stdin and self._process.stdout and self._process.stderr
+        self._input = self._process.stdin
+        self._output = self._process.stdout
+        self._errors = self._process.stderr
+        self._open = {self._output, self._errors}
+        for stream in self._open:  # until `close`: the end of both is seen by polling, too
+            self._selector.register(stream, selectors.EVENT_READ)
 
     def fileno(self) -> int:
         return self._selector.fileno()
 
     def sendall(self, data: bytes) -> None:
-        if self._process.stdin:
-            self._process.stdin.write(data)
+        self._input.write(data)
 
     @property
     def eof_received(self) -> bool:
-        return all(self._ended)
+        return not self._open
 
-    def _ready(self, number: int) -> bool:
-        return not self.closed and not self._ended[number] and any(
-            key.data == number for key, _ in self._selector.select(0))
+    def recv_ready(self) -> bool:
+        return self._is_ready(self._output)
 
-    def _receive(self, number: int, size: int) -> bytes:
-        data: bytes = self._streams[number].read(size)
-        self._ended[number] = not data
+    def recv_stderr_ready(self) -> bool:
+        return self._is_ready(self._errors)
+
+    def recv(self, size: int) -> bytes:
+        return self._receive(self._output, size)
+
+    def recv_stderr(self, size: int) -> bytes:
+        return self._receive(self._errors, size)
+
+    def _is_ready(self, stream: IO[bytes]) -> bool:
+        if self.closed or stream not in self._open:
+            return False
+        return any(key.fileobj is stream for key, _ in self._selector.select(0))
+
+    def _receive(self, stream: IO[bytes], size: int) -> bytes:
+        data = os.read(stream.fileno(), size)
+        if not data:
+            self._open.discard(stream)
         return data
 
-    recv_ready, recv = partialmethod(_ready, 0), partialmethod(_receive, 0)
-    recv_stderr_ready, recv_stderr = partialmethod(_ready, 1), partialmethod(_receive, 1)
-
-    def get_transport(self) -> LocalSession:
-        return self
-
     def close(self) -> None:
+        """End the lease by closing the shell's input, and free everything."""
         self.closed = True
-        if self._process.stdin:
-            self._process.stdin.close()              # which ends the lease
+        for stream in (self._input, self._output, self._errors):
+            quietly(stream.close)
+        self._selector.close()
         self._process.poll()
 
 
-class LocalWay:
-    """The way to this machine itself, with what is used here of Way, and of paramiko's Transport and SFTPClient."""
-    name, checking = "local", "yes"
-    stat, listdir = staticmethod(os.stat), staticmethod(os.listdir)
+class LocalConnection:
+    """This machine itself, as a host."""
 
-    def __init__(self) -> None:
-        self.transport = self
+    name = "local"
+    is_unchecked = False
+    address = ""
 
     def is_active(self) -> bool:
         return True
 
-    def open_session(self, timeout: float) -> LocalSession:
-        return LocalSession()
+    def error(self) -> str:
+        return ""
 
-    def getfo(self, path: str, file: BinaryIO, callback: Callable[[int, int], object]) -> None:
-        with open(path, "rb") as source:
-            while data := source.read(CHUNK):
-                file.write(data)
-                callback(file.tell(), 0)
+    def start_shell(self, command: str, script: str) -> Channel:
+        channel = LocalChannel(command)
+        quietly(channel.sendall, script.encode(errors="surrogateescape"))
+        return channel
+
+    def open_files(self) -> LocalConnection:
+        return self
+
+    def read(self, path: str, largest: int) -> Iterator[bytes]:
+        """Yield the blocks of a file; raise CaptureError if it can't be read or has more bytes."""
+        try:
+            with open(path, "rb") as file:
+                if os.fstat(file.fileno()).st_size > largest:
+                    raise CaptureError(f"{path} is larger than its limit of {largest} bytes")
+                while block := file.read(CHUNK):
+                    yield block
+        except OSError as error:
+            raise CaptureError(f"can't read {path}: {error.strerror}") from error
+
+    def give_up(self, reason: str) -> None:
+        """Do nothing: a shell ends with its job."""
 
     def close(self) -> None:
-        """There is nothing to close: each shell ends with its job."""
+        """Do nothing: a shell ends with its job."""
+
+
+@contextmanager
+def without_module(name: str) -> Iterator[None]:
+    """Keep imports from loading a module.
+
+    paramiko loads invoke, which takes 0.1 s, for its reader of ssh_config, which isn't used here.
+    """
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+    hidden = name not in modules
+    if hidden:
+        modules[name] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del modules[name]
 
 
 def import_paramiko() -> None:
-    """Imports what logging in needs; NetWeaverError if it can't be imported."""
+    """Import paramiko and silence its log; raise NetWeaverError if that fails."""
     import logging
     import warnings
+
     try:
-        with warnings.catch_warnings():              # what paramiko's and cryptography's versions think of each other
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), without_module("invoke"):
+            warnings.simplefilter("ignore")  # those about the version of cryptography
             import paramiko  # noqa: F401
     except Exception as error:
         raise NetWeaverError(f"can't import paramiko ({error}): pip install -U paramiko") from error
-    logging.getLogger("paramiko").addHandler(logging.NullHandler())      # else it prints tracebacks
+    logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else it prints tracebacks
 
 
 class Access:
-    """How to log in: the options as a configuration for ssh, wrapped around the user's own.
+    """The options of logins, as a configuration for ssh that is wrapped around the user's own.
 
-    What the `options` say, as `ssh -o` takes them, stands first, and wins; what holds where nobody says anything stands
-    last.  The `ssh` of a jump is given the same.  Without `ask`, which gets the passphrase of a key from a person, a
-    protected key can't be used.
+    `options` are given to ssh by its -o, and come before everything else.  Defaults that differ
+    from ssh's stand last.  The `ssh` of a jump gets the same.  `ask` gets a passphrase from a
+    person; without it a protected key can't be used.  `warn` gets warnings.
     """
 
-    def __init__(self, key_path: str | None = None, options: Iterable[str] = (),
-                 ask: Callable[[str], str] | None = None) -> None:
-        import tempfile
-        key = key_path and os.path.abspath(os.path.expanduser(key_path))
-        if key and key.endswith(".pub") and os.path.exists(key[:-4]):
-            key = key[:-4]
-        if key and not os.path.exists(key):
-            raise HostConnectionError(f"can't use the key {key}: No such file or directory")
-        self._key_path, self._ask, self._lock = key, ask, threading.Lock()           # one question at a time
+    def __init__(
+        self,
+        key_path: str | None = None,
+        options: Iterable[str] = (),
+        ask: Callable[[str], str] | None = None,
+        warn: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self._key_path = find_key(key_path) if key_path else ""
+        self._options = list(options)
+        self._ask = ask
+        self._warn = warn
         self._keys: dict[str, paramiko.PKey | HostConnectionError] = {}
-        if any("\n" in text for text in (key or "", *options)) or '"' in (key or ""):
-            raise UsageError("ssh_config can't hold a line break, or name a file with a quote (-k, -o)")
-        lines = [*options, *([f'IdentityFile "{key.replace("%", "%%")}"'] if key else [])]
-        lines += ["BatchMode yes", f"ConnectTimeout {CONNECT_SECONDS}", f"ServerAliveInterval {ALIVE_SECONDS}",
-                  f'Include "{home_path("~/.ssh/config")}"',     # its own ~ would be $HOME
-                  "Include /etc/ssh/ssh_config", "Host *", "User root", "StrictHostKeyChecking accept-new", ""]
-        # A file that ssh can read, and that is gone when this process is.
-        memory = hasattr(os, "memfd_create")
-        self._file = (open(os.memfd_create("ssh_config"), "wb", buffering=0) if memory else
-                      tempfile.NamedTemporaryFile("wb", buffering=0))
-        self._config = f"/proc/{os.getpid()}/fd/{self._file.fileno()}" if memory else str(self._file.name)
-        self._file.write("\n".join(lines).encode(errors="surrogateescape"))
+        self._lock = threading.Lock()  # one question at a time
+
+    @cached_property
+    def _config(self) -> str:
+        """The configuration for ssh."""
+        lines = [
+            "BatchMode yes",
+            f"ServerAliveInterval {HEARTBEAT_SECONDS}",
+            f'Include "{home_path("~/.ssh/config")}"',  # its own ~ would be $HOME
+            *system_configuration(),
+            "Host *",
+            "User root",
+            "StrictHostKeyChecking accept-new",
+            f"ConnectTimeout {CONNECT_SECONDS}",
+            "",
+        ]
+        if self._key_path:
+            lines.insert(0, 'IdentityFile "{}"'.format(self._key_path.replace("%", "%%")))
+        return "\n".join(lines)
+
+    @contextmanager
+    def _config_file(self) -> Iterator[str]:
+        """Write the configuration into a private file that exists only while ssh needs it."""
+        try:
+            file = tempfile.NamedTemporaryFile(prefix="netweaver.", suffix=".ssh_config")
+            file.write(os.fsencode(self._config))
+            file.flush()
+        except OSError as error:
+            raise NetWeaverError(
+                f"can't write a temporary file for ssh: {error.strerror or error}: see TMPDIR"
+            ) from error
+        remove = partial(quietly, os.unlink, file.name)
+        atexit.register(remove)  # a signal can end the program while a thread still needs the file
+        try:
+            with file:
+                yield file.name
+        finally:
+            atexit.unregister(remove)
 
     def load(self, path: str) -> paramiko.PKey:
-        """The private key in a file, for which a person is asked once at the most."""
+        """Return the private key in a file; a person is asked for its passphrase at most once."""
         with self._lock:
             if path not in self._keys:
                 try:
@@ -2130,569 +5789,1147 @@ class Access:
             raise key
         return key
 
-    def settings(self, target: Target) -> HostSettings | LocalWay:
-        """What OpenSSH's configuration says of a target, if it isn't this machine.
+    def settings(self, target: Target) -> HostSettings | LocalConnection:
+        """Return OpenSSH's configuration for a target, if it is not this machine.
 
-        Where the target names no user, a first answer tells only whom the configuration would log in as: `Match user`
-        and %r must then mean the same one.
+        Raises HostConnectionError if ssh refuses it, or if netweaver can't honour it.
         """
-        if (target.user, target.host, target.port) == (None, "local", None):
-            return LocalWay()
-        values: dict[str, list[str]] = {"user": [target.user] if target.user else []}
-        for _ in range(1 if target.user else 2):
-            options = [*(f"-l{user}" for user in values["user"]), *([f"-p{target.port}"] if target.port else [])]
-            answer = ask_openssh("ssh", "-G", "-T", "-F", self._config, *options, "--", target.host)
-            if answer.returncode:
-                raise HostConnectionError(f"{target.host}: ssh_config can't be used: {words_of(answer.stderr)}")
-            values = {}
-            for line in answer.stdout.split("\n"):
-                keyword, _, text = line.partition(" ")
-                values.setdefault(keyword.lower(), []).append(text)
-        return HostSettings(target, values)
+        if target.is_local:
+            return LocalConnection()
+        user = target.user
+        if user is None:
+            # `Match user` and %r must then mean the user that the configuration names.
+            user = self._ask_ssh(target, "").text("user")
+        options = self._ask_ssh(target, user)
 
-    def connect(self, settings: HostSettings | LocalWay, changed: threading.Condition | None = None,
-                log: Callable[[str], None] = lambda line: None, sudo: bool = False) -> Host:
-        """Logs in to a host; HostConnectionError says where, what failed and what to do."""
-        import random
+        def expand(path: str) -> str:
+            if "%" not in path and "${" not in path:
+                return home_path(path)
+            # ssh expands ControlPath as it would this path, and prints it.
+            return self._ask_ssh(target, user, f'ControlPath="{path}"').text("controlpath")
 
-        from paramiko.ssh_exception import IncompatiblePeer, SSHException
-        if isinstance(settings, LocalWay):
-            return Host(settings.name, settings, changed or threading.Condition(), log, sudo)
-        if self._key_path and not self._key_path.endswith(".pub"):
-            self.load(self._key_path)                # a question takes its time
-        for attempt in range(1, CONNECT_ATTEMPTS + 1):
-            begun, way = time.monotonic(), Way(settings, self._config)
+        return read_settings(target, options, expand, partial(self._split_files, target, options))
+
+    def _ask_ssh(self, target: Target, user: str, *more: str) -> SshOptions:
+        """Return the options that ssh would use for a target."""
+        words = []
+        for option in (*more, *self._options):
+            words += ["-o", option]
+        if user:
+            words.append(f"-l{user}")
+        if target.port:
+            words.append(f"-p{target.port}")
+        with self._config_file() as path:
+            answer = run_openssh("ssh", "-G", "-T", "-v", "-F", path, *words, "--", target.host)
+        if answer.returncode:
+            reason = one_line(os.fsdecode(answer.stderr))
+            raise HostConnectionError(f"{target.host}: ssh_config can't be used: {reason}")
+        return SshOptions(answer.stdout, answer.stderr, own_file=path)
+
+    def _split_files(self, target: Target, options: SshOptions, keyword: str) -> tuple[str, ...]:
+        """Split names of files that `ssh -G` joined by blanks.
+
+        Raises HostConnectionError where names may contain blanks themselves.
+        """
+        joined = options.text(keyword.lower())
+        if joined == "none":
+            return ()
+        home = home_path("~")
+        names = joined.replace(home, "\0").split()  # only the home's own blanks are certain
+        lines = [*self._options, *self._config.split("\n")]
+        for path in options.files_read:
+            if not os.access(path, os.R_OK):
+                raise HostConnectionError(f"{target.host}: can't read ssh_config {path}")
+            lines += os.fsdecode(read_start(path)).split("\n")
+        for line in lines:
+            is_relevant = keyword.lower() in line.lower() and not line.strip().startswith("#")
+            # What remains may be read in several ways, or hide a blank.
+            is_doubtful = re.search(r"[\"'\\#$]", re.sub(r'"[^"\s]*"', "", line))
+            if is_relevant and is_doubtful and len(names) > 1:
+                raise HostConnectionError(
+                    f"{target.host}: can't tell the names of files apart in {keyword} "
+                    f"{joined}: avoid quotes and blanks in them"
+                )
+        return tuple(name.replace("\0", home) for name in names)
+
+    def log_in(self, settings: HostSettings | LocalConnection) -> Connection:
+        """Log in to a host; HostConnectionError says where, what failed and what to do."""
+        if isinstance(settings, LocalConnection):
+            return settings
+        for attempt in range(1, CONNECT_ATTEMPTS):
             try:
-                self._log_in(way.transport, settings)
-                return Host(settings.name, way, changed or threading.Condition(), log, sudo)
-            except BaseException as error:
-                failure, words = error, way.words()
-                way.close()
-                if not isinstance(error, (SSHException, EOFError, OSError)):
-                    raise
-            # Of many connections at once sshd drops some.
-            dropped = "SSH protocol banner" in str(failure) and (not words or "closed by remote host" in words)
-            if not dropped or time.monotonic() - begun > 2:
-                break
-            time.sleep(random.uniform(0.1, 0.5) * attempt)
-        why = (f"no SSH algorithms in common with {settings.place} ({failure}): for an old sshd try pip install "
-               "'paramiko<5'" if isinstance(failure, IncompatiblePeer) else
-               f"no way to {settings.place} by {settings.way}: {words}" if words else
-               f"no SSH session with {settings.place}: {failure or 'it hung up'}: is it sshd that listens there?")
-        raise HostConnectionError(f"{settings.name}: {why}") from failure
+                return self._log_in(settings)
+            except DroppedConnectionError:
+                time.sleep(random.uniform(0.1, 0.5) * attempt)
+        return self._log_in(settings)
 
-    def _log_in(self, transport: paramiko.Transport, settings: HostSettings) -> None:
-        import paramiko
-        security = transport.get_security_options()
-        known = {known.kind for known in known_keys(settings.names[0], settings.files) if not known.marker}
-        security.key_types = tuple(sorted(           # a server then shows the key that is known, if it still has it
-            security.key_types, key=lambda kind: ("ssh-rsa" if kind in RSA_WITH_SHA2 else kind) not in known))
-        transport.banner_timeout = transport.auth_timeout = transport.channel_timeout = CONNECT_SECONDS
-        transport.start_client(timeout=CONNECT_SECONDS)
-        if not transport.initial_kex_done:           # it returns without a word when the time is over
-            raise paramiko.SSHException("no answer")
-        accept(transport.get_remote_server_key(), settings)
-        self._authenticate(transport, settings)
-        transport.set_keepalive(DEAD_PEER_SECONDS // 2)      # something to acknowledge
-
-    def _authenticate(self, transport: paramiko.Transport, settings: HostSettings) -> None:
-        import paramiko
-        tried, unusable, why, advice = [], [], "", ""        # type: list[str], list[str], str, str
-        for name, key in self._candidates(settings, unusable):
-            tried.append(name)
-            # A server of before OpenSSH 7.2 doesn't say what it knows, and may hang up on RSA with anything but SHA-1.
-            old = key.get_name() == "ssh-rsa" and "server-sig-algs" not in getattr(transport, "server_extensions", {})
-            for disabled in (RSA_WITH_SHA2, ()) if old else ((),):
-                transport.disabled_algorithms = {"pubkeys": disabled}
+    def _log_in(self, settings: HostSettings) -> SshConnection:
+        """Connect and authenticate once."""
+        known_keys = find_known_keys(settings.known_names[0], settings.known_hosts_files)
+        known_kinds = {known.kind for known in known_keys if not known.marker}
+        try:
+            with self._config_file() as config:
+                connection = SshConnection(settings, self._proxy_command(settings, config))
                 try:
-                    more = transport.auth_publickey(settings.user, key)
-                    if not more:
-                        return
-                    why = f" (it wants {' and '.join(more)} as well)"
-                except (paramiko.SSHException, EOFError) as error:
-                    why = f" ({error})" if isinstance(error, paramiko.BadAuthenticationType) else ""
-            if old:
-                advice = "it may know RSA with SHA-1 only: use another key, or pip install 'paramiko<5'"
-            if not transport.is_active():            # sshd has had enough of them
-                break
-        advice = advice or f"add the public key to {settings.user}'s ~/.ssh/authorized_keys there"
-        if tried:
-            unusable.insert(0, f"refused {', '.join(tried)} for {settings.user}{why}: {advice}")
-        unusable = unusable or ["there is no key to log in with: give one with -k, or load one with ssh-add"]
-        raise HostConnectionError(f"{settings.name}: {'; '.join(unusable)}")
+                    host_key = connection.negotiate(known_kinds)
+                    check_host_key(host_key, settings, connection.address, self._warn)
+                    key_given = bool(self._key_path)
+                    Authentication(settings, connection, self.load, key_given).run()
+                    connection.transport.set_keepalive(DEAD_PEER_SECONDS // 2)
+                except BaseException:
+                    connection.close()
+                    raise
+        except OSError as error:  # too few descriptors, or no such shell
+            raise HostConnectionError(f"{settings.name}: can't log in: {error}") from error
+        return connection
 
-    def _candidates(self, settings: HostSettings, unusable: list[str]) -> Iterator[tuple[str, paramiko.PKey]]:
-        """Keys in ssh's order: those of the agent that are named, the agent's others, then files."""
-        import paramiko
-        named = {public_key(path): path for path in settings.identities}
-        agent = {key.asbytes(): key for key in paramiko.Agent().get_keys()} if settings.agent else {}
-        for blob in sorted(agent, key=lambda blob: blob not in named):
-            if blob in named or not (settings.only_named or self._key_path):
-                yield f"the key {named[blob]}" if blob in named else "a key of ssh-agent", agent[blob]
-        for path in filter(os.path.exists, settings.identities):
-            try:
-                if public_key(path) not in agent:
-                    yield f"the key {path}", self.load(path)
-            except HostConnectionError as error:
-                unusable.append(str(error))
+    def _proxy_command(self, settings: HostSettings, config: str) -> list[str]:
+        """Return the command that a connection goes through; empty for a direct one."""
+        if settings.jumps:
+            before, _, last = settings.jumps.rpartition(",")
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            command = ["ssh", "-F", config, "-W", f"{host}:{settings.port}"]
+            if before:
+                command += ["-J", before]
+            for option in self._options:
+                if not re.match(OPTIONS_OF_ONE_HOST, option, re.IGNORECASE):
+                    command += ["-o", option]
+            return [*command, "--", last if "://" in last else f"ssh://{last}"]
+        if settings.proxy_command:
+            return [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {settings.proxy_command}"]
+        return []
+
+
+def system_configuration() -> list[str]:
+    """Return the lines of the system's ssh_config, with absolute names of included files.
+
+    From another file ssh would look for relative names in ~/.ssh.
+    """
+
+    def with_absolute_names(match: re.Match[str]) -> str:
+        names = [
+            re.sub(r'^"?(?![/"~])', rf"\g<0>{SYSTEM_DIRECTORY}/", name) for name in match[2].split()
+        ]
+        return match[1] + " ".join(names)
+
+    text = os.fsdecode(read_start(f"{SYSTEM_DIRECTORY}/ssh_config"))
+    pattern = r'^(\s*"?Include"?(?:\s*=\s*|\s+))(.*)$'
+    return re.sub(pattern, with_absolute_names, text, flags=re.I | re.M).split("\n")
+
+
+def find_key(path: str) -> str:
+    """Return the absolute path of a private key; raise an error if it can't be used."""
+    path = os.path.abspath(os.path.expanduser(path))
+    if path.endswith(".pub") and os.path.exists(path[:-4]):
+        path = path[:-4]
+    if not os.path.exists(path):
+        raise HostConnectionError(f"can't use the key {path}: No such file or directory")
+    if re.search(r'[\n"]|\$\{', path):
+        raise UsageError("ssh_config can't name a file with a line break, a quote or ${ (-k)")
+    return path
+
+
+class Authentication:
+    """A login by public keys over a connection."""
+
+    def __init__(
+        self,
+        settings: HostSettings,
+        connection: SshConnection,
+        load: Callable[[str], paramiko.PKey],
+        key_given: bool,
+    ) -> None:
+        self._settings = settings
+        self._connection = connection
+        self._load = load
+        self._agent = Agent(settings.agent_socket)
+        self._key_given = key_given  # then ssh-agent's other keys are not tried
+        self._refused: list[str] = []  # titles of keys that the server did not want
+        self._unusable: list[str] = []  # why other keys were not tried
+
+    def run(self) -> None:
+        """Log in by one of the user's keys; raise HostConnectionError if that fails."""
+        name = self._settings.name
+        seconds = self._settings.connect_seconds
+        try:
+            login = PublicKeyLogin(self._connection.transport, self._settings.user, seconds)
+            for identity in list_identities(self._settings, self._agent.keys, self._key_given):
+                if self._try(login, identity):
+                    return
+                if login.methods and "publickey" not in login.methods:
+                    break
+            raise HostConnectionError(f"{name}: {self._explain(login)}")
+        except NoAnswer as error:
+            raise HostConnectionError(
+                f"{name}: no answer within {seconds} s during authentication: "
+                f"-o ConnectTimeout={4 * seconds} waits longer"
+            ) from error
+        except LoginEnded as error:
+            raise HostConnectionError(f"{name}: {self._explain_end()}") from error
+        finally:
+            self._agent.close()
+
+    def _try(self, login: PublicKeyLogin, identity: Identity) -> bool:
+        """Return whether the server lets the user in by an identity."""
+        try:
+            blob = identity.blob or self._load_key(identity.path).asbytes()
+            algorithm = self._choose_algorithm(login, identity, blob)
+            if not algorithm:
+                return False
+            if not identity.blob or login.offer(algorithm, blob):
+                if login.sign(algorithm, blob, self._signer(identity, blob, algorithm)):
+                    return True
+                if login.is_partial:
+                    return False
+            self._refused.append(identity.title)
+        except DroppedConnectionError:
+            raise
+        except HostConnectionError as error:
+            self._unusable.append(str(error))
+        except (OSError, ValueError, KeyError) as error:  # of ssh-agent, or an unknown algorithm
+            self._unusable.append(f"{identity.title} can't sign: {error}")
+        return False
+
+    def _load_key(self, path: str) -> paramiko.PKey:
+        """Return the private key in a file.
+
+        Raises DroppedConnectionError if the server did not wait for its passphrase.
+        """
+        key = self._load(path)
+        if not self._connection.is_active():
+            raise DroppedConnectionError(f"{self._settings.name}: {self._explain_end()}")
+        return key
+
+    def _choose_algorithm(self, login: PublicKeyLogin, identity: Identity, blob: bytes) -> str:
+        """Return the algorithm to sign with by a key; "" if it can't be used, with the reason."""
+        options = self._settings.options
+        kind = key_kind(blob)
+        bits = rsa_bits(blob)
+        smallest = self._settings.smallest_rsa_bits
+        allowed = options.algorithms("pubkeyacceptedalgorithms") or options.algorithms(
+            "pubkeyacceptedkeytypes"
+        )
+        server = login.server_algorithms()
+        algorithm = signature_algorithm(kind, allowed, server)
+        by_sha1 = algorithm.startswith("ssh-rsa") or not (algorithm or server)
+        if bits and bits < smallest:
+            reason = f"has only {bits} bits: RequiredRSASize is {smallest}"
+        elif bits and by_sha1 and not (algorithm and self._can_sign_by_sha1(identity)):
+            reason = OLD_SERVER_ADVICE
+        elif not algorithm:
+            reason = f"is of type {kind}, which PubkeyAcceptedAlgorithms or the server excludes"
+        else:
+            return algorithm
+        self._unusable.append(f"{identity.title} {reason}")
+        return ""
+
+    def _can_sign_by_sha1(self, identity: Identity) -> bool:
+        return bool(identity.agent_blob) or self._connection.signs_by_sha1
+
+    def _signer(self, identity: Identity, blob: bytes, algorithm: str) -> Callable[[bytes], bytes]:
+        """Return the function that signs for an identity; raise HostConnectionError for none."""
+        if identity.agent_blob:
+            return lambda data: self._agent.sign(identity.agent_blob, data, algorithm)
+        if not identity.path:
+            raise HostConnectionError(f"{identity.title} matches none of the keys")
+        key = self._load_key(identity.path)
+        if key.asbytes() != (certified_key(blob) or blob):
+            raise HostConnectionError(f"{identity.title} does not match the public key beside it")
+        return lambda data: key.sign_ssh_data(data, algorithm.replace(CERTIFICATE, "")).asbytes()
+
+    def _explain(self, login: PublicKeyLogin) -> str:
+        """Return why the server did not let the user in."""
+        user = self._settings.user
+        methods = login.methods
+        reasons = []
+        if login.is_partial:
+            reasons = [f"requires {' and '.join(methods)} as well as a key of {user}"]
+        elif methods and "publickey" not in methods:
+            reasons = [
+                f"accepts no keys for {user}, only {', '.join(methods)}: its sshd_config needs "
+                "PubkeyAuthentication yes"
+            ]
+        elif self._refused:
+            reasons = [f"refused {self._refused_titles()} for {user}: {self._authorize()}"]
+        reasons += self._unusable
+        if not reasons:
+            return "there is no key to log in with: give one with -k, or load one with ssh-add"
+        return "; ".join(reasons)
+
+    def _explain_end(self) -> str:
+        """Return why the server ended the connection."""
+        farewell = self._connection.transport.farewell or "it hung up"
+        if not self._refused:
+            return f"the server ended the login: {farewell}"
+        advice = "name the right key with -k, or set IdentitiesOnly"
+        if self._key_given:
+            advice = self._authorize()
+        return (
+            f"refused {self._refused_titles()} for {self._settings.user}, and accepts no more "
+            f"attempts: {farewell}: {advice}"
+        )
+
+    def _authorize(self) -> str:
+        return f"add the public key to {self._settings.user}'s ~/.ssh/authorized_keys there"
+
+    def _refused_titles(self) -> str:
+        titles = list(dict.fromkeys(self._refused))
+        count = self._refused.count(AGENT_KEY)
+        return ", ".join(titles).replace(AGENT_KEY, f"{counted(count, 'key')} of ssh-agent")
 
 
 def resolve(name: str) -> str:
-    """The IP address of a host given as an address or a name; UsageError if it is neither."""
-    import socket
-    from ipaddress import ip_address
+    """Return the IP address of a host given as an address or a name; UsageError for neither."""
     try:
         if re.fullmatch(r"[\d.]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", name, re.ASCII):
             return str(ip_address(name))
         return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except (OSError, ValueError) as error:
-        raise UsageError(f"{name!r} is neither an IP address nor a name that can be resolved") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"can't resolve {name!r}: {reason}") from error
 
 
-# ---- Toolstacks: a VM's name in, its interfaces out ----------------------------------------------------------
-# For each toolstack there is a function of `run`, the VM's name and the number of its interface, which returns the
-# interface's name on the hypervisor.  `run(command, hint)` is NetWeaver.run_command: it returns the output of a shell
-# command on the hypervisor, and raises RemoteCommandError, with the hint, if that fails.
+# ---- Toolstacks ------------------------------------------------------------------------------
 
+
+class RunCommand(Protocol):
+    """A way to run shell commands on the hypervisor, such as NetWeaver.run_command."""
+
+    def __call__(self, command: str, hint: str = "") -> str:
+        """Return what a command prints; raise RemoteCommandError, with the hint, if it fails."""
+
+
+NAME_THE_VIF = "name the VM's interface with --vif"
 UUID = r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
-VM_INTERFACE = (r"(vif|tap|emu)\d+\.\d+(-emu)?|(tap|veth|fwln|fwpr|fwbr)\d+[ip]\d+|vnet\d+|veth[0-9a-f]{6,}"
-                r"|(tap|qvb|qvo|qbr)[0-9a-f-]{9,}")
-TUNNELS = ("vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "stt")
 
 
-def xe_vif(run: Run, name: str, number: int) -> str:
-    """On XenServer and XCP-ng; takes a name-label, or a UUID that is no VM's name."""
-    hint = "is xapi up there? systemctl status xapi tells"
+def xe_vif(run: RunCommand, name: str, number: int) -> str:
+    """Return a VM's interface on XenServer or XCP-ng, by its name-label or else by its UUID."""
+    hint = "is xapi running there? (systemctl status xapi)"
     answer = run(xe_dom_id_command(f"name-label={quote(name)}"), hint)
     if not answer.strip() and re.fullmatch(UUID, name):
-        answer = run(xe_dom_id_command(f"uuid={name}"), hint)
+        answer = run(xe_dom_id_command(f"uuid={name.lower()}"), hint)
     return f"vif{parse_xe_dom_id(answer, name)}.{number}"
 
 
-def xe_dom_id_command(vm: str) -> str:
-    """Prints the dom-ids of the VMs for which a filter (name-label=..., quoted) holds, then of those on this host."""
-    query = f"xe vm-list {vm} is-control-domain=false params=dom-id --minimal"
-    return (f"{query} || exit; INSTALLATION_UUID=; [ ! -r /etc/xensource-inventory ] || . /etc/xensource-inventory; "
-            f'[ -z "$INSTALLATION_UUID" ] || {query} resident-on="$INSTALLATION_UUID"')
+def xe_dom_id_command(condition: str) -> str:
+    """Return the command that prints the dom-ids of the VMs that meet a condition.
+
+    It prints two lines: the VMs of the whole pool, and of these the ones that run on this host. The
+    second line is missing where the host doesn't know its own UUID.
+    """
+    query = f"xe vm-list {condition} is-control-domain=false params=dom-id --minimal"
+    return (
+        f"{query} || exit; INSTALLATION_UUID=; "
+        "[ ! -r /etc/xensource-inventory ] || . /etc/xensource-inventory; "
+        f'[ -z "$INSTALLATION_UUID" ] || {query} resident-on="$INSTALLATION_UUID"'
+    )
 
 
 def parse_xe_dom_id(answer: str, name: str) -> int:
-    """The domain id in the answer to `xe_dom_id_command`; RemoteCommandError if no VM, or several, run here.
+    """Return the domain id in the answer to `xe_dom_id_command`.
 
-    `xe --minimal` exits 0 for all of these: a list for several VMs, -1 for a halted one, nothing for none, and
-    the domain id on another host of the pool, where a VM of this host may have the same.
+    xe succeeds whether it prints one dom-id, several, -1 for a halted VM, nothing if there is no
+    VM, or a dom-id on another host of the pool, where a VM of this host may have the same one.
+    Raises RemoteCommandError unless exactly one VM runs on this host.
     """
-    everywhere, here, *_ = [[word for word in line.strip().split(",") if word]
-                            for line in (*answer.split("\n"), "", "")]
-    running = [word for word in everywhere if word != "-1"]
-    if answer.count("\n") == 1:                      # which host this is isn't known
-        here = running
-    why = ""
-    if not all(map(is_number, running + here)):
-        why = f"xe answered {answer[:80]!r} for {name!r}, which are no dom-ids"
-    elif not everywhere:
-        why = f"there is no VM with the name-label {name!r} (names are case-sensitive; xe vm-list shows them)"
-    elif not running:
-        why = f"the VM {name!r} is not running (halted or suspended): start it first"
-    elif not here:
-        why = f"the VM {name!r} runs on another host of the pool: give that one as --hv"
-    elif len(here) > 1:
-        why = (f"{len(here)} VMs have the name-label {name!r} (dom-ids {','.join(here)}): make the name unique, or "
-               "give the VM's UUID")
-    if why:
-        raise (RemoteCommandError if everywhere else UnknownVMError)(why)
-    return int(here[0])
+    lines = answer.split("\n")
+    in_pool = _split_dom_ids(lines[0])
+    running = [dom_id for dom_id in in_pool if dom_id != "-1"]
+    local = running
+    if len(lines) > 2:
+        local = _split_dom_ids(lines[1])
+    if not in_pool:
+        raise UnknownVMError(
+            f"there is no VM with the name-label {name!r} (names are case-sensitive; xe vm-list "
+            "shows them)"
+        )
+    if not all(map(is_number, running + local)):
+        raise RemoteCommandError(f"xe answered {answer[:80]!r} for {name!r} instead of dom-ids")
+    if not running:
+        raise RemoteCommandError(
+            f"the VM {name!r} is not running (halted or suspended): start it first"
+        )
+    if not local:
+        raise RemoteCommandError(
+            f"the VM {name!r} runs on another host of the pool: give that host as --hv"
+        )
+    if len(local) > 1:
+        raise RemoteCommandError(
+            f"{len(local)} VMs have the name-label {name!r} (dom-ids {','.join(local)}): make the "
+            "name unique, or give the VM's UUID"
+        )
+    return int(local[0])
 
 
-def xl_vif(run: Run, name: str, number: int) -> str:
-    """On plain Xen; takes a name, or a UUID that `xl vm-list` has."""
-    hint, domain = "it isn't running, or has another name: xl list shows them", ""
+def _split_dom_ids(line: str) -> list[str]:
+    return [word for word in line.strip().split(",") if word]
+
+
+def xl_vif(run: RunCommand, name: str, number: int) -> str:
+    """Return a domain's interface on Xen without xapi, by the domain's name or UUID."""
+    hint = "it isn't running, or has another name: xl list shows the running domains"
+    domain = ""
     if re.fullmatch(UUID, name):
-        rows = [line.split() for line in run("xl vm-list", hint).splitlines()]
-        domain = next((row[1] for row in rows if len(row) > 1 and row[0].lower() == name.lower()), "")
-    if not is_number(domain):
-        domain = f"`xl domid {'-- ' if name.startswith('-') else ''}{quote(name)}`"
-    answer = run(f"id={domain} || exit; echo $id; xenstore-read /local/domain/0/backend/vif/$id/{number}/vifname "
-                 "2>/dev/null || :", hint)
-    number_of, vifname, *_ = [*(line.strip() for line in answer.split("\n")), ""]
-    if not is_number(number_of):
-        raise RemoteCommandError(f"xl answered {answer[:80]!r} for {name!r}, which is no domain id")
-    if number_of == "0":
+        domain = parse_xl_vm_list(run("xl vm-list", hint), name)
+    if not domain:
+        domain = f"`xl domid {_operand(name, '--')}`"
+    answer = run(
+        f"id={domain} || exit; echo $id; "
+        f"xenstore-read /local/domain/0/backend/vif/$id/{number}/vifname 2>/dev/null || :",
+        hint,
+    )
+    domain_id, _, vifname = answer.partition("\n")
+    domain_id = domain_id.strip()
+    vifname = vifname.strip()
+    if not is_number(domain_id):
+        raise RemoteCommandError(f"xl answered {answer[:80]!r} for {name!r} instead of a domain ID")
+    if domain_id == "0":
         raise RemoteCommandError(f"{name!r} is the control domain, which has no vif")
-    return vifname or f"vif{number_of}.{number}"
+    return vifname or f"vif{domain_id}.{number}"
 
 
-def virsh_vif(run: Run, name: str, number: int) -> str:
-    """On libvirt, with KVM for example."""
-    hint = "virsh list --all shows the names; systemctl status libvirtd whether libvirt runs"
-    domain = f"{'--domain ' if name.startswith('-') else ''}{quote(name)}"
-    if re.fullmatch(r"\d+", name, re.ASCII):         # most commands take it for an id, domid never does
-        domain = quote(run(f"LC_ALL=C virsh -q domid {domain}", hint).strip())
-    answer = "" if domain == "-" else run(f"LC_ALL=C virsh -q domiflist {domain}", hint)
-    # A domain that is shut off may list a name all the same.
-    if domain == "-" or run(f"LC_ALL=C virsh -q domstate {domain} || :").strip() == "shut off":
-        raise RemoteCommandError(f"the domain {name!r} is shut off: start it first (virsh start)")
+def parse_xl_vm_list(answer: str, uuid: str) -> str:
+    """Return the domain id of the VM with a UUID, or "" if `xl vm-list` doesn't have it."""
+    for line in answer.splitlines():
+        words = line.split()  # UUID, id, name
+        if len(words) > 1 and words[0].lower() == uuid.lower() and is_number(words[1]):
+            return words[1]
+    return ""
+
+
+def _operand(name: str, prefix: str) -> str:
+    """Quote a VM's name, with a prefix if it would be taken for an option."""
+    if name.startswith("-"):
+        return f"{prefix} {quote(name)}"
+    return quote(name)
+
+
+def virsh_vif(run: RunCommand, name: str, number: int) -> str:
+    """Return a domain's interface on libvirt, by the domain's name or UUID."""
+    hint = (
+        "virsh list --all shows the names, systemctl status libvirtd whether libvirt is running; "
+        f"if it runs in a container, {NAME_THE_VIF}"
+    )
+    virsh = "LC_ALL=C virsh -r -q"  # read only, and oVirt allows nothing else
+    domain = _operand(name, "--domain")
+    if re.fullmatch(r"\d+", name, re.ASCII):  # most commands take it for an id, domid never does
+        domain = quote(run(f"{virsh} domid {domain}", hint).strip())
+    state = "shut off"
+    answer = ""
+    if domain != "-":
+        answer = run(f"{virsh} domiflist {domain}", hint)
+        # A domain that is shut off may list an interface, too.
+        state = run(f"{virsh} domstate {domain} || :").strip()
+    if state in ("shut off", "crashed"):
+        raise RemoteCommandError(f"the domain {name!r} is {state}: start it first (virsh start)")
     return parse_virsh_domiflist(answer, name, number)
 
 
 def parse_virsh_domiflist(answer: str, name: str, number: int) -> str:
-    """The interface in row `number` of virsh's table; RemoteCommandError if it has none.
+    """Return the interface in a row of virsh's table, counted from 0.
 
-    Old versions print a header and a rule in spite of -q; the interfaces of a domain that is shut off are "-".
+    Old versions print a header and a rule in spite of -q. Raises RemoteCommandError if there is no
+    such row, or if the interface has no device on the host.
     """
-    names = [line.split()[0] for line in answer.splitlines()
-             if line.strip() and not re.match(r"\s*(Interface\s+Type\s|--+\s*$)", line)]
-    if number >= len(names):
-        raise RemoteCommandError(f"the domain {name!r} has {len(names)} interfaces, and none of number {number} (--num "
-                                 f"counts from 0; there are: {', '.join(names) or 'none'})")
-    if names[number] == "-":
-        raise RemoteCommandError(f"interface {number} of the domain {name!r} has no device on the host (hostdev, "
-                                 "vhost-user, or the domain is shut off): tcpdump can't see it")
-    return names[number]
+    rows = [
+        line.split()
+        for line in answer.splitlines()
+        if line.strip() and not re.match(r"\s*(Interface\s+Type\s|--+\s*$)", line)
+    ]
+    if number >= len(rows):
+        names = ", ".join(row[0] for row in rows) or "none"
+        raise RemoteCommandError(
+            f"the domain {name!r} has {counted(len(rows), 'interface')}, but no number {number} "
+            f"(--num counts from 0; there are: {names})"
+        )
+    interface, *others = rows[number]
+    if interface == "-" or others[:1] == ["vhostuser"]:  # that one has a name all the same
+        raise RemoteCommandError(
+            f"interface {number} of the domain {name!r} has no device on the host (hostdev, "
+            "vhost-user, or the domain is shut off): tcpdump can't see it"
+        )
+    return interface
 
 
-def qm_vif(run: Run, name: str, number: int) -> str:
-    """On Proxmox VE."""
-    return f"tap{parse_qm_list(run('qm list', 'is this a Proxmox VE host?'), name)}i{number}"
+def qm_vif(run: RunCommand, name: str, number: int) -> str:
+    """Return a VM's interface on Proxmox VE, by the VM's name, VMID or UUID."""
+    answer = run("qm list", "is this a Proxmox VE host?")
+    try:
+        vmid = parse_qm_list(answer, name)
+    except UnknownVMError:
+        if not re.fullmatch(UUID, name):
+            raise
+        path = run(f"grep -il '^smbios1:.*uuid={name}' /etc/pve/qemu-server/*.conf || :").strip()
+        if not path:
+            raise
+        vmid = parse_qm_list(answer, os.path.basename(path).removesuffix(".conf"))
+    return f"tap{vmid}i{number}"
 
 
 def parse_qm_list(answer: str, name: str) -> int:
-    """The VMID of a running VM by its name or, if none has that name, its VMID; RemoteCommandError if it isn't one."""
-    rows = [line.split() for line in answer.splitlines()]        # VMID, name, status, memory, disk, PID
-    vms = [(row[0], " ".join(row[1:-4]), row[-4]) for row in rows if len(row) >= 6 and is_number(row[0])]
-    named = [vm for vm in vms if vm[1] == " ".join(name.split())] or [vm for vm in vms if vm[0] == name]
-    running = [vmid for vmid, _, status in named if status == "running"]
-    if not named:
-        raise UnknownVMError(f"there is no VM {name!r} on this host (qm list shows them; a container's interface is "
-                             "given with --vif veth<id>i<n>)")
+    """Return the VMID of the running VM with a name or, if no VM has that name, with a VMID.
+
+    Raises RemoteCommandError if there is none, or if there are several.
+    """
+    states: dict[str, str] = {}  # by VMID
+    vmids: defaultdict[str, list[str]] = defaultdict(list)  # by name
+    for line in answer.splitlines():
+        words = line.split()  # VMID, name (which may have blanks), status, memory, disk, PID
+        if len(words) >= 6 and is_number(words[0]):
+            states[words[0]] = words[-4]
+            vmids[" ".join(words[1:-4])].append(words[0])
+    candidates = vmids[" ".join(name.split())]
+    if not candidates and name in states:
+        candidates = [name]
+    if not candidates:
+        raise UnknownVMError(
+            f"there is no VM {name!r} on this host (qm list shows them; a container's interface is "
+            "given with --vif veth<id>i<n>)"
+        )
+    running = [vmid for vmid in candidates if states[vmid] == "running"]
     if not running:
-        vmid, _, status = named[0]
-        raise RemoteCommandError(f"the VM {name!r} (VMID {vmid}) is {status}: start it first (qm start {vmid})")
+        vmid = candidates[0]
+        raise RemoteCommandError(
+            f"the VM {name!r} (VMID {vmid}) is {states[vmid]}: start it first (qm start {vmid})"
+        )
     if len(running) > 1:
-        raise RemoteCommandError(f"{len(running)} VMs have the name {name!r} (VMIDs {', '.join(running)}): give the "
-                                 "VMID as -n")
+        raise RemoteCommandError(
+            f"{len(running)} VMs have the name {name!r} (VMIDs {', '.join(running)}): give the "
+            "VMID as -n"
+        )
     return int(running[0])
 
 
-TOOLSTACKS = {"xe": xe_vif, "qm": qm_vif, "virsh": virsh_vif, "xl": xl_vif}
+@dataclass(frozen=True)
+class Toolstack:
+    """A program that manages VMs, and how to find a VM's interface with it."""
+
+    name: str  # of the program, and as --toolstack
+    title: str  # what it manages
+    find_vif: Callable[[RunCommand, str, int], str]  # by the VM's name and the interface's number
+    is_final: bool  # an error ends the search, unless it is UnknownVMError
 
 
-def find_toolstack(run: Run, name: str, number: int) -> tuple[str, str]:
-    """The first toolstack that is there and knows a VM, and the VM's interface; else raises the first one's error.
+TOOLSTACKS = {
+    toolstack.name: toolstack
+    for toolstack in (
+        Toolstack("xe", "XenServer, XCP-ng", xe_vif, is_final=True),
+        Toolstack("qm", "Proxmox VE", qm_vif, is_final=True),
+        Toolstack("virsh", "libvirt", virsh_vif, is_final=False),
+        Toolstack("xl", "plain Xen", xl_vif, is_final=False),
+    )
+}
 
-    What xe or qm say of a VM that they do know (it is halted, or there are two) is the last word.
+
+def describe_toolstacks() -> str:
+    """Return the names of all toolstacks and what they manage, for the help."""
+    return ", ".join(f"{each.name} ({each.title})" for each in TOOLSTACKS.values())
+
+
+def find_toolstack(run: RunCommand, name: str, number: int) -> tuple[str, str]:
+    """Return the name of the first toolstack that knows a VM, and the VM's interface.
+
+    If no toolstack knows it, raises the error of the first one that is installed.
     """
-    tools = " ".join(TOOLSTACKS)
-    there = run(f"for tool in {tools}; do command -v $tool >/dev/null && echo $tool; done; :").split()
-    errors = [RemoteCommandError(f"none of {', '.join(TOOLSTACKS)} is there: name the VM's interface with --vif")]
-    for toolstack in filter(TOOLSTACKS.__contains__, there):
+    names = " ".join(TOOLSTACKS)
+    answer = run(f"for tool in {names}; do command -v $tool >/dev/null && echo $tool; done; :")
+    installed = answer.split()
+    errors: list[RemoteCommandError] = []
+    for toolstack in TOOLSTACKS.values():
+        if toolstack.name not in installed:
+            continue
         try:
-            return toolstack, TOOLSTACKS[toolstack](run, name, number)
+            return toolstack.name, toolstack.find_vif(run, name, number)
+        except UnknownVMError as error:
+            errors.append(error)
         except RemoteCommandError as error:
-            if toolstack in ("xe", "qm") and not isinstance(error, UnknownVMError):
+            if toolstack.is_final:
                 raise
             errors.append(error)
-    raise [*errors[1:], *errors][0]
+    if errors:
+        raise errors[0]
+    raise RemoteCommandError(
+        f"none of {', '.join(TOOLSTACKS)} was found (in a container?): {NAME_THE_VIF}"
+    )
 
 
-LINKS_COMMAND = """\
-ip -o -d link || exit; command -v ovs-vsctl >/dev/null || exit 0; ask() { ovs-vsctl --timeout=5 "$@" 2>/dev/null; }
-for bridge in `ask list-br`; do
-  echo "ovs `ask br-to-parent $bridge` "`ask list-ifaces $bridge`
-done; echo "ovs-interfaces `ask -f json --columns=name,type,options list Interface | tr -d '\\n'`\""""
+# ---- Uplinks ---------------------------------------------------------------------------------
+
+# Names that toolstacks give to the interfaces of VMs and containers.
+VM_INTERFACE = (
+    r"(vif|tap|emu)\d+\.\d+(-emu)?|(tap|veth|fwln|fwpr|fwbr)\d+[ip]\d+|vnet\d+|veth[0-9a-f]{6,}"
+    r"|(tap|qvb|qvo|qbr)[0-9a-f-]{9,}"
+)
+CARD_NAME = r"(eth\d|en[opsxP]|em\d|p\d+p\d|ib\d|wl)\S*"
+CONTAINER_NAME = r"veth|v[ebz]-|mac[0-9a-f]{4}|lxc|cali"
+NETBACK_ADDRESS = "fe:ff:ff:ff:ff:ff"  # of all vifs of Xen
+# The name of a VM's port of a card that switches by itself.
+REPRESENTED_FUNCTION = r"(c\d+)?pf\d+[vs]f\d+"
+TUNNEL_KINDS = ("vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "stt")
+STACKED_KINDS = ("vlan", "macvlan", "macvtap", "ipvlan", "ipvtap", "macsec")
+HOST_KINDS = ("bridge", "openvswitch")  # by these the host takes part in a switch
+# Frames that leave a switch by these go nowhere else.
+DEAD_END_KINDS = (*HOST_KINDS, "patch", "ifb")
+ETH0_ASSUMED = (
+    "the VM's interface is in no bridge, and its path is unknown: eth0 is assumed to be the "
+    "physical interface. If it isn't, give the right one with -i"
+)
+MOST_INTERFACES = 16  # to be captured at once
+MOST_TUNNEL_PORTS = 16  # in a filter
+MOST_LOOKUPS = 64  # in one command
+MOST_NAMES = 40  # in a message
+# Prints the interfaces of Open vSwitch: a line "ovs" for each bridge, with its parent (a fake
+# bridge has one), its local port and all others, and a line of JSON.
+OPEN_VSWITCH_COMMAND = r"""
+command -v ovs-vsctl >/dev/null || exit 0
+echo "= ovs-interfaces"
+ask() { ovs-vsctl --timeout=5 "$@" 2>/dev/null; }
+bridges=`ask list-br` || exit 0
+for bridge in $bridges; do
+  echo "ovs `ask br-to-parent $bridge` $bridge "`ask list-ifaces $bridge`
+done
+columns=name,type,options,external_ids,ofport
+echo "ovs-interfaces `ask -f json --columns=$columns list Interface | tr -d '\n'`"
+"""
+
+
+@dataclass(frozen=True)
+class Link:
+    """A network interface of the hypervisor."""
+
+    name: str
+    index: str = ""  # which no other interface ever gets; only the kernel's interfaces have one
+    kind: str = ""  # "bridge", "veth", "tun" ...; empty for hardware
+    medium: str = ""  # "ether", "loopback" ...
+    address: str = ""  # MAC
+    master: str = ""  # the bridge or bond that it belongs to
+    switch: str = ""  # of Open vSwitch, that it belongs to
+    lower: str = ""  # the interface on which it is stacked, or the other end of a veth or patch
+    remote: str = ""  # the IP address where a tunnel ends
+    local: str = ""  # the IP address where it begins
+    tunnel_port: int | None = None  # UDP
+    function: str = ""  # of a card, that it stands for
+    guest_address: str = ""  # MAC of the VM behind it
+    switch_port: int | None = None  # its number in Open vSwitch
+    qdisc: str = ""
+    queue_length: int | None = None  # in packets
+    queues: int | None = None  # for transmission
+    rx_dropped: int | None = None
+    tx_dropped: int | None = None
+
+    @property
+    def is_guest(self) -> bool:
+        """Return whether it is a VM's interface, or a container's."""
+        return (
+            self.kind == "tun"
+            or self.address == NETBACK_ADDRESS
+            or re.fullmatch(VM_INTERFACE, self.name) is not None
+            or re.fullmatch(REPRESENTED_FUNCTION, self.function) is not None
+        )
+
+    def leads_to(self, mac: str) -> bool:
+        """Return whether the VM behind the interface is known to have a MAC address.
+
+        A macvtap has the VM's address, and a tap of libvirt has it with another first byte.
+        """
+        return mac in (self.guest_address, self.address) or self.address == f"fe{mac[2:]}"
+
+
+def parse_links(answer: str) -> dict[str, Link]:
+    """Return the interfaces in the output of `ip -o -s -d link`, by name."""
+    links = {}
+    for line in answer.splitlines():
+        link = parse_link(line)
+        if link is not None:
+            links[link.name] = link
+    return links
+
+
+# -o joins the lines of an interface by backslashes: a general one, the hardware's, and details.
+LINK_LINE = re.compile(
+    r"(?P<index>\d+): (?P<name>[^\s:@]+)(@(?P<lower>[^\s:]+))?: (?P<state>[^\\]*)"
+    r"(\\ +link/(?P<medium>\w+) *(?P<address>[0-9a-f:]*)[^\\]*"
+    r"(\\ +(?P<kind>[a-z0-9]+)(?=[ \\]|$))?)?"
+)
+FREE_TEXT = re.compile(r"\\ +(alias|altname|vf) [^\\]*")
+
+
+def parse_link(line: str) -> Link | None:
+    """Return the interface in a line of `ip -o -s -d link`; None if there is none."""
+    line = FREE_TEXT.sub("", line)
+    match = LINK_LINE.match(line)
+    if match is None:
+        return None
+    parts = match.groupdict("")
+    state = words_after(parts["state"])
+    details = words_after(line[match.end("state") :].replace("\\", " "))
+    lower = parts["lower"] or details.get("dev", "")
+    if re.fullmatch(r"if\d+|NONE", lower) or "link-netnsid" in details:
+        lower = ""  # in another namespace
+    switch = ""
+    if parts["kind"] == "openvswitch":  # unless Open vSwitch itself gives its bridge
+        switch = "ovs-system"
+    return Link(
+        name=parts["name"],
+        index=parts["index"],
+        kind=parts["kind"],
+        medium=parts["medium"],
+        address=parts["address"],
+        master=state.get("master", ""),
+        switch=switch,
+        lower=lower,
+        remote=details.get("remote", ""),
+        local=details.get("local", ""),
+        tunnel_port=whole_number(details.get("dstport")),
+        function=details.get("portname", ""),
+        qdisc=state.get("qdisc", ""),
+        queue_length=whole_number(state.get("qlen")),
+        queues=whole_number(details.get("numtxqueues")),
+        rx_dropped=_dropped(line, "RX:"),
+        tx_dropped=_dropped(line, "TX:"),
+    )
+
+
+def _dropped(line: str, heading: str) -> int | None:
+    """Return the counter of dropped packets below a heading."""
+    _, _, table = line.partition(heading)
+    names, _, values = table.partition("\\")
+    counters = dict(zip(names.split(), values.split()))
+    return whole_number(counters.get("dropped"))
+
+
+def words_after(text: str) -> dict[str, str]:
+    """Return the word that follows each word, at its first occurrence."""
+    pairs = list(pairwise(text.split()))
+    return dict(reversed(pairs))
+
+
+def whole_number(text: str | None) -> int | None:
+    """Return the number in a text; None if it is not a number, or too long for a counter."""
+    if text is None or not re.fullmatch(r"\d{1,20}", text, re.ASCII):
+        return None
+    return int(text)
 
 
 class Links:
-    """The network interfaces of a host and how they hang together, from what LINKS_COMMAND printed.
+    """The network interfaces of a host, and how they are connected.
 
-    `kinds` are "" for hardware, `bridges` (or bonds) by port, `peers` the other end, or what an interface is stacked
-    on, and `remotes` those of tunnels.
+    A switch is a bridge of Linux, by its name, or one of Open vSwitch, as "ovs NAME".
     """
 
     def __init__(self, answer: str) -> None:
-        self.kinds: dict[str, str] = {}
-        self.bridges, self.peers, self.remotes = self.kinds.copy(), self.kinds.copy(), self.kinds.copy()
+        """Read the output of `ip -o -d link`, and that of OPEN_VSWITCH_COMMAND, if there is one."""
+        self.by_name = parse_links(answer)
         for line in answer.splitlines():
-            word, *words = line.split() or [""]
-            if word == "ovs" and words:
-                self.bridges.update(dict.fromkeys(words[1:], f"ovs {words[0]}"))
-            elif word == "ovs-interfaces":
-                self._open_vswitch(line.partition(" ")[2])
-            elif found := re.match(r"\d+: ([^\s:@]+)(?:@([^\s:]+))?: ", line):
-                self._link(line, *found.groups())
+            kind, _, words = line.partition(" ")
+            if kind == "ovs":
+                self._add_open_vswitch(words.split())
+            elif kind == "ovs-interfaces":
+                self._add_settings(words)
+        self._ports: defaultdict[str, list[str]] = defaultdict(list)
+        for name in self.by_name:
+            for switch in self.switches(name):
+                self._ports[switch].append(name)
 
-    def _link(self, line: str, name: str, peer: str | None) -> None:
-        details = [*line.split("\\"), "", ""][2].split()     # the third of the lines that -o has joined
-        self.kinds[name] = details[0] if details and details[0].isalnum() else ""
-        words = line.split()
-        for key, into in (("master", self.bridges), ("dev", self.peers), ("remote", self.remotes)):
-            if key in words[:-1]:
-                into.setdefault(name, words[words.index(key) + 1])
-        if peer and not re.fullmatch(r"if\d+|NONE", peer):
-            self.peers[name] = peer
+    @cached_property
+    def has_hardware(self) -> bool:
+        """Return whether the host has a network card, which no container has."""
+        return any(
+            not link.kind and link.medium == "ether" and not link.is_guest
+            for link in self.by_name.values()
+        )
 
-    def _open_vswitch(self, text: str) -> None:
-        import json
+    def names(self) -> str:
+        """Return the names of the kernel's interfaces, for a message."""
+        names = sorted(link.name for link in self.by_name.values() if link.index)
+        return shortened([name for name in names if name != "lo"])
+
+    def get(self, name: str) -> Link:
+        """Return an interface; of one that isn't there nothing but its name is known."""
+        return self.by_name.get(name, Link(name))
+
+    def switches(self, name: str) -> list[str]:
+        """Return the switches, or the bond, that an interface belongs to."""
+        link = self.get(name)
+        switches = [name for name in (link.switch, link.master) if name]
+        return [name for name in switches if self.get(name).kind != "vrf"]
+
+    def is_cable_end(self, name: str) -> bool:
+        """Return whether an interface is one of the two ends of a veth or patch on this host."""
+        lower = self.get(name).lower
+        return bool(lower) and self.get(lower).lower == name
+
+    def next_hops(self, name: str) -> list[str]:
+        """Return the next hops of frames that leave a switch by an interface, or enter a switch."""
+        link = self.get(name)
+        if self.is_cable_end(name):
+            return self.switches(link.lower)
+        if link.lower and link.kind in ("", *STACKED_KINDS):  # busybox prints no kinds
+            return [link.lower]
+        if link.kind == "openvswitch" and name != "ovs-system":  # between the host and a switch
+            return self.switches(name)
+        return self._ports[name]
+
+    def tunnel_ports(self) -> dict[int, str]:
+        """Return the UDP ports at which the host receives tunnels, with their kinds."""
+        ports = dict(TUNNEL_PORTS)
+        for link in self.by_name.values():
+            is_udp = link.kind in (VXLAN, GENEVE)
+            if is_udp and link.tunnel_port and len(ports) < MOST_TUNNEL_PORTS:
+                ports[link.tunnel_port] = link.kind
+        return ports
+
+    def _add_open_vswitch(self, words: Sequence[str]) -> None:
+        for port in words:
+            link = replace(self.get(port), switch=f"ovs {words[0]}")
+            if link.master == "ovs-system":  # which joins all of its bridges
+                link = replace(link, master="")
+            self.by_name[port] = link
+        for bridge in words[:1]:  # whose local port has its name
+            self.by_name[bridge] = replace(self.get(bridge), kind="openvswitch")
+
+    def _add_settings(self, text: str) -> None:
+        """Read the table of Open vSwitch's interfaces; it is empty where that is stopped."""
         try:
-            for name, kind, (_, pairs) in json.loads(text)["data"]:
-                options = dict(pairs)
-                if kind == "patch" and "peer" in options:
-                    self.kinds[name], self.peers[name] = "patch", str(options["peer"])
-                if kind in TUNNELS and "remote_ip" in options:
-                    self.kinds[name], self.remotes[name] = kind, str(options["remote_ip"])
+            table = json.loads(text)
+            for values in table["data"]:
+                self._add_setting(dict(zip(table["headings"], values)))
         except (ValueError, KeyError, TypeError, RecursionError):
-            return                                   # Open vSwitch is stopped
+            return
 
-    def ports(self, bridge: str) -> list[str]:
-        return [port for port, of in self.bridges.items() if of == bridge]
+    def _add_setting(self, row: Mapping[str, Any]) -> None:
+        link = self.get(str(row["name"]))
+        kind = str(row["type"])
+        options = {name: str(value) for name, value in row["options"][1]}
+        identifiers = {name: str(value) for name, value in row["external_ids"][1]}
+        if kind == "internal":  # of kind "tun" where the switch isn't the kernel's
+            kind = "openvswitch"
+        elif kind.startswith("dpdk"):
+            kind = "dpdk"
+        elif kind not in ("patch", *TUNNEL_KINDS):
+            kind = link.kind
+        self.by_name[link.name] = replace(
+            link,
+            kind=kind,
+            lower=options.get("peer", link.lower),
+            remote=options.get("remote_ip", link.remote),
+            local=options.get("local_ip", link.local),
+            tunnel_port=whole_number(options.get("dst_port")) or link.tunnel_port,
+            guest_address=identifiers.get("attached-mac", "").lower(),
+            switch_port=whole_number(str(row["ofport"])),
+        )
 
-    def uplinks(self, interface: str) -> tuple[set[str], list[str]]:
-        """What leads out of the host from the bridge of an interface: physical interfaces, and tunnels' names."""
-        devices: set[str] = set()
-        tunnels: list[str] = []
-        seen, todo = {interface}, [interface]
+
+def shortened(names: Sequence[str]) -> str:
+    """Join names for a message, which gives only the first ones of many."""
+    if len(names) > MOST_NAMES:
+        return f"{', '.join(names[:MOST_NAMES])}, ..."
+    return ", ".join(names)
+
+
+class Ways:
+    """The ways that the frames of a VM may take through a host, and out of it."""
+
+    def __init__(self, links: Links, vif: str) -> None:
+        """Follow the frames from a VM's interface through all switches."""
+        self.tunnels: list[Link] = []
+        self.guests: list[Link] = []  # interfaces of other VMs and containers
+        self.dpdk: list[str] = []
+        self._links = links
+        self._cards: set[str] = set()
+        self._substitutes: set[str] = set()  # where the host has no card
+        self._visited = {vif}
+        start = links.get(vif)
+        self._follow(links.switches(vif) or links.next_hops(vif))
+        if start.kind in STACKED_KINDS and start.lower:
+            for link in links.by_name.values():
+                if link.kind == start.kind and link.lower == start.lower and link.name != vif:
+                    self.guests.append(link)
+
+    @property
+    def pifs(self) -> set[str]:
+        """Physical interfaces."""
+        likely = {name for name in self._substitutes if not re.match(CONTAINER_NAME, name)}
+        return self._cards or likely or self._substitutes
+
+    @property
+    def gateways(self) -> list[str]:
+        """The host's own interfaces in the switches that were visited."""
+        links = (self._links.get(name) for name in sorted(self._visited))
+        return [link.name for link in links if link.index and link.kind in HOST_KINDS]
+
+    @property
+    def open_vswitches(self) -> list[str]:
+        """Bridges of Open vSwitch that were visited."""
+        names = (name.removeprefix("ovs ") for name in self._visited if name.startswith("ovs "))
+        return sorted(names)
+
+    def follow_host(self, names: Iterable[str]) -> None:
+        """Follow the packets that the host itself sends by interfaces."""
+        for name in names:
+            link = self._links.get(name)
+            if name in self._visited or link.medium == "loopback":
+                continue
+            if link.is_guest and not self._links.next_hops(name):  # a VPN's
+                self._visited.add(name)
+                self._cards.add(name)
+            else:
+                self._follow([name])
+
+    def _follow(self, names: Iterable[str]) -> None:
+        todo = list(names)
         while todo:
-            bridge = self.bridges.get(todo.pop())
-            for port in self.ports(bridge) if bridge else ():
-                if port in seen:
-                    continue
-                seen.add(port)
-                kind, peer = self.kinds.get(port, ""), self.peers.get(port, "")
-                if kind in TUNNELS:
-                    tunnels.append(port)
-                elif kind in ("veth", "patch") and peer in self.bridges:     # on to another bridge of this host
-                    seen.add(peer)
-                    todo.append(peer)
-                elif kind not in ("tun", "patch", "openvswitch") and not re.fullmatch(VM_INTERFACE, port):
-                    devices |= self.bottom(port)
-        return devices, tunnels
+            name = todo.pop()
+            if name in self._visited:
+                continue
+            self._visited.add(name)
+            link = self._links.get(name)
+            hops = self._links.next_hops(name)
+            if link.kind in TUNNEL_KINDS:
+                self.tunnels.append(link)
+            elif hops:
+                todo += hops
+            elif link.kind == "dpdk":
+                self.dpdk.append(name)
+            elif link.kind not in DEAD_END_KINDS and not self._links.is_cable_end(name):
+                self._end(link)
 
-    def bottom(self, device: str, depth: int = 8) -> set[str]:
-        """The physical interfaces of which a VLAN, a bond or a bridge is made; the device itself if it is none."""
-        below = ([self.peers[device]] if self.kinds.get(device) == "vlan" and device in self.peers else
-                 self.ports(device) + self.ports(f"ovs {device}"))
-        below = [port for port in below if not re.fullmatch(VM_INTERFACE, port) and self.kinds.get(port) != "tun"
-                 and port != device]
-        return {found for port in below for found in self.bottom(port, depth - 1)} if depth and below else {device}
-
-
-def bridge_uplinks(run: Run, vif: str, links: Links) -> tuple[list[str], bool]:
-    """The physical interfaces behind the bridge (or Open vSwitch) of a vif, and whether it leads into a tunnel."""
-    devices, tunnels = links.uplinks(vif)
-    for tunnel in tunnels:
-        carrier, remote = links.peers.get(tunnel), links.remotes.get(tunnel, "")
-        if not carrier and re.fullmatch(r"[0-9A-Fa-f.:]+", remote):
-            carrier = word_after("dev", run(f"ip -o route get {quote(remote)}"))
-        devices |= links.bottom(carrier) if carrier else set()
-    if not devices:
-        bridge = links.bridges.get(vif)
-        why = (f"its bridge {bridge.removeprefix('ovs ')} has no physical interface" if bridge else
-               "it is in no bridge" if vif in links.kinds else "there is no such interface")
-        raise RemoteCommandError(f"can't find the physical interface behind {vif}: {why}: give it with -i (there are: "
-                                 f"{', '.join(sorted(name for name in links.kinds if name != 'lo'))})")
-    return sorted(devices), bool(tunnels)
+    def _end(self, link: Link) -> None:
+        """Decide whether an interface leads out of the host or to a guest."""
+        is_virtual = link.kind in ("veth", "dummy")
+        if link.is_guest or (is_virtual and self._links.has_hardware):
+            self.guests.append(link)
+        elif is_virtual and not re.fullmatch(CARD_NAME, link.name):
+            self._substitutes.add(link.name)
+            self.guests.append(link)
+        elif link.index:  # Open vSwitch remembers interfaces that are gone
+            self._cards.add(link.name)
 
 
-def physical_interfaces(run: Run, asked: Sequence[str], vif: str, links: Links | None) -> tuple[Sequence[str], bool]:
-    """Those to capture on, and whether they carry a tunnel; eth0 if none is asked for, and none leads to the vif.
+class RouteKind(Enum):
+    """The ways in which packets get from the physical interfaces to a VM."""
 
-    Without `links` they are those that are asked for.
+    GIVEN = "given"  # by interfaces that the user chose
+    SWITCHED = "switched"
+    ROUTED = "routed"  # by the host, which may translate addresses
+    ASSUMED = "assumed"  # nothing is known
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way from the physical interfaces to a VM."""
+
+    kind: RouteKind
+    is_tunnelled: bool = False
+
+
+def find_uplinks(
+    run: RunCommand, vif: str, links: Links, sources: Mapping[str, str]
+) -> tuple[list[str], Route]:
+    """Return the interfaces by which packets for a VM come in, and the kind of their route.
+
+    `sources` are the MAC addresses ("" if unknown) by IP address. A source that is a VM of this
+    host has its own interface. Raises RemoteCommandError if the interfaces can't be found.
+    """
+    ways = Ways(links, vif)
+    kind = RouteKind.SWITCHED
+    local = local_sources(run, links, ways, sources)
+    are_local = 0 < len(local) == len(sources)
+    follow_tunnels(run, ways)
+    if not are_local and not ways.pifs and is_gateway(run, [vif, *ways.gateways]):
+        kind = RouteKind.ROUTED
+        ways.follow_host(route_interfaces(run, sources))
+        follow_tunnels(run, ways)
+        local = local_sources(run, links, ways, neighbours(run, sources))
+        are_local = 0 < len(local) == len(sources)
+    pifs = set(local.values())
+    if not are_local:
+        pifs |= ways.pifs
+    problem = ""
+    if not pifs:
+        reason = _why_no_uplink(vif, links, ways, kind)
+        problem = f"can't find the physical interface behind {vif}: {reason}. Give it with -i"
+    elif len(pifs) > MOST_INTERFACES:
+        problem = f"{len(pifs)} interfaces lead to {vif}: give those that the traffic uses with -i"
+    if problem:
+        raise RemoteCommandError(f"{problem} (there are: {links.names()})")
+    return sorted(pifs), Route(kind, bool(ways.tunnels) and not are_local)
+
+
+def _why_no_uplink(vif: str, links: Links, ways: Ways, kind: RouteKind) -> str:
+    if vif not in links.by_name:
+        return "there is no such interface"
+    switches = links.switches(vif)
+    reason = "it is in no bridge"
+    if switches:
+        reason = f"its bridge {switches[0].removeprefix('ovs ')} has no physical interface"
+    if ways.dpdk:
+        reason = f"its bridge uses DPDK ({shortened(ways.dpdk)}), which tcpdump can't see"
+    elif ways.tunnels:
+        names = [tunnel.name for tunnel in ways.tunnels]
+        reason = f"the interface that carries the tunnel {shortened(names)} isn't known"
+    if kind is RouteKind.ROUTED:
+        reason += " (the host routes its packets)"
+    if ways.guests:
+        names = [guest.name for guest in ways.guests]
+        reason += f" (if the source is a VM of this host, give its interface: {shortened(names)})"
+    return reason
+
+
+def neighbours(run: RunCommand, sources: Mapping[str, str]) -> dict[str, str]:
+    """Return the MAC addresses of sources with those that the host itself knows."""
+    macs = dict(sources)
+    for line in _ask_each(run, "ip neigh show to {}", sorted(sources)):
+        address = line.partition(" ")[0]
+        if not macs.get(address):
+            macs[address] = words_after(line).get("lladdr", "")
+    return macs
+
+
+def local_sources(
+    run: RunCommand, links: Links, ways: Ways, sources: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the interfaces of the sources that are guests on the VM's switches, by IP address."""
+    macs = {address: mac.lower() for address, mac in sources.items() if mac}
+    if not macs or not ways.guests:
+        return {}
+    learned = learned_addresses(run, links, ways, sorted(set(macs.values())))
+    local = {}
+    for address, mac in macs.items():
+        for guest in ways.guests:
+            if guest.leads_to(mac) or (guest.name, mac) in learned:
+                local[address] = guest.name
+    return local
+
+
+def learned_addresses(
+    run: RunCommand, links: Links, ways: Ways, macs: Sequence[str]
+) -> set[tuple[str, str]]:
+    """Return pairs: a port, and one of these MAC addresses that a switch has learned there."""
+    pattern = " ".join(f"-e {quote(mac)}" for mac in macs[:MOST_LOOKUPS])
+    bridges = " ".join(quote(name) for name in ways.open_vswitches)
+    show = 'ovs-appctl --timeout=5 fdb/show "$bridge" | sed "s/^/ovs $bridge /"'
+    answer = run(
+        f"{{ bridge fdb show; for bridge in {bridges}; do {show}; done; }} 2>/dev/null "
+        f"| grep -iF {pattern} || :"
+    )
+    ports = {}  # of Open vSwitch, by bridge and number
+    for guest in ways.guests:
+        for switch in links.switches(guest.name):
+            ports[f"{switch} {guest.switch_port}"] = guest.name
+    learned = set()
+    for line in answer.splitlines():
+        words = line.split()
+        if words[1:2] == ["dev"] and len(words) > 2:  # MAC dev NAME ...
+            learned.add((words[2], words[0].lower()))
+        elif len(words) > 4:  # ovs, bridge, port, VLAN, MAC, age
+            learned.add((ports.get(" ".join(words[:3]), ""), words[4].lower()))
+    return learned
+
+
+def follow_tunnels(run: RunCommand, ways: Ways) -> None:
+    """Follow all tunnels to the interfaces that carry them, also tunnels in tunnels."""
+    followed = 0
+    while followed < len(ways.tunnels):
+        tunnels = ways.tunnels[followed:]
+        followed = len(ways.tunnels)
+        ways.follow_host(tunnel_carriers(run, tunnels))
+
+
+def tunnel_carriers(run: RunCommand, tunnels: Sequence[Link]) -> list[str]:
+    """Return the interfaces by which the host sends the packets of tunnels.
+
+    Where a tunnel has many ends they are in the bridge's table, as in zones of Proxmox.
+    """
+    carriers = [tunnel.lower for tunnel in tunnels if tunnel.lower]
+    unbound = [tunnel for tunnel in tunnels if not tunnel.lower]
+    remotes = {tunnel.remote for tunnel in unbound}
+    multipoint = [tunnel for tunnel in unbound if not is_address(tunnel.remote)]
+    names = [tunnel.name for tunnel in multipoint]
+    for line in _ask_each(run, "bridge fdb show dev {}", names):
+        entry = words_after(line)
+        remotes.add(entry.get("dst", ""))
+        if "via" in entry:
+            carriers.append(entry["via"])
+    carriers += route_interfaces(run, remotes)
+    if not carriers:
+        beginnings = sorted({tunnel.local for tunnel in multipoint if is_address(tunnel.local)})
+        lines = _ask_each(run, "ip -o addr show to {}", beginnings)
+        carriers += [line.split()[1] for line in lines if len(line.split()) > 1]
+    return carriers
+
+
+def is_address(text: str) -> bool:
+    return re.fullmatch(r"[0-9A-Fa-f.:]{2,45}", text) is not None
+
+
+def is_gateway(run: RunCommand, names: Sequence[str]) -> bool:
+    """Return whether the host has routes to networks by any of these interfaces."""
+    routes = _ask_each(run, "ip -4 -o route show table all dev {}", names)
+    routes += _ask_each(run, "ip -6 -o route show table all dev {}", names)
+    # Every interface that is up has the two others.
+    return any("fe80:" not in route and "ff00:" not in route for route in routes if route)
+
+
+def route_interfaces(run: RunCommand, addresses: Iterable[str]) -> list[str]:
+    """Return the interfaces by which the host sends packets to IP addresses."""
+    lines = _ask_each(run, "ip -o route get {}", sorted(filter(is_address, addresses)))
+    return [words_after(line)["dev"] for line in lines if "dev" in words_after(line)]
+
+
+def _ask_each(run: RunCommand, command: str, subjects: Sequence[str]) -> list[str]:
+    """Return the lines that a command prints about several subjects; those that fail print none."""
+    if not subjects:
+        return []
+    commands = [command.format(quote(subject)) for subject in subjects[:MOST_LOOKUPS]]
+    return run(f"{{ {'; '.join(commands)}; }} 2>/dev/null || :").splitlines()
+
+
+def physical_interfaces(
+    run: RunCommand,
+    asked: Sequence[str],
+    vif: str,
+    links: Links | None,
+    sources: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[Sequence[str], Route]:
+    """Return the interfaces to capture on, and the kind of way from them to the vif.
+
+    Without `links` they are those that are asked for; otherwise they are found. Where nothing is
+    known of the way and none is asked for, eth0 is assumed.
     """
     if links is None:
-        return asked, False
+        return asked, Route(RouteKind.GIVEN)
     try:
-        return bridge_uplinks(run, vif, links)
+        return find_uplinks(run, vif, links, sources)
     except RemoteCommandError:
-        if asked or vif == "eth0" or "eth0" not in links.kinds:
+        link = links.get(vif)
+        is_known = links.switches(vif) or link.lower or link.kind in STACKED_KINDS
+        if asked or vif == "eth0" or is_known or "eth0" not in links.by_name:
             raise
-        return ["eth0"], False
+        return ["eth0"], Route(RouteKind.ASSUMED)
 
 
-def word_after(word: str, text: str) -> str:
-    """The word that follows another one in what `ip` printed; empty if there is none."""
-    words = text.split()
-    return words[words.index(word) + 1] if word in words[:-1] else ""
+# ---- Platform --------------------------------------------------------------------------------
 
-
-# ---- Measurement: traffic ------------------------------------------------------------------------------------
-
-# What a source runs for each pattern of traffic, and the protocol by which that is told from a load.  hping3 begins a
-# new flow, from another port, with each packet, unless it is told to keep the port (-k).
-PATTERNS = {
-    "syn": ("hping3 -q -c {count} -i u{interval} -S -d {size} -p {port} {destination}", TCP),
-    "flow": ("hping3 -q -c {count} -i u{interval} -S -k -d {size} -p {port} {destination}", TCP),
-    "udp": ("hping3 -q -c {count} -i u{interval} --udp -k -E /dev/urandom -d {size} -p {port} {destination}", UDP),
-    "ping": ("hping3 -q -c {count} -i u{interval} --icmp -d {size} {destination}", ICMP)}
-PING6 = "ping -q -c {count} -i {interval}e-6 -s {size} -W 1 {destination}"       # hping3 has no IPv6
-RATE, USUAL_SIZE, FASTEST_PING6, ENDLESS = 100, 64, 1000, 999_999_999
-
-
-class Probes(namedtuple("Probes", "pattern rate size port command load",
-                        defaults=("syn", RATE, None, None, None, None))):
-    """What the sources send: packets of one of PATTERNS, `rate` a second, with `size` bytes of payload, to a `port`.
-
-    Or what another `command` sends, in which {count}, {interval} (µs), {size} and {destination} are filled in.  A size
-    or port of None is the usual one.  Beside it the sources may run another command as a `load`, which isn't measured.
-    """
-
-    def template(self, destination: str) -> str:
-        """The command before anything is filled in."""
-        return self.command or (PING6 if self.pattern == "ping" and ":" in destination else PATTERNS[self.pattern][0])
-
-    def source_command(self, count: int, destination: str) -> str:
-        """The command that sends so many packets; UsageError if it can't, or has no place for what is asked for."""
-        template = self.template(destination)
-        chosen = "--source-command" if self.command else f"--traffic {self.pattern}"
-        size = self.size if self.size is not None else 0 if self.pattern in ("syn", "flow") else USUAL_SIZE
-        values = {"count": count, "interval": max(1, round(1_000_000 / self.rate)), "size": size,
-                  "port": self.port or 0, "destination": destination}
-        for option, given in (("rate", self.rate != RATE), ("size", self.size is not None),
-                              ("port", self.port is not None)):
-            if given and f"{{{'interval' if option == 'rate' else option}}}" not in template:
-                raise UsageError(f"--{option} means nothing to {chosen}: {template}")
-        if not self.command and self.pattern != "ping" and ":" in destination:
-            raise UsageError(f"{chosen}: hping3 has no IPv6: --traffic ping has, or a --source-command")
-        if template is PING6 and self.rate > FASTEST_PING6:
-            raise UsageError(f"--rate {self.rate}: with IPv6 ping sends at most {FASTEST_PING6} a second")
-
-        def fill(found: re.Match[str]) -> str:
-            if found[0] in ("{{", "}}"):
-                return found[0][0]
-            if found[0][1:-1] not in values:
-                raise UsageError(f"--source-command: unknown placeholder {found[0]}; there are "
-                                 f"{', '.join(f'{{{name}}}' for name in values)}; write {{{{ or }}}} for a brace")
-            return str(values[found[0][1:-1]])
-
-        return re.sub(r"\{\{|}}|\{[^{}]*}?|}", fill, template)
-
-    def account(self) -> dict[str, Any]:
-        """The same for the report, in which a command has no pattern."""
-        return self._asdict() | ({"pattern": None} if self.command else {})
-
-    def told_by(self) -> tuple[int, int | None] | None:
-        """Protocol and port that tell the packets from those of the load; None if there is no load."""
-        protocol = PATTERNS[self.pattern][1]
-        return (protocol, None if protocol == ICMP else self.port or 0) if self.load else None
-
-
-SYNS = Probes()
-
-
-def traffic_name(config: Report) -> str:
-    """What the traffic of a run is called, for people and in the name of a saved run."""
-    traffic = config.get("traffic")
-    if not traffic:
-        return "passive" if "traffic" in config else ""
-    size = f"-{traffic['size']}B" if traffic["size"] else ""
-    return f"{traffic['pattern'] or 'command'}-{traffic['rate']}{size}{'-load' if traffic['load'] else ''}"
-
-
-# ---- Measurement: planning -----------------------------------------------------------------------------------
-
-SNAPLEN, OVERLAY_SNAPLEN = 128, 448                  # Ethernet, two tags, IPv6, TCP with options; the same in a tunnel
-BUFFER_KIB = 16384
-STAGES_BUFFER, LARGEST_TRACE = 8192, 1 << 28         # KiB for a processor; bytes for all of a run
-SMALLEST_FILE, USUAL_CAPTURE = 1 << 16, 256_000_000  # bytes for which there must be room, and that are enough
-OFFLOADS = ("generic-receive-offload", "generic-segmentation-offload", "large-receive-offload", "rx-vlan-offload",
-            "tcp-segmentation-offload", "tx-vlan-offload")
-
-
-class Flows:
-    """The traffic to be captured, as pcap-filter(7) expressions, in which `and` binds no stronger than `or`.
-
-    That is all IP packets between the sources (all hosts, if none is given) and the destination, addresses of one IP
-    version, in the directions; or those of the `probes` alone, a protocol and a port (None: any).
-    """
-
-    def __init__(self, sources: Sequence[str], destination: str, directions: Sequence[Direction],
-                 probes: tuple[int, int | None] | None = None) -> None:
-        self._sources, self._destination, self._directions = sources, destination, directions
-        self._probes = probes
-        self._six, self._kind = ":" in destination, "0x86dd" if ":" in destination else "0x0800"
-
-    def _between(self, term: Callable[[bool, str], str]) -> str:
-        """The expression made of terms for an address at the beginning (False) or the end (True) of the way."""
-        ways = []
-        for direction in self._directions:
-            near = " or ".join(term(direction is OUT, source) for source in self._sources)
-            ways.append(f"({near}) and " * bool(near) + term(direction is IN, self._destination))
-        return " or ".join(f"({way})" for way in ways)
-
-    def plain(self) -> str:
-        """The traffic itself."""
-        between = self._between(lambda end, address: f"{'dst' if end else 'src'} host {address}")
-        version = "ip6" if self._six else "ip"
-        return f"{version} and {self._probe(version, 0)}({between})"
-
-    def _probe(self, of: str, at: int) -> str:
-        """What tells the probes, by bytes, where the IP header begins there."""
-        if not self._probes:
-            return ""
-        protocol, port = self._probes
-        ports = "" if port is None else f" and ({of}[{at + 20}:2] = {port} or {of}[{at + 22}:2] = {port})"
-        return f"{of}[{at + 6}] = {ICMPV6} and " if self._six else f"{of}[{at + 9}] = {protocol}{ports} and "
-
-    def _bytes(self, of: str, at: int) -> str:
-        """The same by bytes of a frame ("ether"), or of what UDP carries, where the IP header begins there."""
-        def term(end: bool, address: str) -> str:
-            packed, place = _packed(address), at + (8 + 16 * end if self._six else 12 + 4 * end)
-            words = (f"{of}[{place + i}:4] = 0x{packed[i:i + 4].hex()}" for i in range(0, len(packed), 4))
-            return f"({' and '.join(words)})"
-
-        return f"{of}[{at - 2}:2] = {self._kind} and {self._probe(of, at)}({self._between(term)})"
-
-    def _tunnelled(self) -> str:
-        """VXLAN, Geneve and GRE packets that may carry the traffic.
-
-        It looks inside where that is at a fixed place (in VXLAN, and Geneve without options, over IPv4 and without an
-        inner tag), and takes all other packets of tunnels.
-        """
-        ports = " or ".join(f"udp dst port {port}" for port in TUNNEL_PORTS)
-        inner = f"udp[28:2] != {self._kind} or ({self._bytes('udp', 30)})"
-        return (f"(ip and ({ports}) and ((udp dst port {GENEVE_PORT} and udp[8] & 0x3f != 0) or {inner})) or "
-                f"(ip6 and ({ports})) or ip proto {GRE} or ip6 proto {GRE}")
-
-    def _tagged(self, at: int, overlay: bool) -> str:
-        """The traffic, also in tunnels (all that they carry), in a frame whose IP header begins there."""
-        terms = [f"({self._bytes('ether', at)})"]
-        for kind, protocol, port in (("0x0800", at + 9, at + 22), ("0x86dd", at + 6, at + 42)) if overlay else ():
-            ports = " or ".join(f"ether[{port}:2] = {number}" for number in TUNNEL_PORTS)
-            terms.append(f"(ether[{at - 2}:2] = {kind} and (ether[{protocol}] = {GRE} or (ether[{protocol}] = {UDP} "
-                         f"and ({ports}))))")
-        return " or ".join(terms)
-
-    def expression(self, ethernet: bool, overlay: bool) -> str:
-        """What to capture on a physical interface, also under up to two VLAN tags.
-
-        Of received frames the card has taken the tag away, and the plain expression finds them.  In frames that are
-        sent it may still be there: bytes tell, since the keyword `vlan` doesn't look at them before libpcap 1.9.
-        """
-        plain = f"({self.plain()}) or {self._tunnelled()}" if overlay else self.plain()
-        first, second = (f"(ether[{at}:2] = 0x8100 or ether[{at}:2] = 0x88a8)" for at in (12, 16))
-        return (f"({plain}) or ({first} and ({self._tagged(18, overlay)} or ({second} and "
-                f"({self._tagged(22, overlay)}))))" if ethernet else plain)
-
-
-def capture_command(interface: str, expression: str, tcpdump: str, snaplen: int, packets: int) -> str:
-    """The shell command that writes a pcap of so many packets which pass an interface to its standard output.
-
-    A large buffer and nanosecond stamps where this tcpdump, by its usage message, knows them (since 4.0 and 4.6); -p
-    leaves the interface's mode alone.
-    """
-    options = f" -B {BUFFER_KIB}" if "[ -B size ]" in tcpdump else ""
-    options += " --time-stamp-precision=nano" if "--time-stamp-precision" in tcpdump else ""
-    return f"exec tcpdump -i {quote(interface)} -p -nn -s {snaplen}{options} -c {packets} -w - -- {quote(expression)}"
-
-
-# Prints what the hypervisor tells of itself and its interfaces, in sections, and by few processes.
+MERGING_OFFLOADS = (
+    "generic-receive-offload",
+    "generic-segmentation-offload",
+    "large-receive-offload",
+    "rx-gro-hw",
+    "tcp-segmentation-offload",
+)
+# Prints in sections, and by few processes.
 FACTS_COMMAND = r"""{
 echo "= kernel"; read -r line </proc/sys/kernel/osrelease; echo "$line"
-echo "= load"; read -r line </proc/loadavg; echo "$line"; echo "= cpus"; grep -c ^processor /proc/cpuinfo
-echo "= free"; df -Pk "${TMPDIR:-/tmp}"; echo "= link"; ip -o link
-echo "= ovs"; ovs-vsctl --version; echo "= backend"; cat /etc/xensource/network.conf
+echo "= directory"; echo "${TMPDIR:-/tmp}"
+echo "= free"; df -Pk "${TMPDIR:-/tmp}"
+echo "= link"; ip -o -s -d link || ip -o link
+echo "= ovs"; ovs-vsctl --version
+echo "= backend"; cat /etc/xensource/network.conf
 for d in /sys/class/net/*/device; do
   [ ! -e "$d" ] || [ -e "$d/physfn" ] || {
-    p=${d%/device} p=${p##*/}; echo "= card $p"; echo `readlink "$d/driver"`; ethtool -k "$p"
+    p=${d%/device} p=${p##*/}; echo "= offloads $p"; ethtool -k "$p"
   }
 done
 echo "= tcpdump"; tcpdump --help 2>&1; printf '\n= status\n%s\n' $?
@@ -2700,101 +6937,719 @@ echo "= tcpdump"; tcpdump --help 2>&1; printf '\n= status\n%s\n' $?
 
 
 class Facts:
-    """What a hypervisor says of itself, by the output of FACTS_COMMAND.
+    """The state of a hypervisor before a run.
 
-    `tcpdump` is its usage message, `free` the bytes where captures go (None if it doesn't tell), and `links` are by
-    name the words of `ip -o link`, of which the first is an index that no other interface gets.
+    Attributes:
+        tcpdump: the usage message of its tcpdump
+        has_tcpdump: whether that can be run
+        directory: where captures are written
+        free_bytes: the space that they can take there; None if it isn't known
+        links: the network interfaces by name
+        interfaces: the text on all interfaces, for `Links`
     """
 
-    def __init__(self, text: str) -> None:
-        parts = (part.partition("\n") for part in f"\n{text}".split("\n= "))
-        self._sections = {name.strip(): body for name, _, body in parts}
-        self.tcpdump = self._sections.get("tcpdump", "")
-        self.has_tcpdump = self._words("status") not in (["126"], ["127"])
-        kib = "".join(self._words("free")[-3:-2])    # available, in percent, mounted on
-        self.free = int(kib) * 1024 if re.fullmatch(r"\d{1,15}", kib, re.ASCII) else None
-        links = map(str.split, self._sections.get("link", "").splitlines())
-        self.links = {words[1].rstrip(":").partition("@")[0]: words for words in links if len(words) > 1}
+    def __init__(self, answer: str) -> None:
+        """Read the output of FACTS_COMMAND, and that of OPEN_VSWITCH_COMMAND, if there is one."""
+        self._sections: defaultdict[str, str] = defaultdict(str)
+        for section in f"\n{answer}".split("\n= "):
+            name, _, body = section.partition("\n")
+            self._sections[name.strip()] = body
+        self.tcpdump = self._sections["tcpdump"]
+        self.has_tcpdump = self._sections["status"].split() not in (["126"], ["127"])
+        self.links = parse_links(self._sections["link"])
+        self.interfaces = self._sections["link"] + "\n" + self._sections["ovs-interfaces"]
+        self.directory = self._sections["directory"].strip()
+        self.free_bytes: int | None = None
+        table = self._sections["free"].split()
+        if len(table) > 2:  # the last words: available KiB, use in percent, mounted on
+            kib = whole_number(table[-3])
+            self.free_bytes = None if kib is None else kib * 1024
 
-    def _words(self, section: str) -> list[str]:
-        return self._sections.get(section, "").split()
-
-    def platform(self, pifs: Iterable[str], vif: str) -> dict[str, Any]:
-        """The platform (RFC 8172), as far as it is known."""
-        bridge, backend = word_after("master", " ".join(self.links.get(vif, ()))), "".join(self._words("backend")[:1])
-        ovs = [word for word in self._words("ovs") if re.fullmatch(r"\d[\d.]{1,20}", word, re.ASCII)]
-        cards = {}
-        for pif in pifs:
-            if lines := self._sections.get(f"card {pif}", "").splitlines():
-                on = [name for line in lines if (name := line.partition(": on")[0]) in OFFLOADS]
-                cards[pif] = {"driver": os.path.basename(lines[0]), "offloads": on}
-        open_vswitch = bridge == "ovs-system" or (not bridge and backend in ("openvswitch", "vswitch"))
+    def platform(self, vif: str) -> dict[str, Any]:
+        """Return what is known of the platform (RFC 8172), for the report."""
         version = re.search(r"^tcpdump version (\S+)", self.tcpdump, re.MULTILINE)
-        cpus, load = "".join(self._words("cpus")), self._words("load")[:3]
         known = {
-            "kernel": "".join(self._words("kernel")[:1]), "tcpdump": version and version[1],
-            "switch": " ".join(["Open vSwitch", *ovs[:1]]) if open_vswitch else "bridge" if bridge or backend else "",
-            "cpus": is_number(cpus) and int(cpus), "pifs": cards,
-            "load": [float(word) for word in load if re.fullmatch(r"\d{1,6}\.\d\d", word, re.ASCII)]}
+            "kernel": self._sections["kernel"].partition("\n")[0],
+            "tcpdump": version[1] if version else "",
+            "switch": self._switch(vif),
+            "vif": self._queue(vif),
+        }
         return {name: value for name, value in known.items() if value}
 
+    def offloads(self, pif: str) -> list[str]:
+        """Return the offloads of a physical interface that merge or split segments and are on."""
+        lines = self._sections[f"offloads {pif}"].splitlines()
+        active = {line.partition(": on")[0] for line in lines if ": on" in line}
+        return [name for name in MERGING_OFFLOADS if name in active]
 
-# What is to be done on the hypervisor.  `captures` are (side, interface, command); each ends after `limit` packets, if
-# that isn't None, and its file has `largest_file` bytes at the most.  `facts` are those before the run.
-Plan = namedtuple("Plan", "vif pifs overlay facts captures limit largest_file trace")
+    def _switch(self, vif: str) -> str:
+        """Return the kind of switch that a VM's interface is connected to, and its version."""
+        master = self.links[vif].master if vif in self.links else ""
+        backend = self._sections["backend"].strip()  # of XenServer and XCP-ng
+        if master == "ovs-system" or (not master and backend in ("openvswitch", "vswitch")):
+            version = re.search(r"\) (\d[\d.]{1,20})(?:\s|$)", self._sections["ovs"], re.ASCII)
+            return f"Open vSwitch {version[1]}" if version else "Open vSwitch"
+        return "bridge" if master or backend else ""
+
+    def _queue(self, vif: str) -> dict[str, Any]:
+        """Return the queue of a VM's interface, and what it has dropped before the run."""
+        link = self.links.get(vif, Link(vif))
+        known: dict[str, Any] = {
+            "qdisc": link.qdisc or None,
+            "queue_length": link.queue_length,
+            "queues": link.queues,
+            "before": drop_counters(link),
+        }
+        return {name: value for name, value in known.items() if value is not None}
 
 
-def trace_command(facts: Facts, kib: int, direction: str, vif: str, pifs: Iterable[str]) -> str:
-    """The shell commands that trace the way between interfaces beside the captures, with buffers of so many KiB."""
-    most = LARGEST_TRACE if facts.free is None else min(LARGEST_TRACE, facts.free // 4)
-    names = " ".join(map(quote, (vif, *pifs)))
-    return (f"{TRACING}if stages {kib} {most // 1024} {direction} {names} 2>stages-errors\n"
-            'then echo "stages on ${kind:--}" >&2\nelse echo "stages off" `tail -n 1 stages-errors` >&2\nfi')
+def drop_counters(link: Link) -> dict[str, int] | None:
+    """Return the packets that an interface has dropped, for the report; None if that isn't known.
 
-
-def make_plan(facts: Facts, vif: str, pifs: Sequence[str], overlay: bool, flows: Flows, expression: str | None,
-              own: Mapping[str, str | None], count: int, trace: str) -> Plan:
-    """What to capture, and how, while `count` packets are sent; CaptureError if it can't be done.
-
-    `expression` and `own`, by side, are a filter and whole commands instead of ours; `trace` is run beside them.
+    "tx" is towards the VM.
     """
-    if vif in pifs:
-        raise UsageError(f"{vif} is the VM's own interface, and can't be the physical one (-i), too")
+    if link.rx_dropped is None or link.tx_dropped is None:
+        return None
+    return {"rx_dropped": link.rx_dropped, "tx_dropped": link.tx_dropped}
+
+
+# ---- Traffic ---------------------------------------------------------------------------------
+
+USUAL_COUNT = 1000  # packets
+USUAL_RATE = 100  # packets a second
+ENDLESS = 999_999_999  # packets, for a source that is stopped before it has sent them all
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A kind of traffic that a program generates on the sources.
+
+    hping3 sends each packet from another port, as a new flow, unless -k keeps the port.
+    """
+
+    command: str  # with placeholders, see Traffic.source_command
+    protocol: int  # distinguishes the probes from a load
+    usual_size: int  # bytes of payload
+    largest_size: int  # bytes of payload in the largest IPv4 packet
+
+
+PATTERNS = {
+    "syn": Pattern(
+        command="hping3 -q -c {count} -i u{interval} -S -d {size} -p {port} {destination}",
+        protocol=TCP,
+        usual_size=0,
+        largest_size=65495,
+    ),
+    "flow": Pattern(
+        command="hping3 -q -c {count} -i u{interval} -S -k -d {size} -p {port} {destination}",
+        protocol=TCP,
+        usual_size=0,
+        largest_size=65495,
+    ),
+    "udp": Pattern(
+        command="hping3 -q -c {count} -i u{interval} --udp -k -E /dev/urandom -d {size} -p {port}"
+        " {destination}",
+        protocol=UDP,
+        usual_size=64,
+        largest_size=65507,
+    ),
+    "ping": Pattern(
+        command="hping3 -q -c {count} -i u{interval} --icmp -d {size} {destination}",
+        protocol=ICMP,
+        usual_size=64,
+        largest_size=65507,
+    ),
+}
+# For IPv6, which hping3 lacks, and for sources without hping3.  All versions of ping understand an
+# interval in seconds.  The summary goes where hping3's goes.
+PING_COMMAND = "ping -q -c {count} -i {seconds} -s {size} -W 1 {destination} >&2"
+HPING3_PROTOCOLS = {
+    "-0": -1,
+    "--rawip": -1,
+    "-1": ICMP,
+    "--icmp": ICMP,
+    "-2": UDP,
+    "--udp": UDP,
+}
+FASTEST_PING = 1000  # packets a second
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The packets that the sources send: those of a pattern, or of a command of the user's."""
+
+    pattern: str = "syn"  # one of PATTERNS; without meaning if there is a command
+    rate: int = USUAL_RATE  # packets a second
+    size: int | None = None  # bytes of payload; None for the usual size
+    port: int | None = None  # of the destination; None for port 0
+    command: str | None = None  # a shell command that sends the packets, with placeholders
+    load: str | None = None  # a shell command that the sources run meanwhile; it is not measured
+
+    @property
+    def name(self) -> str:
+        """The name for people and for the directory of a saved run, such as "syn-100"."""
+        kind = "command" if self.command else self.pattern
+        name = f"{kind}-{self.rate}"
+        if self.size:
+            name += f"-{self.size}B"
+        if self.load:
+            name += "-load"
+        return name
+
+    @property
+    def probe_filter(self) -> ProbeFilter | None:
+        """The filter that separates the packets from the load's; None if there is no load."""
+        if not self.load:
+            return None
+        protocol = PATTERNS[self.pattern].protocol
+        if protocol == ICMP:
+            return ProbeFilter(protocol, None)
+        return ProbeFilter(protocol, self.port or 0)
+
+    def template(self, destination: str, has_hping3: bool = True) -> str:
+        """Return the command that sends the packets, with its placeholders."""
+        if self.command:
+            return self.command
+        if self.pattern == "ping" and (":" in destination or not has_hping3):
+            return PING_COMMAND
+        return PATTERNS[self.pattern].command
+
+    def source_command(self, count: int, destination: str, has_hping3: bool = True) -> str:
+        """Return the shell command that sends `count` packets.
+
+        Raises UsageError if the command can't send them as they are described.
+        """
+        template = self.template(destination, has_hping3)
+        self._check_effects(template)
+        if not self.command:
+            self._check_bounds(template, destination)
+        size = self.size
+        if size is None:
+            size = PATTERNS[self.pattern].usual_size
+        interval = max(1, round(1_000_000 / self.rate))  # microseconds
+        values = {
+            "count": str(count),
+            "interval": str(interval),
+            "size": str(size),
+            "port": str(self.port or 0),
+            "destination": destination,
+        }
+        if template == PING_COMMAND:
+            values["seconds"] = f"{interval / 1_000_000:.6f}".rstrip("0").rstrip(".")
+        command = template
+        for name, value in values.items():
+            command = command.replace(f"{{{name}}}", value)
+        return command
+
+    def _check_effects(self, template: str) -> None:
+        """Raise UsageError for an option that the command doesn't use."""
+        chosen = f"--traffic {self.pattern}"
+        paced = "{interval}" in template or "{seconds}" in template
+        if self.command:
+            chosen = "--source-command"
+            paced = "{interval}" in template
+        unused = []
+        if self.rate != USUAL_RATE and not paced:
+            unused.append("--rate")
+        if self.size is not None and "{size}" not in template:
+            unused.append("--size")
+        if self.port is not None and "{port}" not in template:
+            unused.append("--port")
+        if unused:
+            raise UsageError(f"{unused[0]} has no effect with {chosen}: {template}")
+
+    def _check_bounds(self, template: str, destination: str) -> None:
+        """Raise UsageError if the pattern's program or protocol can't do what is asked for."""
+        chosen = f"--traffic {self.pattern}"
+        if ":" in destination and template != PING_COMMAND:
+            others = "--traffic ping" if self.load else "--traffic ping or --source-command"
+            raise UsageError(f"{chosen}: hping3 has no IPv6. Use {others}")
+        if template == PING_COMMAND and self.rate > FASTEST_PING:
+            raise UsageError(
+                f"--rate {self.rate}: ping (used over IPv6 and where hping3 is missing) sends "
+                f"at most {FASTEST_PING} packets a second"
+            )
+        largest = PATTERNS[self.pattern].largest_size
+        if self.size is not None and self.size > largest:
+            raise UsageError(
+                f"--size {self.size}: a packet of {chosen} has at most {largest} bytes"
+            )
+        if self.load and self._is_sent_by(self.load):
+            raise UsageError(
+                f"--load {self.load!r} sends packets of the same protocol and port as {chosen}, "
+                "so they can't be told apart: choose another protocol or port"
+            )
+
+    def _is_sent_by(self, load: str) -> bool:
+        """Return whether a load certainly sends packets that look like those of the pattern."""
+        protocol = PATTERNS[self.pattern].protocol
+        port = str(self.port or 0)
+        sent = protocol_and_port(load)
+        return sent is not None and sent[0] == protocol and (protocol == ICMP or sent[1] == port)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the traffic for the document, in which a command has no pattern."""
+        document = asdict(self)
+        if self.command:
+            document["pattern"] = None
+        return document
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Traffic:
+        """Return the traffic that a document describes; ValueError if it describes none."""
+        return cls(
+            pattern=json_value(document, "pattern", str, None) or "syn",
+            rate=json_value(document, "rate", int, USUAL_RATE),
+            size=json_value(document, "size", int, None),
+            port=json_value(document, "port", int, None),
+            command=json_value(document, "command", str, None),
+            load=json_value(document, "load", str, None),
+        )
+
+
+USUAL_TRAFFIC = Traffic()
+
+
+def protocol_and_port(command: str) -> tuple[int, str] | None:
+    """Return the protocol and port of the packets that a command sends by hping3 or ping.
+
+    Returns None for other commands.
+    """
+    try:
+        words = split_words(command)
+    except ValueError:
+        return None
+    programs = [os.path.basename(word) for word in words]
+    if "ping" in programs:
+        return ICMP, ""
+    if "hping3" not in programs:
+        return None
+    options = words[programs.index("hping3") :]
+    protocol = TCP
+    for option in options:
+        protocol = HPING3_PROTOCOLS.get(option, protocol)
+    port = "0"
+    for option, value in pairwise(options):
+        if option in ("-p", "--destport"):
+            port = value
+    return protocol, port
+
+
+def resolve_destination(name: str, sources: Sequence[str], traffic: Sequence[Traffic]) -> str:
+    """Return the address of a VM that the traffic and the sources can reach.
+
+    A name may have several: hping3 needs IPv4, and other traffic goes as the sources are reached.
+    Raises UsageError if the name has none.
+    """
+    first = resolve(name)
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return first
+    addresses = [str(address[4][0]) for address in found]
+    ipv4 = [address for address in addresses if ":" not in address]
+    needs_ipv4 = any(not kind.command and kind.pattern != "ping" for kind in traffic)
+    if needs_ipv4 or has_ipv4_address(sources):
+        return ipv4[0] if ipv4 else first
+    return first
+
+
+def has_ipv4_address(sources: Iterable[str]) -> bool:
+    """Return whether a source is known by an IPv4 address; ssh_config may have other names."""
+    for source in sources:
+        try:
+            address = resolve(Target(source).host)
+        except UsageError:
+            continue
+        if ":" not in address:
+            return True
+    return False
+
+
+def json_value(document: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
+    """Return a value of a JSON document, or the default; ValueError if it is of another kind.
+
+    A float may be an integer, and a list is one of strings.
+    """
+    value = document.get(name, default)
+    if value is default:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    valid = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if valid and isinstance(value, list):
+        valid = all(isinstance(item, str) for item in value)
+    if not valid:
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+# ---- Run information -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunKind:
+    """The properties that compared runs must share."""
+
+    vm: str
+    direction: str
+    traffic: Traffic | None
+
+
+WINDOW_TIMES = ("start", "end", "watched_until")  # in the document
+
+
+def iso_time(nanoseconds: int) -> str:
+    """Return a time as ISO 8601 in UTC, with nanoseconds."""
+    seconds, fraction = divmod(nanoseconds, NANOSECONDS)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{fraction:09}Z"
+
+
+def parse_time(text: str) -> int:
+    """Return the time (ns) in a text of `iso_time`; ValueError for another text."""
+    seconds = timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
+    return seconds * NANOSECONDS + int(text[20:29])
+
+
+def window_to_json(window: Window) -> dict[str, str]:
+    """Return a window for the document, without the wait, which stands beside it."""
+    return {name: iso_time(getattr(window, name)) for name in WINDOW_TIMES}
+
+
+def window_from_json(document: Mapping[str, str]) -> Window:
+    """Return the window that `window_to_json` has written; ValueError if it hasn't."""
+    start, end, watched_until = [parse_time(document[name]) for name in WINDOW_TIMES]
+    return Window(start, end, watched_until)
+
+
+def in_config(
+    kind: type,
+    default: Any = None,
+    *,
+    files: bool = False,
+    optional: bool = False,
+    encode: Callable[[Any], Any] = lambda value: value,
+    decode: Callable[[Any], Any] = lambda value: value,
+) -> Any:
+    """Return a field of RunInfo that stands in the document's `config`, encoded as this kind.
+
+    It is there if captures were measured, or always with `files`; if it is `optional`, only with a
+    value.
+    """
+    metadata = {
+        "kind": kind,
+        "files": files,
+        "optional": optional,
+        "encode": encode,
+        "decode": decode,
+    }
+    if isinstance(default, (list, dict)):
+        return field(default_factory=kind, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunInfo:
+    """The description of a run: the document's `config`.
+
+    With files instead of a measurement only the first fields are known.
+    """
+
+    pif: str = in_config(str, "", files=True)  # interfaces or files, separated by commas
+    vif: str = in_config(str, "", files=True)
+    selection: Selection = field(default_factory=Selection)  # of the packets in the captures
+    sources: list[str] = in_config(list, [], files=True)
+    destination: str | None = in_config(str, files=True)
+    labels: dict[str, str] = in_config(dict, {}, files=True)
+    version: str = in_config(str, __version__, files=True)
+    measured: bool = False
+    hypervisor: str | None = in_config(str)
+    name_label: str | None = in_config(str)
+    toolstack: str | None = in_config(str)  # None: the vif was given
+    overlay: bool = in_config(bool, False)
+    # From the pif to the vif:
+    route: RouteKind | None = in_config(str, encode=attrgetter("value"), decode=RouteKind)
+    filter: str | None = in_config(str)  # that replaces the selection's
+    # None: whatever passed
+    traffic: Traffic | None = in_config(dict, encode=Traffic.to_json, decode=Traffic.from_json)
+    source_command: str | None = in_config(str)
+    pif_command: str = in_config(str, "")
+    vif_command: str = in_config(str, "")
+    capture_limit: int | None = in_config(int)  # packets in each capture
+    wait: float = in_config(float, 0.0)  # seconds for the last packets
+    timeout: float = in_config(float, 0.0)  # seconds for the traffic
+    platform: dict[str, Any] = in_config(dict, {})
+    # In ns since 1970:
+    started: int | None = in_config(str, optional=True, encode=iso_time, decode=parse_time)
+    duration: float | None = in_config(float, optional=True)  # of the traffic, in seconds
+    # Packets, if all sources report it:
+    transmitted: int | None = in_config(int, optional=True)
+    achieved_rate: float | None = None  # packets a second of each source, as the pif has seen them
+    # None: only the files tell when the points were watched
+    window: Window | None = in_config(
+        dict, optional=True, encode=window_to_json, decode=window_from_json
+    )
+    # Behind the vif, if the kernel's trace is there:
+    backend: str | None = in_config(str, optional=True)
+    incidents: list[str] = in_config(list, [])
+
+    @property
+    def direction(self) -> str:
+        """The direction's name, or "both"."""
+        return self.selection.direction
+
+    @property
+    def subject(self) -> str:
+        """The VM's name or, if that isn't known, another name for what was measured."""
+        if self.name_label:
+            return self.name_label
+        if self.measured:
+            return self.vif
+        return self.destination or "captures"
+
+    @property
+    def traffic_name(self) -> str:
+        """The name of the traffic; empty if it isn't known."""
+        if self.traffic:
+            return self.traffic.name
+        return "passive" if self.measured else ""
+
+    @property
+    def kind(self) -> RunKind:
+        """The properties that runs compared with this one must share."""
+        return RunKind(self.subject, self.direction, self.traffic)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document's `config`."""
+        document = _selection_to_json(self.selection)
+        for row in fields(self):
+            value = getattr(self, row.name)
+            about = row.metadata
+            if not about or (about["optional"] and value is None):
+                continue
+            if self.measured or about["files"]:
+                if value is not None:
+                    value = about["encode"](value)
+                document[row.name] = value
+        if document.get("traffic"):
+            document["traffic"]["achieved"] = self.achieved_rate
+        return document
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> RunInfo:
+        """Return the run that a document's `config` describes; ValueError if it doesn't."""
+        values = {}
+        for row in fields(cls):
+            if row.metadata and config.get(row.name) is not None:
+                value = json_value(config, row.name, row.metadata["kind"], None)
+                values[row.name] = row.metadata["decode"](value)
+        selection = _selection_from_json(config)
+        info = cls(**values, selection=selection, measured="traffic" in config)
+        if not all(isinstance(value, str) for value in info.labels.values()):
+            raise ValueError("labels are not texts")
+        if info.traffic:
+            info.achieved_rate = json_value(config["traffic"], "achieved", float, None)
+        if info.window:
+            info.window = replace(info.window, wait=int(info.wait * NANOSECONDS))
+        return info
+
+
+def _selection_to_json(selection: Selection) -> dict[str, Any]:
+    probes = selection.probes
+    return {
+        "direction": selection.direction,
+        "match_nat": selection.translated,
+        "selection": {
+            "sources": list(selection.sources),
+            "destinations": list(selection.destinations),
+            "probes": [probes.protocol, probes.port] if probes else None,
+            "tunnel_ports": {str(port): kind for port, kind in selection.tunnel_ports.items()},
+        },
+    }
+
+
+def _selection_from_json(config: Mapping[str, Any]) -> Selection:
+    document = json_value(config, "selection", dict, {})
+    direction = json_value(config, "direction", str, "in")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction is {direction!r}")
+    probe_filter = None
+    if document.get("probes"):
+        protocol, port = document["probes"]
+        probe_filter = ProbeFilter(int(protocol), None if port is None else int(port))
+    tunnel_ports = dict(TUNNEL_PORTS)
+    for port_number, kind in json_value(document, "tunnel_ports", dict, {}).items():
+        if kind not in TUNNEL_PORTS.values():
+            raise ValueError(f"tunnel_ports: {kind!r}")
+        tunnel_ports[int(port_number)] = kind
+    return Selection(
+        directions=DIRECTIONS[direction],
+        sources=json_value(document, "sources", list, []),
+        destinations=json_value(document, "destinations", list, []),
+        translated=json_value(config, "match_nat", bool, False),
+        probes=probe_filter,
+        tunnel_ports=tunnel_ports,
+    )
+
+
+# ---- Planning --------------------------------------------------------------------------------
+
+SNAPLEN = 128  # bytes of a frame: Ethernet, two tags, IPv6, and TCP with options
+OVERLAY_SNAPLEN = 448  # the same inside a tunnel
+BUFFER_KIB = 16384  # of tcpdump
+SMALLEST_FILE = 1 << 16  # bytes for which there must be room
+USUAL_FILE = 256_000_000  # bytes that a capture may have however few packets are sent
+SHORTEST_WAIT = 0.1  # seconds to wait for the last packets
+
+
+@dataclass(frozen=True)
+class Interfaces:
+    """The hypervisor's interfaces between which the delay is measured."""
+
+    vif: str
+    pifs: tuple[str, ...]  # several for the members of a bond
+    tunnelled: bool  # on the pifs the traffic is inside a tunnel
+    tunnel_ports: Mapping[int, str]  # UDP ports at which the host receives tunnels, by kind
+    route: RouteKind
+    toolstack: str | None  # that named the vif; None if the user did
+
+
+@dataclass(frozen=True)
+class CaptureCommand:
+    """A shell command that writes a capture of an interface to its standard output."""
+
+    point: str
+    interface: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will run, decided before any traffic is sent."""
+
+    info: RunInfo  # of the run, as far as it is known before
+    interfaces: Interfaces
+    facts: Facts
+    captures: tuple[CaptureCommand, ...]  # those of the pifs, and then that of the vif
+    largest_file: int  # bytes
+    trace: str  # shell commands that trace the kernel beside the captures, or ""
+    expected: int | None  # packets that each source sends; None if that isn't known
+    load: str | None  # a shell command that the sources run beside the source command
+    ends_itself: bool  # the source command ends, rather than being stopped
+
+
+def make_captures(
+    facts: Facts,
+    interfaces: Interfaces,
+    selection: Selection,
+    expression: str | None,
+    commands: Mapping[str, str | None],
+    count: int,
+) -> tuple[tuple[CaptureCommand, ...], int | None, int]:
+    """Return the capture commands, their packet limit, and the size of the largest file.
+
+    `expression` replaces the filter, and `commands`, by point, whole commands.  Raises CaptureError
+    if the hypervisor can't capture.
+    """
+    if interfaces.vif in interfaces.pifs:
+        advice = "Give the physical one with -i"
+        if interfaces.route is RouteKind.GIVEN:
+            advice = "Give the physical one, or -i auto"
+        raise UsageError(f"-i {interfaces.vif}: this is the VM's interface. {advice}")
     if not facts.has_tcpdump:
-        raise CaptureError(f"can't run tcpdump: {last_line(facts.tcpdump)} (install it there: apt-get install tcpdump)")
-    interfaces = [*(("pif", pif) for pif in (pifs[:1] if own["pif"] else pifs)), ("vif", vif)]
-    snaplen = OVERLAY_SNAPLEN if overlay else SNAPLEN
-    most = max(USUAL_CAPTURE, 4 * count * (RECORD_HEADER + snaplen))     # of several sources, and both directions
-    room = most if facts.free is None else min(most, facts.free // 2 // len(interfaces))
+        raise CaptureError(
+            f"can't run tcpdump: {last_line(facts.tcpdump)}. Install it: apt-get install tcpdump"
+        )
+    points = [("pif", pif) for pif in interfaces.pifs]
+    if commands["pif"]:
+        del points[1:]
+    points.append(("vif", interfaces.vif))
+    snaplen = OVERLAY_SNAPLEN if interfaces.tunnelled else SNAPLEN
+    largest_record = RECORD_HEADER + snaplen
+    # Four times the packets leave room for several sources and for both directions.
+    wanted = max(USUAL_FILE, 4 * count * largest_record)
+    room = capture_room(facts, wanted, len(points))
+    packet_limit = room // largest_record
+    captures = []
+    for point, interface in points:
+        command = commands[point]
+        if not command:
+            packets = expression or capture_filter(facts, interfaces, selection, point, interface)
+            command = tcpdump_command(interface, packets, facts, snaplen, packet_limit)
+        captures.append(CaptureCommand(point, interface, command))
+    if any(commands.values()):
+        return tuple(captures), None, wanted
+    return tuple(captures), packet_limit, PCAP_HEADER + room
+
+
+def capture_room(facts: Facts, wanted: int, captures: int) -> int:
+    """Return the bytes that each capture may use; half of the space stays free."""
+    if facts.free_bytes is None:
+        return wanted
+    room = min(wanted, facts.free_bytes // 2 // captures)
     if room < SMALLEST_FILE:
-        raise CaptureError(f"no space left in /tmp (or $TMPDIR) there: {facts.free} bytes free")
-    limit, captures = room // (RECORD_HEADER + snaplen), []
-    for side, interface in interfaces:
-        ethernet = "link/ether" in facts.links.get(interface, ["link/ether"])
-        ours = expression or (flows.plain() if side == "vif" else flows.expression(ethernet, overlay))
-        command = own[side] or capture_command(interface, ours, facts.tcpdump, snaplen, limit)
-        captures.append((side, interface, command))
-    ends, largest = (None, most) if any(own.values()) else (limit, PCAP_HEADER + room)
-    return Plan(vif, pifs, overlay, facts, captures, ends, largest, trace)
+        raise CaptureError(
+            f"no space left in {facts.directory} ({counted(facts.free_bytes, 'byte')} free). Make "
+            "room there"
+        )
+    return room
+
+
+def capture_filter(
+    facts: Facts, interfaces: Interfaces, selection: Selection, point: str, interface: str
+) -> str:
+    """Return the pcap-filter(7) expression for the selected packets on an interface."""
+    link = facts.links.get(interface)
+    ethernet = link is None or link.medium == "ether"
+    if point == "vif":
+        return selection.vif_filter(ethernet)
+    return selection.pif_filter(ethernet, interfaces.tunnelled)
+
+
+def tcpdump_command(
+    interface: str, expression: str, facts: Facts, snaplen: int, packet_limit: int
+) -> str:
+    """Return the shell command that writes a pcap of an interface to its standard output.
+
+    The large buffer and the nanosecond stamps need tcpdump 4.0 and 4.6; -p leaves the interface's
+    mode alone.
+    """
+    words = ["exec tcpdump -i", quote(interface), "-p -nn -s", str(snaplen)]
+    if "[ -B size ]" in facts.tcpdump:
+        words.append(f"-B {BUFFER_KIB}")
+    if "--time-stamp-precision" in facts.tcpdump:
+        words.append("--time-stamp-precision=nano")
+    words.append(f"-c {packet_limit} -w - -- {quote(expression)}")
+    return " ".join(words)
 
 
 class Hosts:
-    """The connections of a run: to the hypervisor, and to those sources that can be used; `failed` are the others."""
+    """The connections of a run: to the hypervisor, and to the sources that can be used."""
 
-    def __init__(self, hypervisor: Host, sources: dict[str, Host], failed: dict[str, NetWeaverError]) -> None:
-        self.hypervisor, self.sources, self.failed = hypervisor, sources, failed
-        self.fail({})
+    def __init__(
+        self, hypervisor: Host, sources: dict[str, Host], failed: dict[str, NetWeaverError]
+    ) -> None:
+        self.hypervisor = hypervisor
+        self.sources = sources
+        self.failed = failed  # the errors of the other sources, by name
+        self.exclude({})
 
-    def fail(self, errors: Mapping[str, NetWeaverError]) -> None:
-        """Leaves out sources that are of no use; raises the first error of all if none is left."""
+    def exclude(self, errors: Mapping[str, NetWeaverError]) -> None:
+        """Remove failed sources; raise the first error of all if none is left."""
         self.failed.update(errors)
         for name in errors:
-            self.sources.pop(name, None)
+            del self.sources[name]
         if self.failed and not self.sources:
             raise next(iter(self.failed.values()))
 
+    def on_sources(self, call: Callable[[Host], T]) -> dict[str, T]:
+        """Call a function with all sources at once, and exclude those for which it fails."""
+        answers, errors = attempt_all(lambda name: call(self.sources[name]), self.sources)
+        self.exclude(errors)
+        return answers
+
     def close(self, wait: bool) -> None:
-        """Ends all that still runs on the hosts; without `wait` they do that by themselves when they notice."""
+        """End all that still runs; without `wait` the hosts do so when the connections are gone."""
         hosts = {self.hypervisor, *self.sources.values()}
         try:
             if wait:
@@ -2804,441 +7659,886 @@ class Hosts:
                 host.close()
 
 
-def attempt_all(call: Callable[[str], Any], names: Iterable[str]) -> tuple[dict[str, Any], dict[str, NetWeaverError]]:
-    """Calls a function with each name, all at once; what it returned, and the errors, by name."""
+def attempt_all(
+    call: Callable[[str], T], names: Iterable[str]
+) -> tuple[dict[str, T], dict[str, NetWeaverError]]:
+    """Call a function with all names at once, and return its answers and its errors by name."""
+    answers: dict[str, T] = {}
     errors: dict[str, NetWeaverError] = {}
 
-    def attempt(name: str) -> Any:
+    def attempt(name: str) -> None:
         try:
-            return call(name)
+            answers[name] = call(name)
         except NetWeaverError as error:
             errors[name] = error
-            return None
 
     names = list(names)
-    found = dict(zip(names, in_parallel(*(lambda name=name: attempt(name) for name in names),
-                                        seconds=5 * CONNECT_SECONDS)))
-    return {name: found[name] for name in names if name not in errors}, errors
+    calls = [partial(attempt, name) for name in names]
+    in_parallel(*calls, seconds=5 * CONNECT_SECONDS)
+    return {name: answers[name] for name in names if name in answers}, errors
 
 
-def connect_hosts(settings: Sequence[HostSettings], connect: Callable[[HostSettings], Host]) -> Hosts:
-    """Connects to all hosts at once, of which the first is the hypervisor; the others may fail but for one."""
-    by_name = {each.name: each for each in settings}
+def connect_hosts(
+    settings: Sequence[HostSettings], connect: Callable[[HostSettings], Host]
+) -> Hosts:
+    """Connect to all hosts at once: the hypervisor, which is the first, and the sources.
+
+    Sources that can't be reached are left out, unless none is left.
+    """
+    by_name = {host_settings.name: host_settings for host_settings in settings}
     hosts, failed = attempt_all(lambda name: connect(by_name[name]), by_name)
-    first, *others = (each.name for each in settings)
+    hypervisor, *sources = [host_settings.name for host_settings in settings]
     try:
-        if first in failed:
-            raise failed[first]
-        return Hosts(hosts[first], {name: hosts[name] for name in others if name in hosts}, failed)
+        if hypervisor in failed:
+            raise failed[hypervisor]
+        connected = {name: hosts[name] for name in sources if name in hosts}
+        return Hosts(hosts[hypervisor], connected, failed)
     except NetWeaverError:
         for host in hosts.values():
             host.close()
         raise
 
 
-def addresses_in_traffic(host: Host, destination: str) -> list[str]:
-    """The addresses which a source's packets to the destination may carry; RemoteCommandError if none is known.
+def addresses_in_traffic(host: Host, destination: str, is_needed: bool) -> dict[str, str]:
+    """Return the IP addresses that a source's packets to the destination may carry.
 
-    That is the one under which it was reached, and the one its routing chooses: management and traffic often have
-    networks of their own.
+    These are the one under which it was reached, and the one that its routing chooses: management
+    and traffic often have networks of their own. Of each it returns the MAC address, too, or "" if
+    the packets go by a router. Raises RemoteCommandError if an address is needed and none is known.
     """
-    routed = word_after("src", host.run(f"ip -o route get {destination}").output)
-    known = [resolve(address) for address in (host.address, routed) if re.fullmatch(r"[0-9A-Fa-f.:]{2,45}", address)
-             and (":" in address) == (":" in destination)]
-    if not known:
-        raise RemoteCommandError(f"{host.name}: can't tell which address its packets to {destination} carry: say by "
-                                 f"--filter what to capture, as 'src host ADDRESS and dst host {destination}'")
+    job = host.run(f"ip -o route get {destination}; ip -o link")
+    if "unreachable" in job.errors:
+        raise RemoteCommandError(f"{host.name}: can't reach {destination}: {last_line(job.errors)}")
+    route = words_after(job.output.partition("\n")[0])
+    link = parse_links(job.output).get(route.get("dev", ""), Link(""))
+    mac = "" if "via" in route else link.address
+    known = {}
+    for address in (host.address, route.get("src", "")):
+        if is_address(address) and (":" in address) == (":" in destination):
+            known[resolve(address)] = mac
+    if is_needed and not known:
+        raise RemoteCommandError(
+            f"{host.name}: can't find the source address of its packets to {destination}: use "
+            f"--filter, such as 'src host ADDRESS and dst host {destination}'"
+        )
     return known
 
 
-# ---- Measurement: recording ----------------------------------------------------------------------------------
+def try_traffic(traffic: Traffic, destination: str, has_hping3: bool, host: Host) -> None:
+    """Raise RemoteCommandError if a source can't send the traffic.
 
-HANDED_OVER_SECONDS, SHORTEST_WAIT = 1.0, 0.1        # the kernel keeps its blocks of packets for up to 1 s
-LOAD_SECONDS = 1.0                                   # from the start of the load to that of the probes
+    A pattern is tried with one packet that the source sends to itself.  What else a command of the
+    user's would do is unknown: only its program is looked for.
+    """
+    commands = [traffic.template(destination, has_hping3)]
+    if traffic.load:
+        commands.append(traffic.load)
+    for command in commands:
+        program = command.split()[0]
+        if "=" not in program and host.run(f"command -v {quote(program)}").status:
+            raise RemoteCommandError(
+                f"{host.name}: {program}: not found. Install it there, or send other traffic"
+            )
+    if not traffic.command:
+        loopback = "::1" if ":" in destination else "127.0.0.1"
+        command = traffic.source_command(1, loopback, has_hping3)
+        check_generator(host.run(f"exec >/dev/null\n{command}"), command, host.sudo)
 
-# What a run has captured: where it is on the hypervisor, the time that counts, and what is to be said of it.  `counts`
-# are by side what tcpdump said at the end.
-Recording = namedtuple("Recording", "plan job sftp window config interrupted counts")
+
+def without_absent_vif(plan: Plan, settings: Settings) -> tuple[Plan, list[str]]:
+    """Return the plan of what a dry run can try, and a warning if the vif isn't there.
+
+    A vif exists only while its VM runs.  If the user names it, no toolstack has been asked whether
+    the VM does, and the dry run may come before its start.
+    """
+    vif = plan.interfaces.vif
+    links = plan.facts.links
+    if settings.vif != vif or not links or vif in links:
+        return plan, []
+    names = ", ".join(sorted(links)[:40])
+    warning = f"{vif} doesn't exist now (there are: {names}). Start the VM before a run"
+    captures = tuple(capture for capture in plan.captures if capture.point == "pif")
+    return replace(plan, captures=captures), [warning]
+
+
+def try_captures(host: Host, plan: Plan, control: RunControl) -> list[str]:
+    """Start the captures of a plan and end them; return the warnings for a report.
+
+    Raises CaptureError if one of them can't run.
+    """
+    captures = RunningCaptures(host, plan, control)
+    captures.wait_until_listening()
+    incidents = captures.incidents()
+    captures.stop()
+    captures.job.leave()
+    return incidents
+
+
+def traffic_seconds(settings: Settings, traffic: Traffic, ends_itself: bool) -> float:
+    """Return the time after which the sources are stopped."""
+    count = settings.packets(traffic)
+    if ends_itself:
+        return settings.timeout or max(600, count // 5, 2 * count // traffic.rate)
+    return settings.duration or count / traffic.rate
+
+
+def make_plan(
+    settings: Settings,
+    traffic: Traffic,
+    info: RunInfo,
+    interfaces: Interfaces,
+    facts: Facts,
+    commands: Mapping[str, str | None],
+) -> Plan:
+    """Decide everything that will run.
+
+    `info` is what is known of the run before, and its selection that of the traffic.  `commands`
+    are capture commands of the user's, by point.
+    """
+    selection = info.selection
+    count = settings.packets(traffic)
+    captures, packet_limit, largest_file = make_captures(
+        facts, interfaces, selection, settings.capture_filter, commands, count
+    )
+    trace = ""
+    if settings.stages:
+        trace = trace_command(
+            settings.direction,
+            interfaces.vif,
+            interfaces.pifs,
+            packets_per_second=traffic.rate * max(1, len(selection.sources)),
+            free_bytes=facts.free_bytes,
+        )
+    ends_itself = not settings.duration and not traffic.load
+    expected = None
+    if ends_itself and "{count}" in traffic.template(selection.destinations[0]):
+        expected = count
+    info = replace(
+        info,
+        selection=captured_selection(selection, interfaces, settings.capture_filter),
+        pif_command="\n".join(capture.command for capture in captures[:-1]),
+        vif_command=captures[-1].command,
+        capture_limit=packet_limit,
+        timeout=traffic_seconds(settings, traffic, ends_itself),
+    )
+    return Plan(
+        info=info,
+        interfaces=interfaces,
+        facts=facts,
+        captures=captures,
+        largest_file=largest_file,
+        trace=trace,
+        expected=expected,
+        load=traffic.load,
+        ends_itself=ends_itself,
+    )
+
+
+def captured_selection(
+    selection: Selection, interfaces: Interfaces, capture_filter: str | None
+) -> Selection:
+    """Return the part of the selection that the captures' filter leaves to the analysis."""
+    both = len(selection.directions) > 1
+    if both or (interfaces.tunnelled and not selection.translated):
+        sources = [] if capture_filter else selection.sources
+        return replace(selection, sources=sources)
+    return replace(selection, sources=[], destinations=[])
+
+
+# ---- Recording -------------------------------------------------------------------------------
+
+HANDED_OVER_SECONDS = 1.0  # for which the kernel keeps blocks of captured packets at most
+LOAD_SECONDS = 1.0  # from the start of the load to that of the probes
+SIGTERM_STATUS = "143"  # the exit status that shells report of a command that SIGTERM has ended
+# What tcpdump prints at its end, and what the document calls it.
+TCPDUMP_COUNTS = {
+    "captured": "captured",
+    "received by filter": "received",
+    "dropped by kernel": "dropped",
+    "dropped by interface": "dropped_by_interface",
+}
+
+
+@dataclass
+class Recording:
+    """The captures of a run, which are still on the hypervisor."""
+
+    plan: Plan
+    info: RunInfo
+    job: Job  # whose directory has the files
+    files: FileSource  # the session in which they can be fetched
+    counts: dict[str, Counter[str]]  # what tcpdump printed at its end, by point
+    trace: TraceStatus
+    interrupted: bool
+
+
+@dataclass(frozen=True)
+class CaptureFiles:
+    """The captures of a run in a directory of this machine."""
+
+    directory: str
+    paths: dict[str, list[str]] = field(default_factory=lambda: {"pif": [], "vif": []})  # by point
+
+
+@dataclass
+class RunControl:
+    """The connection of a run with its caller: waiting for jobs, and the end by a signal."""
+
+    tick: Callable[[float], None]  # called each second of the traffic
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    reportable: bool = False  # an interruption now leaves something to report on
+    interrupted: bool = False
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait for a condition on the jobs; return whether it came true in time."""
+        with self.changed:
+            return self.changed.wait_for(condition, seconds)
+
+    def interrupt(self) -> bool:
+        """End the traffic if there is something to report on; return whether there is."""
+        with self.changed:
+            self.interrupted = self.reportable
+            self.changed.notify_all()
+            return self.reportable
+
+    def watch(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait as `wait_until` does, and call `tick` each second with the seconds so far."""
+        start = time.monotonic()
+        elapsed = 0.0
+        while elapsed < seconds:
+            if self.wait_until(condition, min(1, seconds - elapsed)):
+                return True
+            elapsed = time.monotonic() - start
+            self.tick(elapsed)
+        return False
+
+
+class RunningCaptures:
+    """The captures of a plan, and the kernel's trace, as one job on the hypervisor.
+
+    Each line of the job's standard error begins with the capture's number, from 1.
+    """
+
+    def __init__(self, host: Host, plan: Plan, control: RunControl) -> None:
+        self.host = host
+        self._plan = plan
+        self._control = control
+        commands = [capture.command for capture in plan.captures]
+        script = [CAPTURES, plan.trace]
+        for number, command in enumerate(commands, 1):
+            script.append(f"capture {number} {quote(command)}")
+        script.append("until wait; do :; done")
+        # Captures also run while the sources start and end, and their files stay until fetched.
+        seconds = plan.info.timeout + plan.info.wait + 6 * ANSWER_SECONDS
+        self.job = host.start("\n".join(script), seconds, private=True, shown=commands)
+
+    def wait_until_listening(self) -> None:
+        """Wait for all captures and for the trace; raise CaptureError if a capture has ended."""
+        self._control.wait_until(self._is_ready, ANSWER_SECONDS)
+        self.check()
+
+    def _is_ready(self) -> bool:
+        if self.job.ended:
+            return True
+        if self._plan.trace and not trace_status(self.job.errors):
+            return False
+        return all(map(is_listening, self.messages()))
+
+    @property
+    def trace(self) -> TraceStatus:
+        """The status of the kernel's trace."""
+        return trace_status(self.job.errors) or TraceStatus(running=False)
+
+    def messages(self) -> list[list[str]]:
+        """Return the lines that each capture has printed; after its end, the last is its status."""
+        messages: list[list[str]] = [[] for _ in self._plan.captures]
+        for line in self.job.errors.splitlines():
+            number, _, text = line.partition(" ")
+            if is_number(number) and 1 <= int(number) <= len(messages):
+                messages[int(number) - 1].append(text)
+        return messages
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether any of the captures has ended."""
+        return self.job.ended or any(map(exit_status, self.messages()))
+
+    def check(self) -> None:
+        """Raise CaptureError if a capture has ended unexpectedly."""
+        self.host.check_job(self.job)
+        for capture, lines in zip(self._plan.captures, self.messages()):
+            status = exit_status(lines)
+            if status is None:
+                if self.job.ended:
+                    why = last_line(self.job.errors)
+                    raise CaptureError(f"{self.job.name}: the captures can't run: {why}")
+            elif not self._has_ended_well(status, lines):
+                self._raise_ended(capture, lines, status)
+
+    def _has_ended_well(self, status: str, lines: Sequence[str]) -> bool:
+        """Return whether a capture has ended as it was asked to, or at its packet limit."""
+        limit = self._plan.info.capture_limit
+        if limit is None:  # a command of the user's, which needn't handle SIGTERM
+            return self.job.stopped and status in ("0", SIGTERM_STATUS)
+        is_full = tcpdump_counts(lines).get("captured", 0) >= limit
+        return status == "0" and (self.job.stopped or is_full)
+
+    def _raise_ended(self, capture: CaptureCommand, lines: Sequence[str], status: str) -> NoReturn:
+        """Raise CaptureError for a capture that has ended, with its last words and what to do.
+
+        If it has ended because the whole job does, raise HostConnectionError instead.
+        """
+        if not self.job.stopped:
+            self._control.wait_until(lambda: self.job.ended, HEARTBEAT_SECONDS)
+            self.host.check_job(self.job)
+        messages = [line.strip() for line in lines[:-1] if "listening on" not in line]
+        why = "; ".join(messages)[-500:] or "no message"
+        raise CaptureError(
+            f"{self.job.name}: the capture on {capture.interface} ended with status {status}: {why}"
+            f"{self._hint(capture, why)}"
+        )
+
+    def _hint(self, capture: CaptureCommand, why: str) -> str:
+        route = self._plan.interfaces.route
+        return capture_hint(self._plan.facts, capture, why, self.host.sudo, route)
+
+    def stop(self) -> bool:
+        """End the captures, and check their ends; return False if one had to be killed."""
+        self.job.stop()
+        if self._control.wait_until(lambda: self.job.ended, KILL_SECONDS):
+            self.check()
+            return True
+        self.job.kill()
+        if not self._control.wait_until(lambda: self.job.ended, ANSWER_SECONDS):
+            raise CaptureError(f"{self.job.name}: a capture could not be stopped")
+        self.host.check_job(self.job)
+        return False
+
+    def counts(self) -> dict[str, Counter[str]]:
+        """Return what tcpdump printed at its end, by point."""
+        totals: dict[str, Counter[str]] = {"pif": Counter(), "vif": Counter()}
+        for capture, lines in zip(self._plan.captures, self.messages()):
+            totals[capture.point].update(tcpdump_counts(lines))
+        return totals
+
+    def incidents(self) -> list[str]:
+        """Return warnings of what limits the numbers, as far as it is known at the start."""
+        incidents = []
+        for capture, lines in zip(self._plan.captures, self.messages()):
+            if not is_listening(lines):
+                incidents.append(
+                    f"the {capture.point}'s capture command didn't report that it was listening: "
+                    "packets at the start may be missing"
+                )
+        if self._plan.trace and not self.trace.running:
+            incidents.append(self.trace.warning)
+        commands = " ".join(capture.command for capture in self._plan.captures)
+        outdated = re.search(r"libpcap version (0\.\d|1\.[0-8])\b", self._plan.facts.tcpdump)
+        if outdated and re.search(r"\bvlan\b", commands):
+            incidents.append(
+                f"with libpcap {outdated[1]} the keyword vlan matches no outgoing "
+                "frames: test their bytes instead, such as ether[12:2] = 0x8100"
+            )
+        return incidents
+
+
+def exit_status(lines: Sequence[str]) -> str | None:
+    """Return the exit status of a capture that has printed these lines; None while it runs."""
+    if lines and lines[-1].startswith("exit "):
+        return lines[-1].removeprefix("exit ")
+    return None
+
+
+def is_listening(lines: Sequence[str]) -> bool:
+    """Return whether a capture that has printed these lines listens, or has ended."""
+    return exit_status(lines) is not None or any("listening on" in line for line in lines)
 
 
 def tcpdump_counts(lines: Iterable[str]) -> dict[str, int]:
-    """What tcpdump said at its end: packets `captured`, `received` by the filter, `dropped` by kernel and interface.
-
-    Counts that it didn't print are missing.
-    """
-    names = {"captured": "captured", "received by filter": "received", "dropped by kernel": "dropped",
-             "dropped by interface": "dropped_by_interface"}
+    """Return the numbers of packets that tcpdump prints at its end, as far as it did."""
     counts = {}
     for line in lines:
-        number, _, what = line.strip().replace("packets ", "packet ").partition(" packet ")
-        if what in names and is_number(number):
-            counts[names[what]] = int(number)
+        number, _, words = line.strip().replace("packets ", "packet ").partition(" packet ")
+        if words in TCPDUMP_COUNTS and is_number(number):
+            counts[TCPDUMP_COUNTS[words]] = int(number)
     return counts
 
 
-def transmitted(errors: str) -> int | None:
-    """How many packets a source command says it has sent, as hping3 does; None if it doesn't say."""
-    found = re.search(r"^(\d{1,9}) packets transmitted", errors, re.MULTILINE | re.ASCII)
-    return int(found[1]) if found else None
+def capture_hint(
+    facts: Facts, capture: CaptureCommand, why: str, sudo: bool, route: RouteKind
+) -> str:
+    """Return what to do about a capture that can't run, for the end of its error."""
+    if "permi" in why:
+        return "" if sudo else " (log in as root, or use --sudo)"
+    if "No such device" not in why and "doesn't exist" not in why:
+        return ""
+    names = sorted(facts.links, key=lambda name: (facts.links[name].is_guest, name))
+    advice = "give the physical interface with -i"
+    if route is RouteKind.GIVEN:
+        advice = "-i auto finds the physical interface"
+    if capture.point == "vif":
+        siblings = [name for name in names if _stem(name) == _stem(capture.interface)]
+        if siblings:
+            return f" (the VM has: {', '.join(siblings)})"
+        advice = "a VM's interface that is an SR-IOV function has no device here"
+    return f" (there are: {shorten(', '.join(names), 400, placeholder=' ...')}): {advice}"
 
 
-class Recorder:
-    """Records: runs the captures of a plan, and the traffic meanwhile.
+def _stem(interface: str) -> str:
+    """Return the name of a VM's interface without its number."""
+    return re.sub(r"\d+(-emu)?$", "", interface)
 
-    `timeout` bounds the traffic and `wait` is for how long to wait for its last packets (seconds).  `interrupted` says
-    whether to end the traffic now, `tick` is called once a second with the seconds so far.
-    """
 
-    def __init__(self, hosts: Hosts, plan: Plan, changed: threading.Condition, timeout: float, wait: float,
-                 interrupted: Callable[[], bool], tick: Callable[[float], None] | None) -> None:
-        self._hosts, self._plan, self._changed, self._timeout, self._wait = hosts, plan, changed, timeout, wait
-        self._interrupted, self._tick = interrupted, tick
-        commands = [command for _, _, command in plan.captures]
-        lines = [f"capture {number} {quote(command)}" for number, command in enumerate(commands, 1)]
-        self._job = hosts.hypervisor.start("\n".join([CAPTURES, plan.trace, *lines, "until wait; do :; done"]),
-                                           timeout + wait + 6 * ANSWER_SECONDS, private=True, shown=commands)
-        self._until(lambda: self._job.ended or (
-            all(map(ready, self._said())) and bool(self._stages() or not plan.trace)), ANSWER_SECONDS)
-        self._check_captures()
-        self._incidents = [f"the {side}'s command didn't say that it is listening: packets at the start may be missing"
-                           for (side, _, _), said in zip(plan.captures, self._said()) if not ready(said)]
-        if plan.trace and not self._stages().startswith("on"):
-            self._incidents.append("the kernel tells no stages: "
-                                   f"{self._stages().removeprefix('off').strip() or 'no answer'} (tracefs needs root)")
-        version = re.search(r"libpcap version (\d)\.(\d)\b", plan.facts.tcpdump)
-        if version and version.groups() < ("1", "9") and any(re.search(r"\bvlan\b", command) for command in commands):
-            self._incidents.append(f"by the keyword vlan libpcap {version[1]}.{version[2]} finds no tagged frames that "
-                                   "are sent: test bytes instead, such as ether[12:2] = 0x8100")
+class RunningCommand:
+    """A shell command that runs on all sources."""
 
-    def record(self, source_command: str, load: str | None, whole: bool, config: Report,
-               after: Callable[[], Any]) -> Recording:
-        """Runs the traffic, and stops the captures when the kernel has handed over what they saw.
+    def __init__(self, hosts: Hosts, command: str, seconds: float) -> None:
+        self.command = command
+        self._hosts = hosts
+        script = f"exec >/dev/null\n{command}"
+        self.jobs = hosts.on_sources(lambda host: host.start(script, seconds, shown=[command]))
 
-        The `load` runs from before the traffic until after it.  `whole` says that the traffic should end by itself;
-        what the report says of the run is added to the config.
-        Meanwhile calls `after`, which returns the session in which the files can be fetched.
-        """
-        found: dict[str, Any] = {"started": iso_time(time.time_ns())}
-        marks = [self._mark()]
-        found |= self._generate(source_command, load, whole)
-        marks.append(self._mark())
-        end = time.monotonic() + HANDED_OVER_SECONDS + max(self._wait, SHORTEST_WAIT)
-        sftp = after()
-        self._until(lambda: self._job.ended, end - time.monotonic())
-        self._check_captures()
-        marks.append(self._mark())
-        self._job.stop()
-        if not self._until(lambda: self._job.ended, ANSWER_SECONDS) and self._job.status is None:
-            raise CaptureError(f"{self._job.name}: a capture doesn't end")
-        self._hosts.hypervisor.check_job(self._job)
-        window = self._window(marks)
-        if window is not ALWAYS:
-            found["window"] = {name: iso_time(getattr(window, name)) for name in ("start", "end", "watched_until")}
-        self._incidents += [f"a source failed, so its traffic is missing or not whole: {error}"
-                            for error in self._hosts.failed.values()]
-        if self._stages().startswith("on"):
-            found["backend"] = {"tap": "tap", "vif": "netback"}.get(self._stages()[3:].strip(), "")
-        counts: dict[str, dict[str, int]] = {"pif": {}, "vif": {}}
-        for (side, _, _), said in zip(self._plan.captures, self._said()):
-            for name, packets in tcpdump_counts(said).items():
-                counts[side][name] = counts[side].get(name, 0) + packets
-        return Recording(self._plan, self._job, sftp, window, {**config, **found, "incidents": self._incidents},
-                         self._interrupted(), counts)
+    @property
+    def running(self) -> list[Job]:
+        return [job for job in self.jobs.values() if not job.ended]
 
-    def _until(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Waits for a condition on the jobs; False if the time is over."""
-        with self._changed:
-            return self._changed.wait_for(condition, seconds)
+    @property
+    def ended(self) -> list[Job]:
+        return [job for job in self.jobs.values() if job.ended]
 
-    def _said(self) -> list[list[str]]:
-        """The lines of each capture; the last one is "exit STATUS" when it has ended."""
-        lines = [line.partition(" ") for line in self._job.errors.splitlines()]
-        return [[text for number, _, text in lines if number == str(place)]
-                for place in range(1, len(self._plan.captures) + 1)]
+    @property
+    def has_ended(self) -> bool:
+        """Return whether the command has ended on all sources, and there is at least one."""
+        return bool(self.jobs) and not self.running
 
-    def _stages(self) -> str:
-        """What the host said of the trace: "on", with what is behind the vif, or "off", and why."""
-        return "".join(re.findall(r"^stages (o.*)$", self._job.errors, re.MULTILINE)[:1])
+    def transmitted_packets(self) -> int | None:
+        """Return how many packets the sources report as sent; None if one doesn't."""
+        total = 0
+        for job in self.jobs.values():
+            packets = transmitted_packets(job.errors)
+            if packets is None:
+                return None
+            total += packets
+        return total
 
-    def _check_captures(self) -> None:
-        """Raises CaptureError, in tcpdump's words, if a capture has ended by itself, but for its limit."""
-        plan, name = self._plan, self._job.name
-        self._hosts.hypervisor.check_job(self._job)
-        for (side, interface, _), said in zip(plan.captures, self._said()):
-            if not over(said):
-                if self._job.ended:
-                    raise CaptureError(f"{name}: the captures can't run: {last_line(self._job.errors)}")
-            elif said[-1] != "exit 0" or not plan.limit or tcpdump_counts(said).get("captured", 0) < plan.limit:
-                if said[-1] == "exit 0":             # somebody has ended it, and maybe all that runs there
-                    self._until(lambda: self._job.ended, 2)
-                    self._hosts.hypervisor.check_job(self._job)
-                words = "; ".join(line.strip() for line in said[:-1] if "listening on" not in line)
-                raise CaptureError(f"{name}: the capture on {interface} ended with status {said[-1][5:]}: "
-                                   f"{words[-500:] or 'no message'}{self._hint(side, interface, words)}")
+    def check(self) -> None:
+        """Exclude the sources where the command has failed."""
 
-    def _hint(self, side: str, interface: str, words: str) -> str:
-        if "permi" in words:
-            return " (log in as root, or use --sudo)"
-        if "No such device" not in words and "doesn't exist" not in words:
-            return ""
-        names = sorted(self._plan.facts.links, key=lambda name: (bool(re.fullmatch(VM_INTERFACE, name)), name))
-        own = [name for name in names if re.sub(r"\d+(-emu)?$", "", name) == re.sub(r"\d+(-emu)?$", "", interface)]
-        if side == "vif" and own:
-            return f" (the VM has: {', '.join(own)})"
-        shown = ", ".join(names[:40]) + (", ..." if len(names) > 40 else "")
-        return f" (there are: {shown}): " + ("-i auto finds the physical interface" if side == "pif" else
-                                             "a VM's interface that is an SR-IOV function has no device here")
+        def check_source(host: Host) -> None:
+            host.check_job(self.jobs[host.name])
+            check_generator(self.jobs[host.name], self.command, host.sudo)
 
-    def _mark(self) -> tuple[int, bool, int] | None:
-        """Now, in nanoseconds: the hypervisor's clock, whether that is exact, and ours, which only goes forward."""
-        told = re.match(r"(\d{10})(\d{9})?", self._job.time())
-        return (int(told[1]) * NANOSECONDS + int(told[2] or 0), bool(told[2]), time.monotonic_ns()) if told else None
+        self._hosts.on_sources(check_source)
 
-    def _window(self, marks: Sequence[tuple[int, bool, int] | None]) -> Window:
-        """The window by the times when the traffic began and ended, and when the captures were stopped."""
-        known = [mark for mark in marks if mark]
-        exact = len(known) == len(marks) and all(mark[1] for mark in known)
-        if not exact:
-            self._incidents.append("the hypervisor's date doesn't tell nanoseconds (busybox?): other traffic at the "
-                                   "beginning and the end may be counted as lost")
-        if len(known) < len(marks):
-            return ALWAYS
-        (start, _, begun), (end, _, _), (stop, _, ended) = known
-        step = (stop - start) - (ended - begun)
-        if abs(step) > NANOSECONDS * (1 if exact else 2):
-            self._incidents.append(f"the hypervisor's clock was set by about {step / NANOSECONDS:.0f} s during the "
-                                   "run: delays across that moment are wrong; measure again")
-            return ALWAYS
-        return Window(start, end + (0 if exact else NANOSECONDS), stop - int(HANDED_OVER_SECONDS * NANOSECONDS),
-                      int(self._wait * NANOSECONDS))
-
-    def _start(self, command: str, lead: float = 0) -> dict[str, Job]:
-        """Starts a command on all sources, and waits a little, if asked to, for one that fails at once."""
-        hosts = self._hosts
-        jobs, errors = attempt_all(lambda name: hosts.sources[name].start(
-            f"exec >/dev/null\n{command}", self._timeout + 2 * ANSWER_SECONDS, shown=[command]), hosts.sources)
-        hosts.fail(errors)
-        if lead:
-            self._until(lambda: any(job.ended for job in jobs.values()) or self._interrupted(), lead)
-            self._check(jobs, command)
-        return jobs
-
-    def _check(self, jobs: Mapping[str, Job], command: str) -> None:
-        """Leaves out the sources whose jobs have failed."""
-        def check(name: str) -> None:
-            self._hosts.sources[name].check_job(jobs[name])
-            check_generator(jobs[name], command)
-
-        self._hosts.fail(attempt_all(check, [name for name in jobs if name in self._hosts.sources])[1])
-
-    def _stop(self, jobs: Iterable[Job]) -> None:
-        running = [job for job in jobs if not job.ended]
-        for job in running:
+    def stop(self, control: RunControl) -> None:
+        """End the command where it still runs."""
+        for job in self.running:
             job.stop()
-        if not self._until(lambda: all(job.ended for job in running), ANSWER_SECONDS):
-            raise RemoteCommandError(f"{', '.join(job.name for job in running if not job.ended)}: the source command "
-                                     "doesn't end")
-
-    def _generate(self, command: str, load: str | None, whole: bool) -> dict[str, Any]:
-        """Runs the traffic to its end, to the time-out or to an interruption; returns what the report says of it."""
-        hosts = self._hosts
-        loads = self._start(load, LOAD_SECONDS) if load else {}
-        begun, jobs = time.monotonic(), self._start(command)
-        in_time = self._watch(lambda: (
-            (bool(jobs) and all(job.ended for job in jobs.values())) or self._interrupted() or self._job.ended
-            or any(map(over, self._said()))))
-        self._check_captures()
-        self._check(jobs, command)
-        self._incidents += [f"{job.name}: the load ended before the probes: {last_line(job.errors)}"
-                            for job in loads.values() if job.ended]
-        running = [job for job in jobs.values() if not job.ended]
-        if running and not in_time and whole:
-            self._incidents.append(f"the source command was stopped after {self._timeout:g} s (--duration measures for "
-                                   "longer)")
-        self._stop(running)
-        found: dict[str, Any] = {"duration": round(time.monotonic() - begun, 3)}
-        self._stop(loads.values())
-        sent = [transmitted(job.errors) for job in jobs.values()]
-        if sent and None not in sent and not running and not hosts.failed:
-            found["transmitted"] = sum(filter(None, sent))
-        return found
-
-    def _watch(self, done: Callable[[], bool]) -> bool:
-        """Waits for the end of the traffic, telling once a second how far it is; False if the time is over."""
-        begun = time.monotonic()
-        while (left := begun + self._timeout - time.monotonic()) > 0:
-            if self._until(done, min(left, 1) if self._tick else left):
-                return True
-            if self._tick:
-                self._tick(time.monotonic() - begun)
-        return self._until(done, 0)
+        control.wait_until(lambda: not self.running, KILL_SECONDS)
+        for job in self.running:
+            job.kill()
+        if not control.wait_until(lambda: not self.running, ANSWER_SECONDS):
+            names = ", ".join(job.name for job in self.running)
+            raise RemoteCommandError(f"{names}: the source command could not be stopped")
 
 
-def over(said: Sequence[str]) -> bool:
-    """Whether a capture of which these are the lines has ended."""
-    return any(line.startswith("exit ") for line in said[-1:])
-
-
-def ready(said: Sequence[str]) -> bool:
-    """Whether it listens, or has ended."""
-    return over(said) or any("listening on" in line for line in said)
-
-
-def check_generator(job: Job, command: str) -> None:
-    """Raises what is wrong with a source command that has ended; exit status 1 for "no reply" is no failure."""
-    program = os.path.basename((command.split() or [""])[0])
-    unanswered = transmitted(job.errors) is not None or program in ("ping", "ping6")
-    if not job.ended or job.stopped or job.status == 0 or (job.status == 1 and unanswered):
+def check_generator(job: Job, command: str, sudo: bool) -> None:
+    """Raise RemoteCommandError if a source command has failed."""
+    if not job.ended or job.stopped or job.status == 0 or is_unanswered(job, command):
         return
-    hint = (SUDO_HINT if job.status is None and "sudo" in job.errors else
-            " (install it there, or choose another --source-command)" if job.status == 127 else "")
-    what = ("the source command could not be run" if job.status is None else f"{command}: exit status {job.status}")
+    what = f"{command}: exit status {job.status}"
+    hint = ""
+    if job.status is None:
+        what = "the source command could not be run"
+        hint = sudo_hint(job.errors)
+    elif job.status == 127:
+        hint = ". Install it there, or send other traffic"
+    elif re.search("not permitted|raw socket", job.errors) and not sudo:
+        hint = ". Log in as root, or use --sudo"
     raise RemoteCommandError(f"{job.name}: {what}: {last_line(job.errors)}{hint}")
 
 
-def check_tools(host: Host, probes: Iterable[Probes], destination: str) -> None:
-    """RemoteCommandError if a source lacks the programs that it is to run."""
-    commands = [command for each in probes for command in (each.load, each.template(destination))]
-    for tool in dict.fromkeys(command.split()[0] for command in commands if command):
-        if "=" not in tool and host.run(f"command -v {quote(tool)}").status:
-            raise RemoteCommandError(f"{host.name}: {tool}: not found (install it there, or choose another --traffic)")
+def is_unanswered(job: Job, command: str) -> bool:
+    """Return whether a generator has sent packets, and failed only as nothing has answered.
+
+    A ping of the user's reports that on its standard output, which isn't read.
+    """
+    if job.status != 1:
+        return False
+    words = command.split() or [""]
+    is_silent_ping = os.path.basename(words[0]) in ("ping", "ping6") and not job.errors.strip()
+    return is_silent_ping or bool(transmitted_packets(job.errors))
 
 
-def fetch_captures(host: Host, recording: Recording, directory: str, paths: dict[str, list[str]]) -> None:
-    """Copies the captures into a local directory and removes them there; adds their paths by side."""
-    for number, (side, _, _) in enumerate(recording.plan.captures, 1):
-        local = os.path.join(directory, f"{side}{len(paths[side]) or ''}.pcap")
-        host.fetch(recording.sftp, f"{recording.job.directory}/{number}.pcap", local, recording.plan.largest_file)
-        paths[side].append(local)
-    left = LARGEST_TRACE
-    for name in sorted(recording.sftp.listdir(recording.job.directory)) if "backend" in recording.config else ():
-        if re.fullmatch(TRACE_FILE, name):
-            host.fetch(recording.sftp, f"{recording.job.directory}/{name}", os.path.join(directory, name), left)
-            left -= os.path.getsize(os.path.join(directory, name))
+def transmitted_packets(errors: str) -> int | None:
+    """Return the number of packets that hping3 or ping reports as sent; None if neither does.
+
+    hping3's authors spell it "tramitted".
+    """
+    report = re.search(r"^(\d{1,9}) packets tra(?:ns)?mitted", errors, re.MULTILINE | re.ASCII)
+    return int(report[1]) if report else None
+
+
+def start_load(
+    plan: Plan, hosts: Hosts, seconds: float, control: RunControl
+) -> RunningCommand | None:
+    """Start the load of a plan, if it has one, and exclude sources on which it fails at once."""
+    if not plan.load:
+        return None
+    load = RunningCommand(hosts, plan.load, seconds)
+    control.wait_until(lambda: bool(load.ended) or control.interrupted, LOAD_SECONDS)
+    load.check()
+    return load
+
+
+def generate(
+    plan: Plan, info: RunInfo, hosts: Hosts, captures: RunningCaptures, control: RunControl
+) -> None:
+    """Run the traffic of a plan to its end, to its time-out or to an interruption.
+
+    Completes the description of the run.  Raises CaptureError if a capture ends meanwhile.
+    """
+    seconds = info.timeout + 2 * ANSWER_SECONDS
+    load = start_load(plan, hosts, seconds, control)
+    start = time.monotonic()
+    probes = RunningCommand(hosts, info.source_command or "", seconds)
+    in_time = control.watch(
+        lambda: probes.has_ended or control.interrupted or captures.has_ended, info.timeout
+    )
+    captures.check()
+    probes.check()
+    if load:
+        for job in load.ended:
+            why = last_line(job.errors)
+            info.incidents.append(f"{job.name}: the load ended before the probes: {why}")
+    if plan.ends_itself and not in_time:
+        info.incidents.append(
+            f"the source command was stopped after {info.timeout:g} s. Use --duration to measure "
+            "longer"
+        )
+    ended = probes.has_ended
+    probes.stop(control)
+    info.duration = round(time.monotonic() - start, 3)
+    if load:
+        load.stop(control)
+    if ended and not hosts.failed:
+        info.transmitted = probes.transmitted_packets()
+        info.incidents += missing_packets(info, plan.expected, len(probes.jobs))
+
+
+def missing_packets(info: RunInfo, expected: int | None, sources: int) -> list[str]:
+    """Return a warning if the sources have sent fewer packets than each was expected to."""
+    sent = info.transmitted
+    if sent is None or expected is None or sent >= expected * sources:
+        return []
+    warning = f"the sources sent only {sent} of {counted(expected * sources, 'packet')}"
+    if "hping3" in (info.source_command or ""):
+        warning += (
+            ". Does another run use the same source (two hping3s take each other's answers)? "
+            "Make one run at a time"
+        )
+    return [warning]
+
+
+@dataclass(frozen=True)
+class ClockReading:
+    """The hypervisor's clock, and ours, which is never set, at the same moment (ns)."""
+
+    wall: int
+    monotonic: int
+    exact: bool  # to the nanosecond, rather than to the second
+
+
+def read_clock(job: Job) -> ClockReading | None:
+    """Return the clock of the host on which the captures run; None if it doesn't answer."""
+    answer = re.match(r"(\d{10})(\d{9})?", job.time())
+    if not answer:
+        return None
+    wall = int(answer[1]) * NANOSECONDS + int(answer[2] or 0)
+    return ClockReading(wall, time.monotonic_ns(), answer[2] is not None)
+
+
+def read_clock_again(job: Job, start: ClockReading | None) -> ClockReading | None:
+    """Return the clock later in a run; None if it doesn't answer, or hasn't at the start.
+
+    Captures that have reached their limit don't answer any more: then the time since the start is
+    ours.
+    """
+    if start is None:
+        return None
+    if job.ended:
+        now = time.monotonic_ns()
+        return ClockReading(start.wall + now - start.monotonic, now, start.exact)
+    return read_clock(job)
+
+
+def measured_window(
+    start: ClockReading | None,
+    end: ClockReading | None,
+    stop: ClockReading | None,
+    info: RunInfo,
+) -> Window | None:
+    """Return the window of a run by the clock at its start, at its end and when captures stop.
+
+    Problems of the clock are added to the incidents; returns None if it can't be used.
+    """
+    effect = "other traffic at the beginning and at the end may be counted as lost"
+    if not start or not end or not stop:
+        info.incidents.append(f"the hypervisor's clock could not be read: {effect}")
+        return None
+    rounding = 0
+    if not (start.exact and end.exact and stop.exact):
+        info.incidents.append(f"the hypervisor's date has no nanoseconds (busybox?): {effect}")
+        rounding = NANOSECONDS
+    step = (stop.wall - start.wall) - (stop.monotonic - start.monotonic)
+    if abs(step) > NANOSECONDS + rounding:
+        info.incidents.append(
+            f"the hypervisor's clock jumped by about {step / NANOSECONDS:.0f} s during the run: "
+            "delays across that moment are wrong. Measure again"
+        )
+        return None
+    return Window(
+        start=start.wall,
+        end=end.wall + rounding,
+        watched_until=stop.wall - int(HANDED_OVER_SECONDS * NANOSECONDS),
+        wait=int(info.wait * NANOSECONDS),
+    )
+
+
+def make_recording(
+    plan: Plan, hosts: Hosts, control: RunControl, find_vif: Callable[[], str]
+) -> Recording:
+    """Capture while the traffic of a plan runs, until the kernel has handed over all packets.
+
+    `find_vif` returns the VM's interface, which must still be the same one after the traffic.
+    """
+    hypervisor = hosts.hypervisor
+    captures = RunningCaptures(hypervisor, plan, control)
+    captures.wait_until_listening()
+    info = replace(
+        plan.info,
+        started=time.time_ns(),
+        incidents=plan.info.incidents + captures.incidents(),
+    )
+    control.reportable = True
+    start = read_clock(captures.job)
+    generate(plan, info, hosts, captures, control)
+    end = read_clock_again(captures.job, start)
+    drained = time.monotonic() + HANDED_OVER_SECONDS + max(info.wait, SHORTEST_WAIT)
+    link = check_interface(hypervisor, plan, find_vif)
+    info.platform.setdefault("vif", {})["after"] = drop_counters(link)
+    files = hypervisor.open_files()
+    control.wait_until(lambda: captures.job.ended, drained - time.monotonic())
+    captures.check()
+    stop = read_clock_again(captures.job, start)
+    info.window = measured_window(start, end, stop, info)
+    if not captures.stop():
+        info.window = None  # until when the captures have seen packets is unknown
+        info.incidents.append(
+            f"a capture didn't stop within {KILL_SECONDS} s and was killed: packets at the end of "
+            "the run may be missing"
+        )
+    for error in hosts.failed.values():
+        info.incidents.append(f"a source failed, so its traffic is missing or incomplete: {error}")
+    trace = captures.trace
+    if trace.running:
+        info.backend = trace.backend
+    return Recording(plan, info, captures.job, files, captures.counts(), trace, control.interrupted)
+
+
+def check_interface(host: Host, plan: Plan, find_vif: Callable[[], str]) -> Link:
+    """Return the VM's interface as it is after the run.
+
+    Raises RemoteCommandError if it is a different one than before the run.
+    """
+    vif = plan.interfaces.vif
+    advice = "the VM was moved, restarted or unplugged during the run. Measure again"
+    try:
+        vif_now = find_vif()
+    except RemoteCommandError as error:
+        raise RemoteCommandError(f"{error}: {advice}") from None
+    if vif_now != vif:
+        raise RemoteCommandError(f"{host.name}: {vif} is now {vif_now}: {advice}")
+    before = plan.facts.links.get(vif, Link(vif))
+    show = f"link show dev {quote(vif)}"
+    after = parse_link(host.run(f"ip -o -s -d {show} || ip -o {show}").output)
+    if before.index and (after is None or after.index != before.index):
+        raise RemoteCommandError(
+            f"{host.name}: {vif} is gone, or is now a different interface: {advice}"
+        )
+    return after or before
+
+
+def fetch_captures(host: Host, recording: Recording, files: CaptureFiles) -> None:
+    """Copy the captures, and the trace, into a local directory and remove them there."""
+    remote = recording.job.directory
+    for number, capture in enumerate(recording.plan.captures, 1):
+        paths = files.paths[capture.point]
+        path = os.path.join(files.directory, f"{capture.point}{len(paths) or ''}.pcap")
+        host.fetch(recording.files, f"{remote}/{number}.pcap", path, recording.plan.largest_file)
+        paths.append(path)
+    if recording.trace.running:
+        processors = recording.trace.processors
+        warning = fetch_trace(host, recording.files, remote, files.directory, processors)
+        if warning:
+            recording.info.incidents.append(warning)
+    recording.files.close()
     recording.job.leave()
 
 
-MOST_PLACES = 1000                                   # in the kernel where packets are freed, of which names are asked
-TRACE_FILE = r"trace-(cpu\d{1,4}|formats|stats|offset)"
+def analyze_recording(
+    recording: Recording, files: CaptureFiles, trace: KernelTrace | None
+) -> Analysis:
+    """Analyse the captures of a run; CaptureError if they are not whole."""
+    info = recording.info
+    for point, paths in files.paths.items():
+        if min(map(os.path.getsize, paths)) < PCAP_HEADER:
+            check_captured(recording, point, 0)
+    analysis = analyze_measured(info, files, recording.counts)
+    if trace:
+        attach_stages(analysis, trace, info)
+    for point, counts in analysis.counts.items():
+        check_captured(recording, point, counts["records"])
+    return analysis
 
 
-def find_symbols(run: Run, addresses: Iterable[int]) -> str:
-    """The names of the kernel's functions around some addresses: a line "address name" of each."""
-    asked = " ".join(f"{address:016x}" for address in addresses)
-    return asked and run(
-        f"{{ printf '%s ?\\n' {asked}; awk '$2 ~ /[tT]/ {{ print $1, $3 }}' /proc/kallsyms; }} | LC_ALL=C sort | "
-        """awk '$2 == "?" { print $1, last; next } { last = $2 }'""")
+def analyze_measured(info: RunInfo, files: CaptureFiles, capture: Mapping[str, Report]) -> Analysis:
+    """Return the analysis of the captures of a run; `capture` is what tcpdump counted, by point."""
+    dropped = {point: counts.get("dropped", 0) for point, counts in capture.items()}
+    return analyze_captures(files.paths, info.selection, info.window, info.capture_limit, dropped)
 
 
-def check_interface(host: Host, plan: Plan, find_vif: Callable[[], str]) -> None:
-    """RemoteCommandError if the VM has another interface now than when the captures began."""
-    advice = "the VM was moved, restarted or unplugged during the run: measure again"
-    try:
-        now = find_vif()
-    except RemoteCommandError as error:
-        raise RemoteCommandError(f"{error}: {advice}") from None
-    index = host.run(f"ip -o link show dev {quote(plan.vif)}").output.split()[:1]
-    before = plan.facts.links.get(plan.vif)
-    if now != plan.vif or (before and index != before[:1]):
-        became = f"is {now} now" if now != plan.vif else "is another one now" if index else "is gone"
-        raise RemoteCommandError(f"{host.name}: {plan.vif} {became}: {advice}")
+def check_captured(recording: Recording, point: str, records: int) -> None:
+    """Raise CaptureError if tcpdump reports more packets of a point than its files have."""
+    captured = recording.counts[point]["captured"]
+    if captured > records:
+        raise CaptureError(
+            f"{recording.job.name}: tcpdump captured {counted(captured, 'packet')} on "
+            f"{getattr(recording.info, point)}, but only {records} are in the file: is the disk "
+            f"under {recording.job.directory} full?"
+        )
 
 
-# ---- Measurement: analysing what was captured ----------------------------------------------------------------
-
-# What came of two captures: the result of each direction, by side what was in the files, what was odd, what
-# `guest_times` found if both directions were measured, and of each direction what `account` did.
-Analysis = namedtuple("Analysis", "results counts warnings guest accounts", defaults=((),))
-SavedRun = namedtuple("SavedRun", "report paths selection window limit")
+# ---- Analysis --------------------------------------------------------------------------------
 
 
-def analyze_captures(paths: Mapping[str, Sequence[str]], selection: Selection, window: Window = ALWAYS,
-                     limit: int | None = None) -> Analysis:
-    """Analyses pcap or pcapng files, several of one side (pif or vif) as one; "-" is standard input.
+def analyze_captures(
+    paths: Mapping[str, Sequence[str]],
+    selection: Selection,
+    window: Window | None = None,
+    packet_limit: int | None = None,
+    dropped: Mapping[str, int] | None = None,
+) -> Analysis:
+    """Analyse pcap or pcapng files, by point ("pif" and "vif"); "-" is standard input.
 
-    `limit` is the number of packets at which a capture was ended.  CaptureError for a file that can't be read,
-    UsageError if both sides have the same one.
+    Without a window each point was watched from its first to its last record.  `packet_limit` is
+    the number of packets at which a capture was ended, and `dropped` how many the kernel dropped at
+    each point before they were captured.  Raises CaptureError for a file that can't be read, and
+    UsageError if both points have the same one.
     """
-    from contextlib import ExitStack
     warnings: list[str] = []
-    sides: dict[tuple[int, int], str] = {}           # by what is the same of a file under any name
-    captures: dict[str, list[Capture]] = {"pif": [], "vif": []}
     with ExitStack() as stack:
-        for side, path in [(point, name) for point in captures for name in paths[point]]:
+        captures = _open_captures(paths, stack, selection.tunnel_ports)
+        sightings = collect(captures, selection)
+    counts = {point: file_counts(point, files, warnings) for point, files in captures.items()}
+    warnings += _precision_warnings(counts)
+    if window and packet_limit:
+        window = _limit_window(window, captures, packet_limit, warnings)
+    results = []
+    while sightings:
+        one_direction = sightings.pop(0)  # each table of identities is large
+        direction = one_direction.direction
+        uncaptured = counts[direction.second]["cut"]
+        if dropped:
+            uncaptured += dropped[direction.second]
+        period = window or files_window(direction, captures)
+        results.append(match(one_direction, period, uncaptured))
+    warnings += _overlap_warnings(results, captures)
+    guest = None
+    if len(results) > 1:
+        guest = guest_times(results[0], results[1])
+    return Analysis(results, counts, warnings, guest)
+
+
+def _precision_warnings(counts: Mapping[str, Report]) -> list[str]:
+    pif_unit = counts["pif"]["precision"]
+    vif_unit = counts["vif"]["precision"]
+    if pif_unit == vif_unit:
+        return []
+    return [
+        f"the time stamps of the pif are in {pif_unit}, and those of the vif in {vif_unit}: delays "
+        "are only as precise as the coarser ones"
+    ]
+
+
+def _limit_window(
+    window: Window,
+    captures: Mapping[str, Sequence[Capture]],
+    packet_limit: int,
+    warnings: list[str],
+) -> Window:
+    """Return the window until the first capture reached its limit, and add to the warnings."""
+    limited = [
+        capture.span[1]
+        for files in captures.values()
+        for capture in files
+        if capture.span and capture.records >= packet_limit
+    ]
+    if not limited:
+        return window
+    warnings.append(
+        f"a capture has reached its limit of {counted(packet_limit, 'packet')} (from --count, or "
+        "half of the hypervisor's free space): later packets are not counted"
+    )
+    return replace(
+        window,
+        end=min(window.end, *limited),
+        watched_until=min(window.watched_until, *limited),
+    )
+
+
+def _overlap_warnings(
+    results: Iterable[DirectionResult], captures: Mapping[str, Sequence[Capture]]
+) -> list[str]:
+    """Return a warning if packets passed one point while the other one was not captured."""
+    unwatched = 0
+    for result in results:
+        undecided = result.counts.undecided
+        unwatched += undecided.unwatched + undecided.unwatched_first
+    spans = {point: watched_span(files) for point, files in captures.items()}
+    pif = spans["pif"]
+    vif = spans["vif"]
+    if not unwatched or not pif or not vif:
+        return []
+    overlap = max(0, min(pif[1], vif[1]) - max(pif[0], vif[0])) / NANOSECONDS
+    pif_seconds = (pif[1] - pif[0]) / NANOSECONDS
+    vif_seconds = (vif[1] - vif[0]) / NANOSECONDS
+    return [
+        f"{counted(unwatched, 'packet')} passed one interface while the other was not captured: "
+        f"left out of all counts. The captures last {pif_seconds:.6g} s (pif) and "
+        f"{vif_seconds:.6g} s (vif), and overlap for {overlap:.6g} s"
+    ]
+
+
+def _open_captures(
+    paths: Mapping[str, Sequence[str]], stack: ExitStack, tunnel_ports: Mapping[int, str]
+) -> dict[str, list[Capture]]:
+    """Open the captures of each point, the same file only once."""
+    points: dict[tuple[int, int], str] = {}  # by device and inode, whatever the file's name
+    captures: dict[str, list[Capture]] = {"pif": [], "vif": []}
+    for point, files in captures.items():
+        for path in paths[point]:
             file = open_capture(path, stack)
             status = os.fstat(file.fileno())
-            known = sides.setdefault((status.st_dev, status.st_ino), "")
-            if known not in ("", side):
-                raise UsageError(f"{path} is given for the pif and for the vif: two captures are compared")
-            sides[status.st_dev, status.st_ino] = side
-            captures[side] += [] if known else [Capture(file, path)]
-        traffic = read(captures, selection)
-    ends = [capture.last for each in captures.values() for capture in each if limit and capture.records >= limit]
-    if ends:
-        window = window._replace(end=min(window.end, *ends), watched_until=min(window.watched_until, *ends))
-        warnings.append(f"a capture has reached its limit of {limit} packets (by --count, or half of the hypervisor's "
-                        "free space): what came later is in no count")
-    counts = {side: file_counts(side, found, warnings) for side, found in captures.items()}
-    pif_unit, vif_unit = (counts[side]["precision"] for side in ("pif", "vif"))
-    if pif_unit != vif_unit:
-        warnings.append(f"the time stamps of the pif are in {pif_unit}, and those of the vif in {vif_unit}: all were "
-                        "brought to the coarser unit")
-    matchings = [match(traffic.pop(0), window) for _ in selection.directions]        # its table of identities is large
-    results = [classify(matching, window) for matching in matchings]
-    return Analysis(results, counts, warnings, guest_times(results[0], matchings[1]) if len(results) > 1 else None)
-
-
-def trace_streams(directory: str, lost: list[int]) -> Iterator[Event]:
-    """The events of a trace in order of time; what is lost is added to `lost`."""
-    from heapq import merge
-    formats, offset = trace_formats(trace_text(directory, "formats")), trace_text(directory, "offset").split()[:1]
-    base = int(offset[0]) if offset and re.fullmatch(r"\d{1,19}", offset[0], re.ASCII) else 0
-    streams = []
-    for name in sorted(os.listdir(directory)):
-        if re.fullmatch(r"trace-cpu\d{1,4}", name):
-            with open(os.path.join(directory, name), "rb") as file:
-                streams.append(trace_events(file.read(LARGEST_TRACE), formats, base, lost))
-    return merge(*streams, key=lambda event: event.when)
-
-
-def trace_text(directory: str, name: str) -> str:
-    try:
-        with open(os.path.join(directory, f"trace-{name}"), encoding="utf-8", errors="replace") as file:
-            return file.read(LARGEST_TRACE)
-    except FileNotFoundError:
-        return ""
-
-
-def trace_locations(directory: str) -> list[int]:
-    """Where packets were freed."""
-    return sorted({event.end[1] for event in trace_streams(directory, [])} - {0})[:MOST_PLACES]
-
-
-def with_stages(analysis: Analysis, directory: str, config: Report) -> Analysis:
-    """The same with what the kernel's trace in a directory tells of its packets, if there is one."""
-    if "backend" not in config:
-        return analysis
-    symbols = {int(address, 16): name for address, _, name in (
-        line.partition(" ") for line in trace_text(directory, "symbols").splitlines())
-        if re.fullmatch(r"[0-9a-f]{16}", address) and name}
-    results, accounts, warnings = [], [], list(analysis.warnings)
-    for result in analysis.results:
-        lost: list[int] = []
-        direction = result.matching.direction
-        found = passages(trace_streams(directory, lost), config["vif"], direction)
-        stages, told = account(result, found, symbols, config["backend"] if direction is IN else "")
-        results.append(result._replace(stages=stages))
-        accounts.append(told)
-    counted = map(int, re.findall(r"(?:overrun|dropped events): (\d{1,12})", trace_text(directory, "stats")))
-    missing, whole = max(sum(lost), sum(counted)), sum(result.matched + result.lost for result in results)
-    unattached = sum(each["unattached"] for each in accounts)
-    if missing or unattached > whole / 100:
-        warnings.append(f"the trace has lost {missing} events, and {unattached} of {whole} packets have no stages: "
-                        f"give it a larger buffer (--stages-buffer {4 * config['stages_buffer']}), or send less")
-    offsets = trace_text(directory, "offset").split()
-    if len(set(offsets)) > 1:
-        warnings.append("the hypervisor's clock was set during the run, so the stages may be wrong")
-    return analysis._replace(results=results, accounts=accounts, warnings=warnings)
+            inode = status.st_dev, status.st_ino
+            if inode not in points:
+                points[inode] = point
+                files.append(Capture(file, path, tunnel_ports))
+            elif points[inode] != point:
+                raise UsageError(
+                    f"{path} is given for both the pif and the vif: give two different captures"
+                )
+    return captures
 
 
 def open_capture(path: str, stack: ExitStack) -> BinaryIO:
@@ -3246,185 +8546,334 @@ def open_capture(path: str, stack: ExitStack) -> BinaryIO:
         if path == "-":
             return os.fdopen(0, "rb", closefd=False)
         file = stack.enter_context(open(path, "rb"))
-        file.peek(0)                                 # a directory can be opened
+        file.peek(0)  # a directory can be opened
         return file
     except OSError as error:
         raise CaptureError(f"{path}: can't read it: {error.strerror}") from error
 
 
-def file_counts(side: str, captures: Sequence[Capture], warnings: list[str]) -> dict[str, Any]:
-    """What was in the files of a side, for the report; what was odd is added to the warnings."""
+def file_counts(side: str, captures: Sequence[Capture], warnings: list[str]) -> Report:
+    """Return what the files of a point contain, for the report, and add to the warnings."""
     for capture in captures:
-        if capture.partial:
-            warnings.append(f"{side}: the last record of {os.path.basename(capture.name)} is not whole "
-                            f"({capture.partial} bytes); the {capture.records} before it are used")
-        if capture.cut:
-            warnings.append(f"{side}: {capture.cut} packets were cut by the snap length before what identifies them, "
-                            "and are left out of all counts: capture more of each packet (tcpdump -s)")
+        warnings += [f"{side}: {warning}" for warning in capture.warnings()]
     resolution = min(capture.resolution for capture in captures)
-    units = ((NANOSECONDS, "nanoseconds"), (1_000_000, "microseconds"), (1_000, "milliseconds"))
-    return {**{name: sum(getattr(capture, name) for capture in captures)
-               for name in ("records", "other", "filtered", "cut")},
-            "precision": next((unit for least, unit in units if resolution >= least), "seconds")}
+    return {
+        "records": sum(capture.records for capture in captures),
+        "other": sum(capture.other for capture in captures),
+        "filtered": sum(capture.filtered for capture in captures),
+        "cut": sum(capture.cut for capture in captures),
+        "precision": resolution_unit(resolution),
+    }
 
 
-def analyze_text(pif_path: str, vif_path: str, direction: Direction, *columns: Any) -> Analysis:
-    """Analyses two text captures by the columns which TextCapture describes."""
+def analyze_text(
+    pif_path: str, vif_path: str, direction: Direction, columns: TextColumns
+) -> Analysis:
+    """Return the analysis of two text captures."""
     captures = {}
+    reference = None
     for side, path in (("pif", pif_path), ("vif", vif_path)):
         with open(path, encoding="utf-8", errors="replace") as file:
-            captures[side] = TextCapture(file, *columns)
-    sent, seen = captures["pif"].times, captures["vif"].times
-    if sent and seen and not any(capture.dated for capture in captures.values()):
-        days = round((seen[0] - sent[0]) / DAY)      # midnight was between the first packet's sightings
-        for i in range(len(seen) if days else 0):
-            seen[i] -= days * DAY
-    traffic = Traffic(direction)
+            capture = TextCapture(file, columns, reference)
+        captures[side] = capture
+        if capture.times:
+            reference = capture.times[0]
+    sightings = Sightings(direction)
     for side, capture in captures.items():
-        traffic.add(side, capture.identities, capture.times)
-    result = classify(match(traffic))
-    warnings = [f"{side}: {capture.skipped} lines without a sequence number or time were left out"
-                for side, capture in captures.items() if capture.skipped]
-    if len(set(result.matching.numbers)) < len(result.matching.numbers):
-        warnings.append("are the sequence numbers really in column seq_no_col?")
-    counts = {side: {"records": len(capture.times), "skipped": capture.skipped} for side, capture in captures.items()}
-    return Analysis([result], counts, warnings, None)
+        sightings.add(side, capture.identities, capture.times)
+        sightings.end(side)
+    result = match(sightings)
+    warnings = [
+        f"{side}: {counted(capture.skipped, 'line')} without a sequence number or time left out"
+        for side, capture in captures.items()
+        if capture.skipped
+    ]
+    if result.counts.matched and not result.counts.timed:
+        raise NoMatchError(
+            "no delay is certain: each sequence number on both interfaces was sent more than once. "
+            "Is seq_no_col the right column?"
+        )
+    if result.counts.ambiguous:
+        warnings.append(
+            f"{counted(result.counts.ambiguous, 'sequence number')} sent more than once: is "
+            "seq_no_col the right column?"
+        )
+    counts = {
+        side: {"records": len(capture.times), "skipped": capture.skipped}
+        for side, capture in captures.items()
+    }
+    return Analysis([result], counts, warnings)
 
 
-def selection_of(config: Report) -> Selection:
-    """The packets that count, by the report's account of what ran."""
-    return Selection(DIRECTIONS[config["direction"]], **config["selection"], translated=config["match_nat"])
+# ---- Saved runs ------------------------------------------------------------------------------
+
+OLDEST_SCHEMA = 2  # schema_version of the oldest runs that can be read
+SAVED_NAME = r"\d{8}T\d{6}Z-.+"  # of the directory of a run
+SAVED_FILE = r"report\.json|(pif|vif)\d*\.pcap|trace-\w+"  # in it
+
+
+@dataclass
+class SavedRun:
+    """A run that --save has saved."""
+
+    report: dict[str, Any]
+    info: RunInfo
+    files: CaptureFiles
 
 
 def load_run(directory: str) -> SavedRun:
-    """A run that `keep_run` has kept: its report, its captures, and how to read them."""
-    import json
+    """Return the run that `save_run` has saved in a directory; UsageError if there is none."""
+    problem = f"{directory}: not a directory that --save made: report.json"
     try:
         with open(os.path.join(directory, "report.json"), encoding="utf-8") as file:
             report = json.load(file)
-        config, window = report["config"], ALWAYS
-        if times := config.get("window"):
-            start, end, watched_until = (parse_time(times[name]) for name in ("start", "end", "watched_until"))
-            window = Window(start, end, watched_until, int(config["wait"] * NANOSECONDS))
-        paths = {side: [os.path.join(directory, name) for name in sorted(os.listdir(directory))
-                        if re.fullmatch(rf"{side}\d*\.pcap", name)] for side in ("pif", "vif")}
-        if not all(paths.values()):
-            raise UsageError(f"{directory}: its captures are missing")
-        return SavedRun(report, paths, selection_of(config), window, config["capture_limit"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = getattr(error, "strerror", None) or f"it says too little: {error}"
-        raise UsageError(f"{directory}: not a directory that --save made: report.json: {why}") from None
+        check_schema(directory, report.get("schema_version", OLDEST_SCHEMA))
+        info = RunInfo.from_json(report["config"])
+        for point in ("pif", "vif"):
+            json_value(report["capture"], point, dict, {})
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise UsageError(f"{problem}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{problem} is damaged: {error}") from None
+    files = CaptureFiles(directory)
+    for name in names:
+        capture = re.fullmatch(r"(pif|vif)\d*\.pcap", name)
+        if capture:
+            files.paths[capture[1]].append(os.path.join(directory, name))
+    captures = files.paths["pif"] + files.paths["vif"]
+    if not all(files.paths.values()) or not all(map(os.path.getsize, captures)):
+        raise UsageError(f"{directory}: its captures are missing or empty")
+    return SavedRun(report, info, files)
 
 
-def load_runs(directory: str) -> list[SavedRun]:
-    """The run in a directory, or those in the directories there, by name."""
+def check_schema(directory: str, version: object) -> None:
+    """Raise UsageError if a saved run's document is of a version that can't be read."""
+    if version == 1:
+        captures = [os.path.join(directory, name) for name in ("pif.pcap", "vif.pcap")]
+        raise UsageError(f"{directory}: saved by version 1. Give {' '.join(captures)}")
+    if not isinstance(version, int) or version < OLDEST_SCHEMA:
+        raise ValueError(f"schema_version is {version!r}")
+    if version > SCHEMA_VERSION:
+        raise UsageError(
+            f"{directory}: saved by a newer version of netweaver (schema_version {version}, and "
+            f"this one reads up to {SCHEMA_VERSION}). Update netweaver"
+        )
+
+
+def load_runs(directory: str, warn: Callable[[str], None]) -> list[SavedRun]:
+    """Return the run in a directory, or those in the directories there, by name.
+
+    Of several runs those that can't be read are left out, with a warning.  Raises UsageError if
+    there is none.
+    """
     try:
-        names = [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
+        names = sorted(os.listdir(directory))
     except OSError as error:
         raise UsageError(f"{directory}: can't read it: {error.strerror}") from error
-    runs = [name for name in names if os.path.exists(os.path.join(name, "report.json"))]
-    alone = not runs or os.path.exists(os.path.join(directory, "report.json"))
-    return list(map(load_run, [directory] if alone else runs))
+    paths = [os.path.join(directory, name) for name in names]
+    paths = [path for path in paths if os.path.exists(os.path.join(path, "report.json"))]
+    if not paths or "report.json" in names:
+        return [load_run(directory)]
+    runs = []
+    problems = []
+    for path in paths:
+        try:
+            runs.append(load_run(path))
+        except UsageError as error:
+            problems.append(error)
+    if not runs:
+        raise problems[0]
+    for problem in problems:
+        warn(f"left out: {problem}")
+    return runs
 
 
-def kind_of(config: Report) -> dict[str, Any]:
-    """What runs that are compared must share: the VM, the direction and the traffic."""
-    return {"vm": config.get("name_label") or config.get("vif"), "direction": config["direction"],
-            "traffic": config.get("traffic")}
+def delete_old_runs(directory: str, kind: RunKind, keep: int) -> list[str]:
+    """Delete all but the newest saved runs of a kind; return the paths of those deleted.
 
-
-def keep_run(directory: str, name: str, files: Iterable[str], report: Report) -> str:
-    """Makes a directory of that name, or one like it, with copies of the files and the report; returns its path."""
-    import json
-    import shutil
-    made = ""
-    try:
-        os.makedirs(directory, exist_ok=True)
-        for number in count(1):
-            path = os.path.join(directory, f"{name}{f'-{number}' if number > 1 else ''}")
+    Directories that --save didn't make, or that have other files, stay.
+    """
+    runs = [run for run in load_runs(directory, lambda _: None) if run.info.kind == kind]
+    runs.sort(key=lambda run: (run.info.started or 0, run.files.directory), reverse=True)
+    deleted = []
+    for run in runs[keep:]:
+        path = run.files.directory
+        if is_made_by_save(path):
             try:
-                os.mkdir(path)
-                made = path
-                break
-            except FileExistsError:                  # another run of this second
-                continue
-        for file in files:
-            shutil.copyfile(file, os.path.join(made, os.path.basename(file)))
-        with open(os.path.join(made, "report.json"), "w", encoding="utf-8") as text:
-            json.dump({**report, "saved": made}, text)
-        return made
-    except BaseException as error:
-        if made:
-            shutil.rmtree(made, ignore_errors=True)
-        if not isinstance(error, OSError):
-            raise
+                shutil.rmtree(path)
+            except OSError as error:
+                raise UsageError(f"can't delete {path}: {error.strerror}") from error
+            deleted.append(path)
+    return deleted
+
+
+def is_made_by_save(path: str) -> bool:
+    """Return whether a directory has the name and the files of a saved run, and no others."""
+    if os.path.islink(path) or not re.fullmatch(SAVED_NAME, os.path.basename(path)):
+        return False
+    return all(re.fullmatch(SAVED_FILE, name) for name in os.listdir(path))
+
+
+def save_run(directory: str, info: RunInfo, files: CaptureFiles, report: Report) -> str:
+    """Copy captures and report into a new directory there, whole or not at all; return its path."""
+    started = re.sub(r"[-:]|\..*", "", iso_time(info.started or 0))
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{started}Z-{info.subject}-{info.traffic_name}")
+    try:
+        with ExitStack() as undo:
+            os.makedirs(directory, exist_ok=True)
+            made = _make_directory(os.path.join(directory, name))
+            undo.callback(shutil.rmtree, made, ignore_errors=True)
+            for file in os.listdir(files.directory):
+                shutil.copyfile(os.path.join(files.directory, file), os.path.join(made, file))
+            with open(os.path.join(made, "report.json"), "w", encoding="utf-8") as text:
+                json.dump({**report, "saved": made}, text)
+            undo.pop_all()
+    except OSError as error:
         raise UsageError(f"can't save in {directory}: {error.strerror}") from error
+    return made
 
 
-def iso_time(nanoseconds: int) -> str:
-    """A time as ISO 8601 in UTC, with nanoseconds."""
-    seconds, fraction = divmod(nanoseconds, NANOSECONDS)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{fraction:09}Z"
+def try_directory(directory: str) -> None:
+    """Make a directory as --save does, and remove it again; UsageError if that fails."""
+    made = []
+    path = os.path.abspath(directory)
+    while not os.path.exists(path):
+        made.append(path)
+        path = os.path.dirname(path)
+    try:
+        if made:
+            os.makedirs(directory)
+        os.rmdir(tempfile.mkdtemp(dir=directory))
+    except OSError as error:
+        raise UsageError(f"can't save in {directory}: {error.strerror}") from error
+    finally:
+        for path in made:
+            with suppress(OSError):
+                os.rmdir(path)
 
 
-def parse_time(text: str) -> int:
-    """The time (ns) that `iso_time` wrote; ValueError if it didn't."""
-    from calendar import timegm
-    return timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")) * NANOSECONDS + int(text[20:29])
+def _make_directory(path: str) -> str:
+    """Make a directory of this name, or with a number after it if there is one already."""
+    name = path
+    for number in count(2):
+        with suppress(FileExistsError):  # another run of this second
+            os.mkdir(name)
+            break
+        name = f"{path}-{number}"
+    return name
 
 
-# ---- Measurement: the whole run ------------------------------------------------------------------------------
+# ---- NetWeaver -------------------------------------------------------------------------------
+
+
+def no_output(line: object) -> None:
+    """Ignore a line for people, or the progress of the traffic."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a measurement: NetWeaver's keyword parameters.  Times are in seconds."""
+
+    host_interface: str | Sequence[str] = ()  # the pifs; "auto" or none to find them
+    vif_number: int = 0  # of the VM's interface, N in vif5.N
+    vif: str | None = None  # the interface itself, for which no toolstack is asked
+    toolstack: str = "auto"  # or one of TOOLSTACKS
+    direction: str = "in"  # one of DIRECTIONS
+    overlay: bool = False  # on the pif the traffic is inside a tunnel
+    capture_filter: str | None = None  # pcap-filter(7), instead of the traffic's addresses
+    count: int | None = None  # packets that each source sends
+    duration: float | None = None  # for which to measure
+    timeout: float | None = None  # after which the traffic is stopped
+    wait: float = SHORTEST_WAIT  # for the last packets
+    match_nat: bool = False  # addresses are translated between pif and vif
+    stages: bool = False  # trace the kernel
+    labels: Mapping[str, str] = field(default_factory=dict)  # for the report
+    sudo: bool = False  # run remote commands with sudo -n
+    ssh_options: Sequence[str] = ()  # as ssh -o takes them
+    ask: Callable[[str], str] | None = None  # called with a question for a passphrase
+    progress: Callable[[str], None] = no_output  # called with each step, for people
+    log: Callable[[str], None] = no_output  # called with each remote command
+    tick: Callable[[float], None] = no_output  # called each second with the seconds of traffic
+
+    def __post_init__(self) -> None:
+        if self.toolstack not in ("auto", *TOOLSTACKS):
+            raise UsageError(f"toolstack must be auto, {', '.join(TOOLSTACKS)}")
+        if self.direction not in DIRECTIONS:
+            raise UsageError(f"direction must be {', '.join(DIRECTIONS)}")
+        if self.direction == "both" and self.match_nat:
+            raise UsageError(
+                "--direction both can't be used with --match-nat: translated addresses don't tell "
+                "the directions apart. Measure in and out one after the other"
+            )
+
+    @property
+    def pifs(self) -> tuple[str, ...]:
+        """The physical interfaces that were given."""
+        if isinstance(self.host_interface, str):
+            return (self.host_interface,)
+        return tuple(dict.fromkeys(self.host_interface))
+
+    def packets(self, traffic: Traffic) -> int:
+        """Return how many packets each source is expected to send."""
+        if self.count:
+            return self.count
+        if self.duration:
+            return round(traffic.rate * self.duration)
+        return USUAL_COUNT
+
+    def source_command(self, traffic: Traffic, destination: str, has_hping3: bool = True) -> str:
+        """Return the shell command that sends the packets; endless where time ends them.
+
+        It is so beside a load, too, whose answers hping3 would count as its own, and end too early.
+        """
+        packets = self.packets(traffic)
+        if traffic.load or (self.duration and not self.count):
+            packets = ENDLESS
+        return traffic.source_command(packets, destination, has_hping3)
+
 
 class NetWeaver:
-    """Measures the time that packets take between a hypervisor's physical interface and a VM's virtual one.
+    """Measures the time that packets take between a hypervisor's physical and a VM's interface.
 
-    `source_ip` (one, several or none) and `destination_host_ip` are `[user@]host[:port]`; `destination_name_label` is
-    the VM's name in the `toolstack` (one of TOOLSTACKS), `destination_ip` its address.  The other parameters are the
-    command line's options, times in seconds; `stages` is the size of the trace's buffers in KiB (0: no trace).
-    `progress` and `log` are called with lines for people (the steps, and each command run), `tick` once a second while
-    traffic runs with the seconds so far, and `ask` with a question for the passphrase of a key.
+    `source_ip` (one, several or none) and `destination_host_ip` (the hypervisor) are
+    `[user@]host[:port]`; `destination_name_label` is the VM's name in its toolstack, and
+    `destination_ip` its address.  The options are the fields of Settings.
 
-    Use it as a context manager, or call `close`.  The methods are meant to be called in the order in which they
-    stand here; each raises a NetWeaverError that says what happened and where.  For a hypervisor with another
+    Use it as a context manager, or call `close`.  `measure` makes a whole run; the methods before
+    it are its steps, in their order.  All raise a NetWeaverError if they fail.  For another
     toolstack, override `determine_vif_number`.
     """
 
-    def __init__(self, source_ip: str | Sequence[str], destination_name_label: str, destination_ip: str,
-                 destination_host_ip: str, ssh_key_path: str | None = None, *,
-                 host_interface: str | Sequence[str] = (), vif_number: int = 0, vif: str | None = None,
-                 toolstack: str = "auto", direction: str = "in", overlay: bool = False,
-                 capture_filter: str | None = None, count: int | None = None, duration: float | None = None,
-                 timeout: float | None = None, wait: float = SHORTEST_WAIT, match_nat: bool = False, slowest: int = 0,
-                 stages: int = 0, labels: Mapping[str, str] | None = None, sudo: bool = False,
-                 ssh_options: Iterable[str] = (),
-                 ask: Callable[[str], str] | None = None, progress: Callable[[str], None] = lambda line: None,
-                 log: Callable[[str], None] = lambda line: None, tick: Callable[[float], None] | None = None) -> None:
-        if toolstack not in ("auto", *TOOLSTACKS) or direction not in DIRECTIONS:
-            raise UsageError(f"toolstack must be auto, {', '.join(TOOLSTACKS)}, and direction in, out or both")
-        if direction == "both" and match_nat:
-            raise UsageError("with address translation the two directions can't be told apart: measure in and out "
-                             "one after the other")
-        sources, pifs = ([given] if isinstance(given, str) else list(given) for given in (source_ip, host_interface))
-        if not sources and not duration:
-            raise UsageError("without a source (-s) nothing ends the measurement: give its --duration")
-        self.destination_name_label, self.destination_ip = destination_name_label, resolve(destination_ip)
-        self.host_interfaces, self.vif, self.vif_number = list(dict.fromkeys(pifs)), vif, vif_number
-        self.toolstack, self.direction, self.overlay = toolstack, direction, overlay
-        self.capture_filter, self.count, self.duration = capture_filter, count, duration
-        self.timeout, self.wait = timeout, wait
-        self.match_nat, self.slowest, self.labels, self.interrupted = match_nat, slowest, dict(labels or {}), False
-        self.stages = stages
+    def __init__(
+        self,
+        source_ip: str | Sequence[str],
+        destination_name_label: str,
+        destination_ip: str,
+        destination_host_ip: str,
+        ssh_key_path: str | None = None,
+        **options: Any,
+    ) -> None:
+        self.settings = Settings(**options)
+        sources = [source_ip] if isinstance(source_ip, str) else list(source_ip)
+        if not sources and not self.settings.duration:
+            raise UsageError("without a source (-s) nothing ends the measurement. Give --duration")
+        self.destination_name_label = destination_name_label
+        self.destination_ip = resolve_destination(destination_ip, sources, [USUAL_TRAFFIC])
+        self.toolstack = self.settings.toolstack
+        self.results: Sequence[DirectionResult] = ()
+        self._control = RunControl(self.settings.tick)
+        self._access = Access(
+            ssh_key_path, self.settings.ssh_options, self.settings.ask, self.settings.progress
+        )
         targets = [Target(text) for text in (destination_host_ip, *sources)]
-        access = Access(ssh_key_path, ssh_options, ask)
-        self._progress, self._tick, self._changed = progress, tick, threading.Condition()
-        self._settings, _ = in_parallel(lambda: [access.settings(target) for target in targets], import_paramiko)
-        self._connect = lambda settings: access.connect(settings, self._changed, log, sudo)
-        self.unchecked = [settings.name for settings in self._settings if settings.checking == "no"]
-        self._reportable, self._directory = False, ""
-        self._paths: dict[str, list[str]] = {"pif": [], "vif": []}
+        self._host_settings, _ = in_parallel(
+            lambda: [self._access.settings(target) for target in targets], import_paramiko
+        )
         self._hosts: Hosts | None = None
         self._recording: Recording | None = None
-        self.results: Sequence[Result] = ()
+        self._files: CaptureFiles | None = None
+        self._trace: KernelTrace | None = None
 
     def __enter__(self) -> NetWeaver:
         return self
@@ -3432,1499 +8881,3668 @@ class NetWeaver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(wait=kind is None or issubclass(kind, Exception))
 
-    # -- the seed's public surface --
+    @property
+    def vif_number(self) -> int:
+        """The number of the VM's interface."""
+        return self.settings.vif_number
+
+    @property
+    def unchecked(self) -> list[str]:
+        """The hosts whose key is not checked."""
+        return [host.name for host in self._host_settings if host.is_unchecked]
+
+    @property
+    def interrupted(self) -> bool:
+        """Return whether the traffic was ended by `interrupt`."""
+        return self._control.interrupted
+
+    # -- the steps of a run --
 
     def verify_connections(self) -> bool:
-        """Connects to all hosts at once; True, or HostConnectionError if the measurement can't be made.
+        """Connect to all hosts at once, and return True; HostConnectionError if that fails.
 
-        Of several sources one that can't be used is left out, and named in the report.
+        A source that can't be used is left out, and reported, if there are others.
         """
         self._connected()
         return True
 
     def determine_vif_number(self) -> str:
-        """The name of the destination VM's interface on the hypervisor, such as vif5.0.
+        """Return the name of the VM's interface on the hypervisor, such as vif5.0.
 
-        Asks the toolstack, after it has found one; override it for another (`run_command` is at hand).
+        This asks the toolstack. To support another one, override it and use `run_command`.
         """
+        name = self.destination_name_label
         if self.toolstack == "auto":
-            self.toolstack, vif = find_toolstack(self.run_command, self.destination_name_label, self.vif_number)
+            self.toolstack, vif = find_toolstack(self.run_command, name, self.vif_number)
             return vif
-        return TOOLSTACKS[self.toolstack](self.run_command, self.destination_name_label, self.vif_number)
+        return TOOLSTACKS[self.toolstack].find_vif(self.run_command, name, self.vif_number)
 
-    def plan(self, source_command: str | None = None, dest_pif_cmd: str | None = None, dest_vif_cmd: str | None = None,
-             probes: Probes = SYNS) -> tuple[Plan, dict[str, Any]]:
-        """What `generate_and_record` would do, and the account of it that the report gives as `config`."""
-        rate, template, count = probes.rate, source_command or probes.command, self._count(probes)
-        seconds = self.duration or (count / rate if probes.load else None)
-        command = source_command or self._source_command(probes)
+    def plan(
+        self,
+        source_command: str | None = None,
+        dest_pif_cmd: str | None = None,
+        dest_vif_cmd: str | None = None,
+        probes: Traffic = USUAL_TRAFFIC,
+    ) -> Plan:
+        """Return what `generate_and_record` would do."""
+        settings = self.settings
         hosts = self._connected()
+        traffic = probes
+        command = source_command
+        if source_command:
+            traffic = replace(probes, command=source_command)
+        elif self._host_settings[1:]:
+            has_hping3 = self._has_hping3(probes)
+            command = settings.source_command(traffic, self.destination_ip, has_hping3)
+        interfaces, facts, addresses = self._locate(hosts)
+        selection = Selection(
+            directions=DIRECTIONS[settings.direction],
+            sources=addresses,
+            destinations=[self.destination_ip],
+            translated=settings.match_nat,
+            probes=probes.probe_filter,
+            tunnel_ports=interfaces.tunnel_ports,
+        )
+        info = self._describe(traffic, command, selection, interfaces, facts)
+        captures = {"pif": dest_pif_cmd, "vif": dest_vif_cmd}
+        return self._located(
+            lambda: make_plan(settings, traffic, info, interfaces, facts, captures)
+        )
 
-        def find_facts() -> tuple[Facts, Links | None]:
-            quietly(hosts.hypervisor.open_sftp().close)      # that there is one should be known before the traffic
-            facts = Facts(hosts.hypervisor.run(FACTS_COMMAND).output)
-            if self.host_interfaces and "auto" not in self.host_interfaces:
-                return facts, None
-            return facts, Links(self.run_command(LINKS_COMMAND, "name the physical interface with -i"))
+    def _describe(
+        self,
+        traffic: Traffic,
+        command: str | None,
+        selection: Selection,
+        interfaces: Interfaces,
+        facts: Facts,
+    ) -> RunInfo:
+        """Return what is known of a run before its captures are planned."""
+        settings = self.settings
+        hypervisor, *sources = [host.name for host in self._host_settings]
+        return RunInfo(
+            pif=",".join(interfaces.pifs),
+            vif=interfaces.vif,
+            selection=selection,
+            sources=sources,
+            destination=self.destination_ip,
+            labels=dict(settings.labels),
+            measured=True,
+            hypervisor=hypervisor,
+            name_label=self.destination_name_label,
+            toolstack=interfaces.toolstack,
+            overlay=interfaces.tunnelled,
+            route=interfaces.route,
+            filter=settings.capture_filter,
+            traffic=traffic if command else None,
+            source_command=command,
+            wait=settings.wait,
+            platform=facts.platform(interfaces.vif),
+            incidents=[ETH0_ASSUMED] if interfaces.route is RouteKind.ASSUMED else [],
+        )
 
-        vif, (facts, links), *found = in_parallel(self._find_vif, find_facts, *(
-            lambda host=host: addresses_in_traffic(host, self.destination_ip)
-            for host in (() if self.capture_filter else hosts.sources.values())))
-        addresses = list(dict.fromkeys(address for each in found for address in each))
-        pifs, tunnel = self._located(
-            lambda: physical_interfaces(self.run_command, self.host_interfaces, vif, links))
-        flows = Flows(addresses, self.destination_ip, DIRECTIONS[self.direction], probes.told_by())
-        trace = trace_command(facts, self.stages, self.direction, vif, pifs) if self.stages else ""
-        own = {"pif": dest_pif_cmd, "vif": dest_vif_cmd}
-        plan = self._located(lambda: make_plan(facts, vif, pifs, self.overlay or tunnel, flows, self.capture_filter,
-                                               own, count, trace))
-        select = self.direction == "both" or (plan.overlay and not self.match_nat)   # else the filter has done it
-        return plan, {
-            "version": __version__, "hypervisor": hosts.hypervisor.name,
-            "sources": [settings.name for settings in self._settings[1:]], "destination": self.destination_ip,
-            "name_label": self.destination_name_label, "toolstack": None if vif == self.vif else self.toolstack,
-            "direction": self.direction, "match_nat": self.match_nat, "overlay": plan.overlay,
-            "filter": self.capture_filter,
-            "selection": {"sources": addresses if select and not self.capture_filter else [],
-                          "destinations": [self.destination_ip] if select else [], "probes": probes.told_by()},
-            "pif": ",".join(plan.pifs), "vif": vif,
-            "traffic": probes._replace(command=template).account() if self._settings[1:] else None,
-            "source_command": command if self._settings[1:] else None,
-            **{f"{side}_command": "\n".join(command for of, _, command in plan.captures if of == side)
-               for side in self._paths},
-            "capture_limit": plan.limit, "wait": self.wait,
-            "timeout": seconds or self.timeout or max(600, count // 5, 2 * count // rate),
-            "stages_buffer": self.stages or None, "labels": self.labels,
-            "platform": plan.facts.platform(plan.pifs, vif)}
+    def generate_and_record(
+        self,
+        source_command: str | None = None,
+        dest_pif_cmd: str | None = None,
+        dest_vif_cmd: str | None = None,
+        probes: Traffic = USUAL_TRAFFIC,
+    ) -> None:
+        """Run the source command on all sources while the interfaces are captured.
 
-    def generate_and_record(self, source_command: str | None = None, dest_pif_cmd: str | None = None,
-                            dest_vif_cmd: str | None = None, probes: Probes = SYNS) -> None:
-        """Runs the source command on all sources while the interfaces are captured.
-
-        The defaults are what sends the probes, and tcpdump.  A command of one's own for a capture writes it to its
-        standard output, as pcap (`tcpdump -w -`) or as text, and ends upon SIGTERM; the captures are known to listen
-        before any traffic starts, and are stopped once it has ended.
+        The defaults are the command of the probes, and tcpdump.  A capture command of the user's
+        writes pcap (`tcpdump -w -`) or text to its standard output, and ends upon SIGTERM.  No
+        traffic starts before the captures listen, and they are stopped once it has ended.
         """
-        plan, config = self.plan(source_command, dest_pif_cmd, dest_vif_cmd, probes)
-        hosts = self._connected()
-
-        def after() -> Any:
-            check_interface(hosts.hypervisor, plan, self._find_vif)
-            return hosts.hypervisor.open_sftp()
-
-        self._progress("Spawning packet captures...")
-        recorder = Recorder(hosts, plan, self._changed, config["timeout"], self.wait, lambda: self.interrupted,
-                            self._tick)
-        self._reportable = True
-        self._recording = recorder.record(config["source_command"] or "", probes.load,
-                                          not self.duration and not probes.load, config, after)
-        self._progress("Captures finished, waiting for files to flush.")
+        self._control.reportable = False
+        plan = self.plan(source_command, dest_pif_cmd, dest_vif_cmd, probes)
+        self.settings.progress("Spawning packet captures...")
+        self._recording = make_recording(plan, self._connected(), self._control, self._find_vif)
+        self.settings.progress("Captures finished, waiting for files to flush.")
 
     def pull_generated_files(self) -> tuple[str, str]:
-        """Fetches the captures into a private local directory and removes them from the hypervisor.
+        """Fetch the captures into a private directory, and remove them from the hypervisor.
 
-        Returns the paths of the pif's and of the vif's capture (several of one side with commas in between); they stay
-        until `close`.
-        """
-        import tempfile
-        recording, host = self._recorded(), self._connected().hypervisor
-        self._progress("Transferring files...")
-        self._remove_files()
-        try:
-            self._directory = tempfile.mkdtemp(prefix="netweaver-")
-        except OSError as error:
-            raise CaptureError(f"can't make a directory on this machine: {error}") from error
-        fetch_captures(host, recording, self._directory, self._paths)
-        if "backend" in recording.config:
-            symbols = find_symbols(self.run_command, trace_locations(self._directory))
-            with open(os.path.join(self._directory, "trace-symbols"), "w", encoding="utf-8", errors="replace") as file:
-                file.write(symbols)
-        return ",".join(self._paths["pif"]), ",".join(self._paths["vif"])
-
-    def analyze(self, seq_no_col: int | None = None, timestamp_col: int | None = None,
-                seq_no_split_by: str | None = None, seq_no_split_index: int = 0) -> dict[str, Any]:
-        """The report on the captures, as the README describes it; NoMatchError if there is no delay in them.
-
-        Without parameters the captures are pcap files.  With them they are text, one packet a line: columns are
-        separated by white space and counted from 0, `timestamp_col` is the time's column and `seq_no_col` the
-        sequence number's, of which part `seq_no_split_index` counts after a split by `seq_no_split_by`.
+        Returns the paths of the pif's and of the vif's captures, several with commas in between.
+        They stay until `close` or the next run.
         """
         recording = self._recorded()
-        config = recording.config
+        self.settings.progress("Transferring files...")
+        self._remove_files()
+        try:
+            directory = tempfile.mkdtemp(prefix="netweaver-")
+        except OSError as error:
+            raise CaptureError(f"can't make a directory on this machine: {error}") from error
+        self._files = CaptureFiles(directory)
+        fetch_captures(self._connected().hypervisor, recording, self._files)
+        self._trace = None
+        if recording.trace.running:
+            interfaces = recording.plan.interfaces
+            self._trace = read_trace(directory, interfaces.vif, interfaces.pifs)
+            fetch_symbols(self.run_command, directory, self._trace)
+        return ",".join(self._files.paths["pif"]), ",".join(self._files.paths["vif"])
+
+    def analyze(
+        self,
+        seq_no_col: int | None = None,
+        timestamp_col: int | None = None,
+        seq_no_split_by: str | None = None,
+        seq_no_split_index: int = 0,
+    ) -> dict[str, Any]:
+        """Return the report on the captures; NoMatchError if they have no delay.
+
+        Without parameters the captures are pcap files.  With them they are text, one packet a line,
+        with columns separated by white space and counted from 0: the time in `timestamp_col` and
+        the sequence number in `seq_no_col`, of which part `seq_no_split_index` counts after a split
+        by `seq_no_split_by`.
+        """
+        recording = self._recorded()
+        files = self._fetched()
+        info = recording.info
+        self.settings.progress("Analysing...")
         if seq_no_col is None or timestamp_col is None:
-            self._check_written({side: 0 for side, paths in self._paths.items()
-                                 if min(map(os.path.getsize, paths)) < PCAP_HEADER})
-            analysis = analyze_captures(self._paths, selection_of(config), recording.window, recording.plan.limit)
-            analysis = with_stages(analysis, self._directory, config)
-            self._check_written({side: counts["records"] for side, counts in analysis.counts.items()})
+            analysis = analyze_recording(recording, files, self._trace)
         else:
-            analysis = analyze_text(self._paths["pif"][0], self._paths["vif"][0], DIRECTIONS[self.direction][0],
-                                    seq_no_col, timestamp_col, seq_no_split_by, seq_no_split_index)
-        capture = {side: {"interface": config[side], **counts} for side, counts in recording.counts.items()}
-        report, self.results = build_report(analysis, config, capture, self.slowest), analysis.results
-        if failed := self._connected().failed:
+            analysis = analyze_text(
+                files.paths["pif"][0],
+                files.paths["vif"][0],
+                DIRECTIONS[self.settings.direction][0],
+                TextColumns(seq_no_col, timestamp_col, seq_no_split_by, seq_no_split_index),
+            )
+        self.results = analysis.results
+        if any(map(resized, analysis.results)):
+            plan = recording.plan
+            info.platform["offloads"] = {
+                pif: plan.facts.offloads(pif) for pif in plan.interfaces.pifs
+            }
+        capture = {
+            point: {"interface": getattr(info, point), **counts}
+            for point, counts in recording.counts.items()
+        }
+        report = build_report(analysis, info, capture)
+        failed = self._connected().failed
+        if failed:
             report["failed_sources"] = {name: str(error) for name, error in failed.items()}
-        return {**report, "interrupted": True} if recording.interrupted else report
+        if recording.interrupted:
+            report["interrupted"] = True
+        return report
+
+    def measure(self, probes: Traffic = USUAL_TRAFFIC) -> dict[str, Any]:
+        """Make a whole run: connect, record, fetch and analyse; return its report."""
+        self.generate_and_record(probes=probes)
+        self.pull_generated_files()
+        return self.analyze()
 
     def save(self, directory: str, report: Report) -> str:
-        """Keeps the captures and the report in a new directory there, whole or not at all; returns its path."""
-        config = self._recorded().config
-        name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.destination_name_label or config['vif']}-{traffic_name(config)}")
-        started = re.sub(r"[-:]|\..*", "", config["started"])
-        files = [os.path.join(self._directory, file) for file in sorted(os.listdir(self._directory))]
-        return keep_run(directory, f"{started}Z-{name}", files, report)
+        """Save captures and report in a new directory under `directory`; return its path."""
+        return save_run(directory, self._recorded().info, self._fetched(), report)
 
-    def dry_run(self, probes: Sequence[Probes]) -> list[str]:
-        """Logs in, looks for all that is needed, and returns lines on what would be run; raises what is missing."""
-        hosts, (plan, config) = self._connected(), self.plan(probes=probes[0])
-        for host in hosts.sources.values():
-            check_tools(host, probes, self.destination_ip)
+    def dry_run(self, probes: Sequence[Traffic]) -> list[str]:
+        """Try everything that is needed to measure with this traffic; return what would run.
+
+        Captures are started and ended, and the sources send single packets to themselves; none
+        leaves them.  Raises a NetWeaverError for what is missing.
+        """
+        plan = self.plan(probes=probes[0])
+        info = plan.info
+        hosts = self._connected()
+        destination = self.destination_ip
+        has_hping3 = all(self._has_hping3(traffic) for traffic in probes)
+        tried, warnings = without_absent_vif(plan, self.settings)
+        warnings += info.incidents + try_captures(hosts.hypervisor, tried, self._control)
+        commands: list[str] = []
+        for traffic in dict.fromkeys(probes):
+            hosts.on_sources(partial(try_traffic, traffic, destination, has_hping3))
+            if traffic.load:
+                commands.append(traffic.load)
+            commands.append(self.settings.source_command(traffic, destination, has_hping3))
         for error in hosts.failed.values():
             raise error
-        lines = [f"{name}: {config[name]}" for name in ("hypervisor", "toolstack", "vif", "pif") if config[name]]
-        lines += [f"{hosts.hypervisor.name}: {command}" for _, _, command in plan.captures]
-        commands = dict.fromkeys(command for each in probes for command in (
-            each.load, self._source_command(each)) if command)
-        return [*lines, *(f"{name}: {command}" for name in hosts.sources for command in commands),
-                "All is there; nothing was sent."]
+        lines = [f"hypervisor: {info.hypervisor}"]
+        if info.toolstack:
+            lines.append(f"toolstack: {info.toolstack}")
+        lines += [f"vif: {info.vif}", f"pif: {info.pif}"]
+        lines += [f"{info.hypervisor}: {capture.command}" for capture in plan.captures]
+        for name in hosts.sources:
+            lines += [f"{name}: {command}" for command in dict.fromkeys(commands)]
+        lines += [f"warning: {warning}" for warning in warnings]
+        found = "everything needed" if tried is plan else f"all but {info.vif}"
+        lines.append(f"Dry run: {found} was found; no traffic was sent.")
+        return lines
 
-    # -- for subclasses, and for the end --
+    # -- for subclasses and callers --
 
     def run_command(self, command: str, hint: str = "", seconds: float = ANSWER_SECONDS) -> str:
-        """The standard output of a shell command on the hypervisor; RemoteCommandError, with the hint, if it fails."""
+        """Return the output of a shell command on the hypervisor.
+
+        Raises RemoteCommandError, with the hint, if the command fails.
+        """
         host = self._connected().hypervisor
         job = host.run(command, seconds)
         if job.status == 127:
-            hint = "--toolstack says which one this host has; --vif names the interface itself"
+            hint = f"is it installed there? If it runs in a container, {NAME_THE_VIF}"
+            if self.settings.toolstack != "auto":
+                hint += "; --toolstack auto finds the right one"
         if job.status:
-            raise RemoteCommandError(f"{host.name}: {command.split('||')[0].strip()}: exit status {job.status}: "
-                                     f"{last_line(job.errors)}{f' ({hint})' if hint else ''}")
+            name = short_name(command)
+            error = f"{host.name}: {name}: exit status {job.status}: {last_line(job.errors)}"
+            if hint:
+                error += f" ({hint})"
+            raise RemoteCommandError(error)
         return job.output
 
     def interrupt(self) -> bool:
-        """Ends the traffic now and lets the run go on to its report; False if there is nothing yet to report on."""
-        with self._changed:
-            self.interrupted = self._reportable
-            self._changed.notify_all()
-            return self._reportable
+        """End the traffic now, and let the run go on to its report.
+
+        Returns False if there is nothing yet to report on.
+        """
+        return self._control.interrupt()
 
     def close(self, wait: bool = True) -> None:
-        """Ends whatever still runs on the hosts, and removes all files, here and there.
+        """End whatever still runs on the hosts, and remove all files, here and there.
 
         Without `wait` it only drops the connections: the hosts then clean up by themselves.
         """
-        hosts, self._hosts = self._hosts, None
+        hosts = self._hosts
+        self._hosts = None
         try:
             if hosts:
                 hosts.close(wait)
         finally:
             self._remove_files()
 
-    # -- the steps --
-
-    def _remove_files(self) -> None:
-        import shutil
-        if self._directory:
-            shutil.rmtree(self._directory, ignore_errors=True)
-        self._directory, self._paths = "", {"pif": [], "vif": []}
-
-    def _count(self, probes: Probes) -> int:
-        """How many packets each source is expected to send."""
-        return self.count or round(probes.rate * self.duration if self.duration else 1000)
-
-    def _source_command(self, probes: Probes) -> str:
-        """What sends them, without an end where the time ends it.
-
-        hping3 takes what a load gets for answers to its own, and would end too early.
-        """
-        endless = probes.load or (self.duration and not self.count)
-        return probes.source_command(ENDLESS if endless else self._count(probes), self.destination_ip)
-
-    def _find_vif(self) -> str:
-        return self.vif or str(self._located(self.determine_vif_number))
+    # -- private --
 
     def _connected(self) -> Hosts:
-        with self._changed:
+        settings = self.settings
+        with self._control.changed:
             if self._hosts is None:
-                self._hosts = connect_hosts(self._settings, self._connect)
+                settings.progress("Connecting...")
+                self._hosts = connect_hosts(
+                    self._host_settings,
+                    lambda host: Host(
+                        self._access.log_in(host),
+                        self._control.changed,
+                        settings.log,
+                        settings.sudo,
+                    ),
+                )
             return self._hosts
 
     def _recorded(self) -> Recording:
         if self._recording is None:
-            raise CaptureError("nothing is recorded yet: generate_and_record does that")
+            raise CaptureError("nothing was recorded yet. Call generate_and_record first")
         return self._recording
 
-    def _located(self, look_up: Callable[[], Any]) -> Any:
-        """What a look-up returns; its error has the hypervisor's name in front."""
-        place = f"{self._settings[0].name}: "
+    def _fetched(self) -> CaptureFiles:
+        if self._files is None:
+            raise CaptureError("nothing was fetched yet. Call pull_generated_files first")
+        return self._files
+
+    def _remove_files(self) -> None:
+        if self._files:
+            shutil.rmtree(self._files.directory, ignore_errors=True)
+        self._files = None
+
+    def _has_hping3(self, traffic: Traffic) -> bool:
+        """Return whether all sources have hping3, if this traffic can do without."""
+        if traffic.command or traffic.pattern != "ping":
+            return True
+        jobs = self._connected().on_sources(lambda host: host.run("command -v hping3"))
+        return all(job.status == 0 for job in jobs.values())
+
+    def _find_vif(self) -> str:
+        return self.settings.vif or self._located(self.determine_vif_number)
+
+    def _locate(self, hosts: Hosts) -> tuple[Interfaces, Facts, list[str]]:
+        """Return the interfaces, facts of the hypervisor, and addresses of the sources' packets."""
+        chosen = self.settings.pifs
+        auto = not chosen or "auto" in chosen
+        is_needed = not self.settings.capture_filter
+        vif, (facts, links), by_source = in_parallel(
+            self._find_vif,
+            lambda: self._find_facts(auto or self.settings.overlay),
+            lambda: hosts.on_sources(
+                lambda host: addresses_in_traffic(host, self.destination_ip, is_needed)
+            ),
+        )
+        macs: dict[str, str] = {}
+        for known in by_source.values():
+            macs |= known
+        addresses = list(macs) if is_needed else []
+        pifs, route = self._located(
+            lambda: physical_interfaces(
+                self.run_command, chosen, vif, links if auto else None, macs
+            )
+        )
+        interfaces = Interfaces(
+            vif=vif,
+            pifs=tuple(pifs),
+            tunnelled=self.settings.overlay or route.is_tunnelled,
+            tunnel_ports=links.tunnel_ports() if links else TUNNEL_PORTS,
+            route=route.kind,
+            toolstack=None if self.settings.vif else self.toolstack,
+        )
+        return interfaces, facts, addresses
+
+    def _find_facts(self, needs_links: bool) -> tuple[Facts, Links | None]:
+        hypervisor = self._connected().hypervisor
+        # Whether files can be fetched should be known before the traffic.
+        quietly(hypervisor.open_files().close)
+        name = "look-up of tcpdump, interfaces and free space"
+        command = FACTS_COMMAND
+        if needs_links:
+            command += OPEN_VSWITCH_COMMAND
+        facts = Facts(hypervisor.run(command, LONG_ANSWER_SECONDS, name).output)
+        if not needs_links:
+            return facts, None
+        if not facts.links:  # the error says why
+            self.run_command("ip -o link", "name the physical interface with -i")
+        return facts, Links(facts.interfaces)
+
+    def _located(self, call: Callable[[], T]) -> T:
+        """Return the answer of a call; put the hypervisor's name in front of its error."""
+        prefix = f"{self._host_settings[0].name}: "
         try:
-            return look_up()
+            return call()
         except (RemoteCommandError, CaptureError) as error:
-            raise error if str(error).startswith(place) else type(error)(f"{place}{error}") from None
-
-    def _check_written(self, records: Mapping[str, int]) -> None:
-        """CaptureError if tcpdump says it has captured more packets of a side than there are."""
-        recording = self._recorded()
-        for side, number in records.items():
-            captured = recording.counts[side].get("captured", 0)
-            if captured > number:
-                raise CaptureError(f"{recording.job.name}: tcpdump captured {captured} packets on "
-                                   f"{recording.config[side]} and {number} are in the file: is the disk under "
-                                   f"{recording.job.directory} full?")
+            if str(error).startswith(prefix):
+                raise
+            raise type(error)(f"{prefix}{error}") from None
 
 
-# ---- Report: the figures -------------------------------------------------------------------------------------
-# Name, where it is in the report (of a direction, or of the guest), unit, and what it is: limits, Prometheus, the
-# summary and the README's table come from here.
-
-FIGURES: list[tuple[str, tuple[str, ...], str, str]] = [
-    ("average", ("average",), "µs", "mean delay (RFC 7679)"),
-    ("minimum", ("minimum",), "µs", "shortest delay"),
-    ("maximum", ("maximum",), "µs", "longest delay"),
-    ("stdev", ("stdev",), "µs", "standard deviation (the population's)"),
-    ("median", ("median",), "µs", "delay that half don't exceed"),
-    *((f"p{percent}", ("percentiles", percent), "µs", f"delay that {percent} % don't exceed")
-      for percent in ("90", "95", "99", "99.9")),
-    ("pdv", ("pdv",), "µs", "delay variation: p99 minus the minimum (RFC 5481)"),
-    ("ipdv", ("ipdv",), "µs", "mean absolute difference of successive delays (RFC 3393)"),
-    ("matched", ("packets", "matched"), "packets", "seen at both points"),
-    ("ambiguous", ("packets", "ambiguous"), "packets", "matched, but alike, so that they have no delay"),
-    ("lost", ("packets", "lost"), "packets", "seen at the first point alone"),
-    ("undecided", ("packets", "undecided"), "packets", "the same, but watched too short to call them lost"),
-    ("duplicated", ("packets", "duplicated"), "packets", "copies that only the second point saw (RFC 5560)"),
-    ("reordered", ("packets", "reordered"), "packets", "overtaken by a later one of the same stream (RFC 4737)"),
-    ("dropped", ("after_vif", "dropped"), "packets", "seen at the vif, but never given to the guest (--stages)"),
-    ("negative", ("negative",), "delays", "delays below zero"),
-    ("zero", ("zero",), "delays", "delays of exactly zero"),
-    ("loss", ("loss_ratio",), "ratio", "lost / (first point - undecided) (RFC 7680)"),
-    ("reordering", ("reordering", "ratio"), "ratio", "reordered / packets with a delay (RFC 4737)"),
-]
+# ---- Report: figures -------------------------------------------------------------------------
 
 
-def figures_in(part: Report | None) -> dict[str, Any]:
-    """The figures that the report of a direction has, by name."""
-    found = {}
-    for name, path, _, _ in FIGURES:
-        value: Any = part
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
-            found[name] = value
-    return found
+class Unit(Enum):
+    """The unit of a figure."""
+
+    MICROSECONDS = "µs"
+    PACKETS = "packets"
+    DELAYS = "delays"
+    RATIO = "ratio"
 
 
-def parts_of(report: Report) -> dict[str, Report | None]:
-    """The parts of a report that have figures: in or out, or both of them and the guest."""
-    if report["config"].get("direction") != "both":
-        return {report["config"].get("direction", "in"): report}
-    return {"in": report, "out": report.get("outbound"), "guest": report.get("guest")}
+class Scope(Enum):
+    """The parts of the document that have a figure."""
+
+    DELAYS = "directions, first and later packets of flows, stages, guest"
+    DIRECTION = "directions"
+    TRACE = "directions, with --stages"
 
 
-def figures_of(result: Result, warnings: list[str]) -> dict[str, Any]:
-    """The figures of one direction, of which at least one packet has a delay; what is wrong goes to the warnings."""
-    (flows, first, later), reordered = by_flow(result), reordering(result)
-    figures = statistics(first + later)
-    both = {"first": statistics(first), "later": statistics(later)} if first and later else {}
-    ipdv, direction = variation(result.delays), result.matching.direction
-    warnings += quality_warnings(result, figures)
-    pdv, negative, zero = (figures.pop(name) for name in ("pdv", "negative", "zero"))
-    return {
-        **figures,
-        "unit": "microseconds",
-        "packets": {
-            direction.first: result.first, direction.second: result.second, "matched": result.matched,
-            "ambiguous": result.ambiguous, "lost": result.lost, "undecided": result.undecided,
-            "duplicated": result.duplicated, "reordered": len(reordered),
-            f"{direction.second}_only": result.second_only},
-        **({"flows": {"count": flows, **both}} if flows else {}),
-        "loss_ratio": result.lost / (result.first - result.undecided),
-        "reordering": {"ratio": len(reordered) / (result.matched - result.ambiguous),
-                       "maximum_extent": max(reordered.values(), default=0)},
-        "pdv": pdv,
-        "ipdv": None if ipdv is None else microseconds(ipdv),
-        "negative": negative,
-        "zero": zero,
-    }
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the document, as limits, Prometheus, the summary and the README know it."""
+
+    name: str
+    path: tuple[str, ...]  # within its part of the document
+    unit: Unit
+    scope: Scope
+    help: str
+
+    def find(self, part: Report) -> float | None:
+        """Return the figure's value in a part of the document, or None if that lacks it."""
+        return value_at(part, self.path)
 
 
-DISTINCT = ("to make packets distinct, send TCP SYNs or pings, or vary the payload, and with --match-nat use one "
-            "source at a time")
-FEW_FOR_P99_9 = "too few packets matched for p99.9"   # of which nobody hears who doesn't ask for that
+def value_at(document: Report, path: Iterable[str]) -> float | None:
+    """Return the number at a path in a document, or None if there is none."""
+    value: Any = document
+    for key in path:
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
+    number: float | None = value
+    return number
 
 
-def quality_warnings(result: Result, figures: Report) -> list[str]:
-    """What speaks against the numbers of a direction, with what to do about it."""
-    _, first, second = result.matching.direction
-    merged, delays = resized(result), result.matched - result.ambiguous
-    absurd = figures["maximum"] * 1000 > LONGEST_WAIT and sum(delay > LONGEST_WAIT for delay in result.delays)
-    few = [percent for percent, enough in (("90", 5), ("95", 10), ("99", 50)) if delays < enough]
-    warnings = {
-        f"{result.ambiguous} matched packets share all that identifies them with others of which some are missing: "
-        f"they are counted, but have no delay; {DISTINCT}": result.ambiguous,
-        f"{result.undecided} packets were not seen on the {second}, but watched for less time than others took: they "
-        "count neither as lost nor as matched; wait longer (--wait)": result.undecided,
-        f"{merged} packets have another length on the {second} than on the {first}, so they are in neither's matches: "
-        "segments were merged or split (GRO, TSO); measure with small packets, or switch it off (ethtool -K)": merged,
-        "most packets of each interface were not seen on the other: is there address translation (--match-nat), a "
-        "tunnel of an unknown kind, or other traffic?":
-            2 * result.matched < min(result.first, result.second) and not merged,
-        f"{figures['negative']} delays are negative (down to {figures['minimum']:g} µs): the stamps of two CPU cores "
-        "disagree, or the clock was set": figures["negative"],
-        f"{figures['zero']} delays are exactly 0: the time stamps are too coarse for them, or the clock stood still "
-        "between two CPUs (Xen's does, where dom0 has several)": figures["zero"],
-        f"{absurd} delays are longer than {LONGEST_WAIT / NANOSECONDS:g} s (up to {figures['maximum']:g} µs): was the "
-        "clock set meanwhile?": absurd,
-        f"too few packets matched ({delays}) for the percentiles {', '.join(few)}, which are hardly more than the "
-        "maximum: send more (-c)": few,
-        f"{FEW_FOR_P99_9} ({delays}): it is hardly more than the maximum: send more (-c)": delays < 500,
-    }
-    return [warning for warning, holds in warnings.items() if holds]
+def _delay(name: str, description: str, *path: str) -> Figure:
+    return Figure(name, path or (name,), Unit.MICROSECONDS, Scope.DELAYS, description)
 
 
-def traffic_warnings(result: Result, config: Report) -> list[str]:
-    """What the source commands say they have sent against what passed the pif."""
-    sent = config.get("transmitted")
-    if sent is None or result.matching.direction is not IN or config.get("filter"):
-        return []
-    probes = result.first - (closing_resets(result) if result.first > sent else 0)
-    if probes > sent:
-        return [f"{probes} packets were captured on the pif, and this run sent {sent}: other traffic between the same "
-                "hosts (another run?) is in the numbers"]
-    if probes < sent:
-        return [f"{sent} packets were sent, and {probes} of them were seen on the pif: the others were lost before the "
-                "hypervisor, or come in by another interface (-i auto, or -i several times)"]
-    return []
+def _packets(name: str, description: str) -> Figure:
+    return Figure(name, ("packets", name), Unit.PACKETS, Scope.DIRECTION, description)
 
 
-# ---- Report: the document ------------------------------------------------------------------------------------
+def _percentile(percent: str) -> Figure:
+    path = ("percentiles", percent)
+    return _delay(f"p{percent}", f"delay that {percent} % of the packets do not exceed", *path)
 
-def build_report(analysis: Analysis, config: Report, capture: Mapping[str, Report], slowest: int = 0) -> dict[str, Any]:
-    """The JSON document on an analysis, as the README describes it; NoMatchError if no packet has a delay.
 
-    `config` is what ran (`pif` and `vif` name the interfaces or files, `incidents` are what went wrong) and `capture`,
-    by side, what is known of its captures beside what was in the files.
+FIGURES = (
+    _delay("average", "mean delay (RFC 7679)"),
+    _delay("minimum", "shortest delay"),
+    _delay("maximum", "longest delay"),
+    _delay("stdev", "standard deviation (of the population)"),
+    _delay("median", "delay that half of the packets do not exceed"),
+    _percentile("90"),
+    _percentile("95"),
+    _percentile("99"),
+    _percentile("99.9"),
+    _delay("pdv", "delay variation: p99 minus the minimum (RFC 5481)"),
+    Figure(
+        "ipdv",
+        ("ipdv",),
+        Unit.MICROSECONDS,
+        Scope.DIRECTION,
+        "mean absolute difference of successive delays (RFC 3393)",
+    ),
+    _packets("matched", "seen at both points"),
+    _packets("ambiguous", "matched, but not timed: identical packets were sent"),
+    _packets("lost", "seen at the first point only"),
+    _packets(
+        "undecided",
+        "may be lost or not: a capture ended too soon or missed some; in no other count",
+    ),
+    _packets("duplicated", "further copies that only the second point saw (RFC 5560)"),
+    _packets("reordered", "overtaken by a later packet of the same stream (RFC 4737)"),
+    Figure(
+        "dropped",
+        ("after_vif", "dropped"),
+        Unit.PACKETS,
+        Scope.TRACE,
+        "seen at the vif, but never given to the guest (--stages)",
+    ),
+    Figure("negative", ("negative",), Unit.DELAYS, Scope.DELAYS, "delays below zero"),
+    Figure("zero", ("zero",), Unit.DELAYS, Scope.DELAYS, "delays of exactly zero"),
+    Figure(
+        "loss",
+        ("loss_ratio",),
+        Unit.RATIO,
+        Scope.DIRECTION,
+        "lost / packets of the first point (RFC 7680)",
+    ),
+    Figure(
+        "reordering",
+        ("reordering", "ratio"),
+        Unit.RATIO,
+        Scope.DIRECTION,
+        "reordered / packets with a delay (RFC 4737)",
+    ),
+)
+UNITS = {figure.name: figure.unit for figure in FIGURES}
+
+
+def figures_in(part: Report) -> dict[str, float]:
+    """Return the values of the figures that a part of the report has, by name."""
+    values = {figure.name: figure.find(part) for figure in FIGURES}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def info_of(report: Report) -> RunInfo:
+    """Return the description of the run in a document."""
+    return RunInfo.from_json(report["config"])
+
+
+def parts_of(report: Report) -> dict[str, Report]:
+    """Return the parts of a report that have figures, by name: "in", "out" and "guest"."""
+    direction = info_of(report).direction
+    if direction != "both":
+        return {direction: report}
+    parts = {"in": report, "out": report.get("outbound"), "guest": report.get("guest")}
+    return {name: part for name, part in parts.items() if part}
+
+
+# ---- Report: the document --------------------------------------------------------------------
+
+
+def build_report(
+    analysis: Analysis, info: RunInfo, capture: Mapping[str, Report], files: bool = False
+) -> dict[str, Any]:
+    """Return the JSON document on an analysis, as the README describes it.
+
+    `capture` is what is known about the captures of each point besides their files.
+    With `files` the user has given existing captures, and gets advice on these.
+    Raises NoMatchError if no packet has a delay.
     """
-    result, *back = analysis.results
-    captured = {side: {**capture[side], **analysis.counts[side]} for side in analysis.counts}
-    if why := no_delay(result, config, sum(counts.get("cut", 0) for counts in captured.values())):
-        for loss in (loss for account in analysis.accounts[:1] for loss in account["lost_at"][:1]):
-            why += f" By the kernel, {loss['packets']} were lost in {loss['where']} ({loss['reason']}), {loss['stage']}"
-        raise NoMatchError(why)
-    warnings = [*config.get("incidents", ()), *analysis.warnings, *traffic_warnings(result, config)]
-    warnings += [f"{side}: the kernel dropped {counts['dropped']} packets before tcpdump read them, so \"lost\" can't "
-                 "be trusted: generate less traffic, or give the hypervisor more CPU"
-                 for side, counts in captured.items() if counts.get("dropped")]
-    report = figures_of(result, warnings) | stage_fields(result, analysis.accounts[:1], warnings)
-    for outbound in back:
-        why = no_delay(outbound, config, 0)
-        theirs: list[str] = [why] if why else []
-        report["outbound"] = None if why else (
-            figures_of(outbound, theirs) | stage_fields(outbound, analysis.accounts[1:], theirs))
-        warnings += [f"outbound: {warning}" for warning in theirs]
+    result, *others = analysis.results
+    captured = {point: {**capture[point], **analysis.counts[point]} for point in analysis.counts}
+    advice = file_advice(info) if files else measuring_advice(info)
+    cut = sum(counts.get("cut", 0) for counts in captured.values())
+    problem = no_delay(result, info, advice, cut)
+    if problem:
+        raise NoMatchError(problem + main_loss(result.trace))
+
+    warnings = [*info.incidents, *analysis.warnings]
+    info = replace(info, achieved_rate=measure_rate(result, info))
+    warnings += rate_warnings(result, info)
+    warnings += traffic_warnings(result, info, captured, advice)
+    warnings += capture_warnings(analysis.results, captured)
+    report = direction_report(result, advice, warnings)
+    for outbound in others:
+        report["outbound"] = outbound_report(outbound, info, advice, warnings)
     if analysis.guest:
-        times, packets = analysis.guest
-        if packets["ambiguous"]:
-            warnings.append(f"guest: {packets['ambiguous']} probes were sent more than once (retransmissions?) and are "
-                            "left out: which of them was answered is not known")
-        unit = {"unit": "microseconds"} if times else {}
-        report["guest"] = {**(_of_stage(times.values()) if times else {}), **unit, "packets": packets}
-        if own := [times[rank] - result.stages[rank][3] for rank in times if len(result.stages.get(rank, ())) > 3]:
-            report["guest"]["own"] = {**_of_stage(own), **unit, "packets": len(own)}
-    stamps = {"stamp_error": analysis.accounts[0]["stamp_error"]} if analysis.accounts else {}
-    report |= {"capture": captured, "warnings": warnings, "config": {**config, **stamps},
-               "schema_version": SCHEMA_VERSION}
-    return {**report, "slowest": slowest_packets(result, slowest)} if slowest else report
+        report["guest"] = guest_report(analysis.guest, result)
+        warnings += guest_warnings(analysis.guest)
+    report["capture"] = captured
+    report["warnings"] = warnings
+    report["config"] = info.to_json()
+    if result.trace:
+        report["config"]["stamp_error"] = stamp_error_report(result.trace)
+    report["schema_version"] = SCHEMA_VERSION
+    return report
 
 
-def stage_fields(result: Result, accounts: Sequence[Report], warnings: list[str]) -> dict[str, Any]:
-    """What the report of a direction has of its stages, if they are known."""
-    if not accounts:
-        return {}
-    found, [account] = {}, accounts
-    for place, name in enumerate(STAGES):
-        if times := [each[place] for each in result.stages.values() if len(each) > place]:
-            found[name] = {**_of_stage(times), "packets": len(times)}
-    if dropped := (account["after_vif"] or {}).get("dropped"):
-        warnings.append(f"{dropped} of the packets that reached the vif never reached the guest: it took them too "
-                        "late, or not at all")
-    return {"stages": found, "lost_at": account["lost_at"], "after_vif": account["after_vif"]}
+def direction_report(
+    result: DirectionResult, advice: Advice, warnings: list[str]
+) -> dict[str, Any]:
+    """Return the report of a direction with at least one delay, and add to the warnings."""
+    by_flow = delays_by_flow(result)
+    delays = delay_statistics(by_flow.whole)
+    reordered = reordering(result)
+    ipdv = mean_ipdv(result.delays)
+    warnings += matching_warnings(result, advice)
+    warnings += delay_warnings(result, delays)
+    report: dict[str, Any] = {
+        **asdict(delays),
+        "unit": "microseconds",
+        "packets": packets_report(result, len(reordered)),
+    }
+    if by_flow.flows:
+        report["flows"] = flows_report(by_flow)
+    report |= {
+        "loss_ratio": result.counts.loss_ratio,
+        "reordering": {
+            "ratio": len(reordered) / result.counts.timed,
+            "maximum_extent": max(reordered.values(), default=0),
+        },
+        "ipdv": ipdv,
+    }
+    if result.trace:
+        report |= stages_report(result.trace)
+        warnings += stages_warnings(result.trace)
+    return report
 
 
-def no_delay(result: Result, config: Report, cut: int) -> str:
-    """Why two captures have no delay in common, or none that can be true; empty if they have."""
-    direction, first, second = result.matching.direction
-    pif, vif, outward = str(config["pif"]), str(config["vif"]), direction == "out"
-    seen = {first: result.first, second: result.second}
-    if result.ambiguous and result.ambiguous == result.matched:
-        return (f"{result.matched} packets were seen on both interfaces, and no delay is certain: they share all that "
-                f"identifies them with others of which some are missing; {DISTINCT}")
-    if result.matched:
-        longest = max(result.delays)
-        return "" if longest >= 0 else (
-            f"all {result.matched} delays are negative ({min(result.samples()) / 1000:g} to {longest / 1000:g} µs): "
-            f"are pif and vif swapped? The packets pass {second} before {first}")
-    emulated = f"{vif}-emu" if config.get("toolstack") == "xl" else re.sub("^vif", "tap", vif)
-    if cut:
-        cause = f"{cut} packets were cut by the snap length before what identifies them: capture more (tcpdump -s)"
-    elif not any(seen.values()):
-        cause = ("the VM sent nothing: is DESTINATION its address, does it answer this traffic?" if outward else
-                 "the traffic passes neither: is DESTINATION the address of this VM, do the packets carry SOURCE's "
-                 "address, does a firewall drop them earlier?")
-    elif not seen["pif"]:
-        cause = (f"the traffic doesn't {'go out' if outward else 'come in'} by {pif}: try another -i, or -i auto; "
-                 "inside a tunnel it is found with --overlay")
-    elif not seen["vif"]:
-        cause = (f"none is on {vif}: does a firewall drop them, is the VM's address on another interface (--num), "
-                 f"does an HVM guest use its emulated one (--vif {emulated})?")
-    elif resized(result):
-        cause = "they differ in length: segments were merged or split (GRO, TSO); measure with small packets"
+def outbound_report(
+    outbound: DirectionResult, info: RunInfo, advice: Advice, warnings: list[str]
+) -> dict[str, Any] | None:
+    """Return the report of the way out, None if no packet has a delay; add to the warnings."""
+    problem = no_delay(outbound, info, advice)
+    if problem:
+        warnings.append(f"outbound: {problem}")
+        return None
+    outbound_warnings: list[str] = []
+    report = direction_report(outbound, advice, outbound_warnings)
+    warnings += [f"outbound: {warning}" for warning in outbound_warnings]
+    return report
+
+
+def packets_report(result: DirectionResult, reordered: int) -> dict[str, int]:
+    """Return the numbers of packets of a direction."""
+    counts = result.counts
+    return {
+        result.direction.first: counts.first,
+        result.direction.second: counts.second,
+        "matched": counts.matched,
+        "ambiguous": counts.ambiguous,
+        "lost": counts.lost,
+        "undecided": counts.undecided.total,
+        "duplicated": counts.duplicated,
+        "reordered": reordered,
+        f"{result.direction.second}_only": counts.second_only,
+    }
+
+
+def flows_report(by_flow: FlowDelays) -> dict[str, Any]:
+    """Return the number of flows, and how the delays of first and later packets differ."""
+    report: dict[str, Any] = {"count": by_flow.flows}
+    later = by_flow.later
+    if by_flow.first and later:
+        report["first"] = asdict(delay_statistics(by_flow.first))
+        report["later"] = asdict(delay_statistics(later))
+    return report
+
+
+def guest_report(guest: GuestTimes, inbound: DirectionResult) -> dict[str, Any]:
+    """Return the report on the time that the VM took to answer."""
+    report: dict[str, Any] = {}
+    if guest.times:
+        report = {**asdict(delay_statistics(guest.times.values())), "unit": "microseconds"}
+    report["packets"] = {
+        "answered": guest.answered,
+        "unanswered": guest.unanswered,
+        "undecided": guest.undecided,
+        "ambiguous": guest.ambiguous,
+    }
+    own_times = times_of_guest(guest.times, inbound.trace)
+    if own_times:
+        report["own"] = {
+            **asdict(delay_statistics(own_times)),
+            "unit": "microseconds",
+            "packets": len(own_times),
+        }
+    return report
+
+
+# ---- Report: warnings ------------------------------------------------------------------------
+
+COPY_GAP = 10_000_000  # ns; the captures of one packet are no further apart
+MOST_COPIES = 8  # of one packet; more of them are different packets that are alike
+MOST = 0.9  # share of the packets that "each packet" means
+
+
+@dataclass
+class Advice:
+    """Advice on packets that aren't measured; it names only options that are accepted."""
+
+    distinct: str  # where packets can't be told apart
+    undecided: str  # where the captures ended too early
+    late: str  # where packets were not waited for long enough
+    translation: str  # where most packets are seen on one interface only
+    other_pif: str  # where the pif has no packets
+    other_vif: str  # where the vif has no packets
+    backwards: str  # where all packets pass the second point before the first
+    no_traffic: str  # where neither has packets
+    no_answers: str  # where neither has packets from the VM
+
+
+# Where packets passed the vif, but not the pif.
+ROUTE_ADVICE = {
+    RouteKind.GIVEN: "Try -i auto, or the interface of the source if that is a VM of this host",
+    RouteKind.SWITCHED: "If the source is a VM of this host, give its interface as -i",
+    RouteKind.ROUTED: "The host routes the VM's packets: try another interface as -i",
+    RouteKind.ASSUMED: "Give the interface that leads to the VM's network as -i",
+}
+
+
+def _other_vif_advice(info: RunInfo) -> str:
+    """Return advice on a measurement where the vif has no packets."""
+    other_vif = "Does a firewall drop them?"
+    if info.toolstack:
+        other_vif += " Is the VM's address on another interface (--num)?"
+    if re.fullmatch(r"vif\d+\.\d+", info.vif):
+        emulated = info.vif.replace("vif", "tap")
+        if info.toolstack == "xl":
+            emulated = f"{info.vif}-emu"
+        other_vif += f" Does an HVM guest use its emulated interface (--vif {emulated})?"
+    if info.filter:
+        other_vif += " Does --filter match them there?"
+    elif info.selection.translated:
+        other_vif += " If both addresses are translated, give --filter."
+    elif info.route is RouteKind.ROUTED:
+        other_vif += f" Are addresses translated ({match_nat_option(info)})?"
+    return other_vif
+
+
+def measuring_advice(info: RunInfo) -> Advice:
+    """Return advice on a measurement; it leaves out the options that are in use."""
+    other_pif = ROUTE_ADVICE[info.route or RouteKind.GIVEN]
+    if info.route is RouteKind.ROUTED and not info.selection.translated:
+        other_pif += f", and {match_nat_option(info)} if it translates addresses"
+    if info.filter:
+        other_pif += "; does --filter match the packets there?"
+    elif info.overlay:
+        other_pif += "; traffic inside an encrypted tunnel (ESP) can't be found"
     else:
-        cause = "the packets differ: are they translated (--match-nat), or was it other traffic?"
-    return f"no packet was seen on both interfaces ({seen['pif']} on {pif}, {seen['vif']} on {vif}): {cause}"
+        other_pif += "; traffic inside a tunnel is found with --overlay, unless it is encrypted"
+    distinct = "Send TCP SYNs or pings, or vary the payload"
+    if info.selection.translated:
+        distinct = "Use one source at a time (because of --match-nat)"
+    elif info.traffic and not info.traffic.command:
+        distinct = "Are they retransmissions, or packets of another run?"
+    return Advice(
+        distinct=distinct,
+        undecided="Increase --wait",
+        late=" netweaver waits for a packet for at least 1 s; --wait extends that",
+        translation=translation_advice(info),
+        other_pif=other_pif,
+        other_vif=_other_vif_advice(info),
+        backwards=("Are -s and -d swapped" if info.sources else "Is -d the VM's address")
+        + _if(info.direction == "in", ", or is --direction out wanted")
+        + "?",
+        no_traffic="Is the destination the address of this VM? Do the packets have the source's "
+        "address? Does a firewall drop them earlier?",
+        no_answers="Is the destination the VM's address? Does it answer this traffic?",
+    )
 
 
-def slowest_packets(result: Result, number: int) -> list[dict[str, Any]]:
-    """The packets with the largest delays, the slowest first: times, delay in microseconds, and identity."""
-    from heapq import nlargest
-    matching, (_, first, second) = result.matching, result.matching.direction
-    ranks = nlargest(number, result.arrivals(), key=result.delays.__getitem__)
-    return [{f"t_{first}": iso_time(matching.sent[rank]),
-             f"t_{second}": iso_time(matching.sent[rank] + result.delays[rank]),
-             "delay": result.delays[rank] / 1000, **describe(matching.identity(rank))} for rank in ranks]
+def file_advice(info: RunInfo) -> Advice:
+    """Return advice on existing captures."""
+    no_traffic = "Do they contain IP packets?"
+    if info.selection.sources or info.selection.destinations:
+        no_traffic = "Give other addresses with -s and -d, or swap them"
+    or_destination = ""
+    if not info.selection.destinations:
+        or_destination = ", or the VM's address with -d"
+    return Advice(
+        distinct="Capture packets that differ, such as TCP SYNs or pings",
+        undecided="Capture for longer after the traffic",
+        late=" Do the captures overlap in time?",
+        translation=translation_advice(info),
+        other_pif=f"Give the capture of the interface that the packets pass{or_destination}",
+        other_vif=f"Give the capture of the VM's interface{or_destination}. Does a firewall drop "
+        "the packets?",
+        backwards="Are pif and vif swapped, or -s and -d, or is another --direction wanted?",
+        no_traffic=no_traffic,
+        no_answers="Is the address after -d the VM's?",
+    )
 
 
-# ---- Report: files -------------------------------------------------------------------------------------------
-
-CSV_FIELDS = ("source", "destination", "protocol", "source_port", "destination_port", "sequence", "acknowledgment",
-              "icmp_type", "icmp_code", "identifier", "ip_id", "fragment_offset", "length")
-
-
-def write_csv(result: Result, path: str) -> None:
-    """Writes a table of the packets that count: time, identity, delay in µs (empty if there is none) and flags."""
-    import csv
-    import io
-    matching, reordered = result.matching, reordering(result)
-    names = {AMBIGUOUS: ["ambiguous"], LOST: ["lost"], UNDECIDED: ["undecided"], MATCHED: []}
-
-    def write(file: BinaryIO) -> None:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="", write_through=True)
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(("time", *CSV_FIELDS, "delay_us", "flags"))
-        for rank in result.ranks(*names):
-            delay, fields = result.delays[rank], describe(matching.identity(rank))
-            flags = [*names[result.classes[rank]], *(["reordered"] if rank in reordered else []),
-                     *(["duplicated"] if rank in matching.extra_copies else [])]
-            table.writerow((iso_time(matching.sent[rank]), *(fields.get(name, "") for name in CSV_FIELDS),
-                            "" if delay == NO_DELAY else f"{delay / 1000:.3f}", " ".join(flags)))
-        text.detach()
-
-    write_file(path, write)
+def match_nat_option(info: RunInfo) -> str:
+    """Return --match-nat with what else it takes: it can't be used with --direction both."""
+    if info.direction == "both":
+        return "--match-nat with --direction in"
+    return "--match-nat"
 
 
-def real_path(path: str) -> str | int:
-    """Where a path leads through links: a file, or the number of an open descriptor ("-" is standard output)."""
-    for _ in range(40):
-        descriptor = re.fullmatch(r"-|/dev/std(?:out|(err))|(?:/dev|/proc/self)/fd/(\d{1,6})", path)
-        if descriptor:
-            return int(descriptor[2] or (2 if descriptor[1] else 1))
-        if not os.path.islink(path):
-            break
-        path = os.path.join(os.path.dirname(path), os.readlink(path))
-    return path
+def translation_advice(info: RunInfo) -> str:
+    """Return the beginning of a question, on translated addresses; "" with --match-nat."""
+    if info.selection.translated:
+        return ""
+    return f"address translation ({match_nat_option(info)}), "
 
 
-def write_file(path: str, write: Callable[[Any], object]) -> None:
-    """Writes a file, through links; UsageError if it can't be written, ReaderGone if that is a pipe without a reader.
+def _if(condition: object, text: str) -> str:
+    """Return a part of a message that depends on a condition."""
+    return text if condition else ""
 
-    A plain file is there whole or not at all, with the mode that it had, or else that the umask gives; a device, a pipe
-    or an open descriptor is written to.
+
+# With fewer delays than these a percentile is hardly more than the maximum by another name.
+ENOUGH_DELAYS = {"p90": 5, "p95": 10, "p99": 50, "p99.9": 500}
+
+
+def matching_warnings(result: DirectionResult, advice: Advice) -> list[str]:
+    """Return warnings on packets that could not be matched, with what to do about them."""
+    counts = result.counts
+    first = result.direction.first
+    second = result.direction.second
+    warnings: list[str] = []
+    twice = captured_twice(result)
+    if twice:
+        warnings.append(twice)
+    elif counts.ambiguous:
+        warnings.append(
+            f"{counted(counts.ambiguous, 'matched packet')} can't be told apart from others that "
+            f"were sent: counted, but not timed. {advice.distinct}"
+        )
+    if counts.strays:
+        warnings.append(_stray_arrivals(result, advice))
+    merged = resized(result)
+    if merged:
+        warnings.append(
+            f"{counted(merged, 'packet is', 'packets are')} not matched: segments were merged or "
+            f"split (GRO, TSO), so lengths on the {second} differ from those on the {first}. "
+            "Measure with small packets, or switch that off (ethtool -K)"
+        )
+    elif 2 * counts.matched < min(counts.first, counts.second) and not twice:
+        warnings.append(
+            "most packets of each interface were not seen on the other. Is there "
+            f"{advice.translation}a tunnel of an unknown kind, or other traffic?"
+        )
+    return warnings
+
+
+def _stray_arrivals(result: DirectionResult, advice: Advice) -> str:
+    return (
+        f"{counted(result.counts.strays, 'packet was', 'packets were')} seen on the "
+        f"{result.direction.second} too long before or after the {result.direction.first} to "
+        "match. Were packets sent again, did they take another path, or was the clock set?"
+        f"{advice.late}"
+    )
+
+
+def captured_twice(result: DirectionResult) -> str:
+    """Return a warning if the pif's capture has most packets several times, or ""."""
+    times = _times_on_pif(result)
+    if times < 2:
+        return ""
+    text = "twice" if times == 2 else f"{times} times"
+    return (
+        f"each packet was captured {text} on the pif, as by a SPAN port, -i any or a bridge that "
+        "floods. Capture on an interface that each packet passes once, or remove the copies "
+        "(editcap -d)"
+    )
+
+
+def _times_on_pif(result: DirectionResult) -> int:
+    """Return how often the pif has seen most packets at about the same time."""
+    counts = result.counts
+    if result.direction.second == "pif":
+        if counts.duplicated < MOST * counts.matched:
+            return 1
+        return 1 + max(result.duplicates.values())
+    if counts.ambiguous < counts.matched / 2 or not counts.matched or result.translated:
+        return 1
+    sightings: defaultdict[int, list[int]] = defaultdict(list)
+    for identity, sent in zip(result.ids, result.sent):
+        sightings[identity].append(sent)
+    [(times, _)] = Counter(map(len, sightings.values())).most_common(1)
+    copied = 0
+    for sent_at in sightings.values():
+        if len(sent_at) == times and sent_at[-1] - sent_at[0] < COPY_GAP:
+            copied += times
+    if times > MOST_COPIES or copied < MOST * counts.first:
+        return 1
+    return times
+
+
+def delay_warnings(result: DirectionResult, delays: DelayStatistics) -> list[str]:
+    """Return warnings on delays that can't be right and on percentiles of few of them."""
+    warnings: list[str] = []
+    if delays.negative:
+        warnings.append(
+            f"{counted(delays.negative, 'delay is', 'delays are')} negative (down to "
+            f"{delays.minimum:g} µs): the time stamps of two CPUs disagree, or the clock was set"
+        )
+    if delays.zero:
+        warnings.append(
+            f"{counted(delays.zero, 'delay is', 'delays are')} exactly 0: the time stamps are too "
+            "coarse, or the clock stood still between two CPUs (as Xen's does where dom0 has "
+            "several)"
+        )
+    if delays.maximum * 1000 > LONGEST_WAIT:
+        outliers = [delay for delay in result.delays if delay > LONGEST_WAIT]
+        warnings.append(
+            f"{counted(len(outliers), 'delay is', 'delays are')} longer than "
+            f"{LONGEST_WAIT / NANOSECONDS:g} s (up to {delays.maximum:g} µs): was the clock set?"
+        )
+    return warnings
+
+
+FEWEST_FOR_RATE = 50  # packets of a source
+
+
+def captured_probes(result: DirectionResult, info: RunInfo) -> int:
+    """Return how many packets of the sources' traffic the pif has seen."""
+    packets = sent_datagrams(result)
+    if info.transmitted is not None:
+        return min(packets, info.transmitted)
+    return packets - closing_resets(result)
+
+
+def measure_rate(result: DirectionResult, info: RunInfo) -> float | None:
+    """Return how many packets a second each source has sent, by the stamps at the pif.
+
+    It is None where others have generated the traffic, or there are too few packets.
     """
-    place, temporary, shown = real_path(path), "", "standard output" if path == "-" else path
-    if place == 1 and sys.stdout is None:            # the number may be another file's by now
-        raise UsageError(f"can't write {shown}: it is closed (--output names a file)")
+    if info.traffic is None or not info.sources or result.direction is not IN:
+        return None
+    packets = captured_probes(result, info) / len(info.sources)
+    if packets < FEWEST_FOR_RATE:
+        return None
+    duration = (result.sent[-1] - result.sent[0]) / NANOSECONDS
+    return round((packets - 1) / duration, 1) if duration > 0 else None
+
+
+def rate_warnings(result: DirectionResult, info: RunInfo) -> list[str]:
+    """Return warnings if the probes were fewer a second than asked for, or more."""
+    traffic = info.traffic
+    if traffic is None or result.direction is not IN:
+        return []
+    warnings = []
+    paced = not traffic.command or "{interval}" in traffic.command
+    if paced and info.achieved_rate and info.achieved_rate < 0.95 * traffic.rate:
+        warnings.append(
+            f"each source sent less than 95 % of {counted(traffic.rate, 'packet')} a second. Use a "
+            "lower --rate, or more sources"
+        )
+    if traffic.load and info.duration:
+        most = 1.1 * traffic.rate * info.duration * len(info.sources)
+        packets = captured_probes(result, info)
+        if packets > most:
+            warnings.append(
+                f"{counted(packets, 'packet was', 'packets were')} captured as probes, but the "
+                f"sources sent at most {most:.0f}: other packets, such as the load's, are counted. "
+                "Give --load another protocol or port"
+            )
+    return warnings
+
+
+def traffic_warnings(
+    result: DirectionResult, info: RunInfo, captured: Mapping[str, Report], advice: Advice
+) -> list[str]:
+    """Return warnings if fewer or more packets count than the sources report to have sent."""
+    warnings = []
+    under_way = result.counts.undecided.under_way
+    if under_way and info.sources:
+        warnings.append(
+            f"{counted(under_way, 'packet')} at the end left out of all counts (undecided): the "
+            f"captures may have stopped before all of them reached the {result.direction.second}. "
+            f"{advice.undecided}"
+        )
+    sent = info.transmitted
+    if sent is None or result.direction is not IN or info.filter:
+        return warnings
+    seen = sent_datagrams(result) + under_way
+    if seen > sent:
+        seen -= closing_resets(result)
+    if seen > sent:
+        warnings.append(
+            f"{counted(seen, 'packet was', 'packets were')} captured on the pif, but this run sent "
+            f"{sent}: other traffic between the same hosts (another run?) is counted, too"
+        )
+    pif = captured["pif"]
+    if seen + pif.get("cut", 0) + pif.get("dropped", 0) < sent:
+        warnings.append(
+            f"only {seen} of {counted(sent, 'packet')} sent reached the pif: the rest was lost "
+            f"before the hypervisor, or came in by another interface. {advice.other_pif}"
+        )
+    return warnings
+
+
+def capture_warnings(
+    results: Iterable[DirectionResult], captured: Mapping[str, Report]
+) -> list[str]:
+    """Return warnings on packets that the kernel dropped before tcpdump could read them."""
+    warnings = []
+    for point, counts in captured.items():
+        dropped = counts.get("dropped")
+        if dropped:
+            warnings.append(
+                f"{point}: the kernel dropped {counted(dropped, 'packet')} before tcpdump could "
+                "read them: generate less traffic, or give the hypervisor more CPU"
+            )
+    for result in results:
+        uncaptured = result.counts.undecided.uncaptured
+        if uncaptured:
+            warnings.append(
+                f"{counted(uncaptured, 'packet')} may or may not be lost, since the capture on the "
+                f"{result.direction.second} missed or truncated as many: left out of all counts"
+            )
+    return warnings
+
+
+def guest_warnings(guest: GuestTimes) -> list[str]:
+    """Return a warning on probes whose answers are ambiguous."""
+    if not guest.ambiguous:
+        return []
+    return [
+        f"guest: {counted(guest.ambiguous, 'probe')} sent more than once (retransmissions?) left "
+        "out, since it isn't clear which copy was answered"
+    ]
+
+
+def percentile_warning(reports: Iterable[Report], percentiles: Iterable[str]) -> str:
+    """Return a warning on the percentiles of too few packets in a set of runs, or ""."""
+    timed = [
+        part["packets"]["matched"] - part["packets"]["ambiguous"]
+        for report in reports
+        for name, part in parts_of(report).items()
+        if name != "guest"
+    ]
+    fewest = min(timed, default=0)
+    close = [name for name in ENOUGH_DELAYS if name in percentiles and fewest < ENOUGH_DELAYS[name]]
+    if not timed or not close:
+        return ""
+    verb = "is" if len(close) == 1 else "are"
+    return f"with {counted(fewest, 'packet')} {', '.join(close)} {verb} close to the maximum"
+
+
+def no_delay(result: DirectionResult, info: RunInfo, advice: Advice, cut: int = 0) -> str:
+    """Return why no packet has a delay that can be true, or "" if one has.
+
+    `cut` is the number of packets that were captured too short to identify them.
+    """
+    counts = result.counts
+    if not counts.matched:
+        return _no_match(result, info, advice, cut)
+    if not counts.timed:
+        return captured_twice(result) or (
+            f"{counted(counts.matched, 'packet was', 'packets were')} seen on both interfaces, but "
+            "no delay is certain: others that were sent can't be told apart from them. "
+            f"{advice.distinct}"
+        )
+    longest = max(result.delays)
+    if longest >= 0:
+        return ""
+    return (
+        f"every delay is negative ({counted(counts.timed, 'packet')}, "
+        f"{min(result.samples()) / 1000:g} to {longest / 1000:g} µs): the packets pass the "
+        f"{result.direction.second} before the {result.direction.first}. {advice.backwards}"
+    )
+
+
+def _no_match(result: DirectionResult, info: RunInfo, advice: Advice, cut: int) -> str:
+    """Return why no packet was seen at both points."""
+    direction = result.direction
+    counts = result.counts
+    seen = {
+        direction.first: counts.first + counts.undecided.sent,
+        direction.second: counts.second + counts.undecided.unwatched_first,
+    }
+    if cut:
+        cause = (
+            f"The snap length was too short to identify {counted(cut, 'packet')}. Capture more of "
+            "each packet (tcpdump -s)"
+        )
+    elif counts.strays:
+        cause = _stray_arrivals(result, advice)
+    elif counts.undecided.total and not counts.first and not counts.second:
+        cause = "The captures don't overlap in time"
+    elif seen["pif"] and seen["vif"]:
+        cause = _cause_of_no_match(result, advice)
+    elif seen["pif"]:
+        cause = advice.other_vif
+    elif seen["vif"]:
+        cause = advice.other_pif
+    elif direction is IN:
+        cause = advice.no_traffic
+    else:
+        cause = advice.no_answers
+    on_pif = f"{seen['pif']} on {info.pif}"
+    on_vif = f"{seen['vif']} on {info.vif}"
+    return f"no packet was seen on both interfaces ({on_pif}, {on_vif}). {cause}"
+
+
+def _cause_of_no_match(result: DirectionResult, advice: Advice) -> str:
+    """Return why packets of both points don't match."""
+    if resized(result):
+        return (
+            "They differ in length, since segments were merged or split (GRO, TSO). Measure with "
+            "small packets"
+        )
+    return f"The packets differ. Is there {advice.translation}or other traffic?"
+
+
+# ---- Limits ----------------------------------------------------------------------------------
+
+COMPARATORS: dict[str, Callable[[float, float], bool]] = {">": gt, ">=": ge, "<": lt, "<=": le}
+LIMIT_ALIASES = {
+    "avg": "average",
+    "mean": "average",
+    "min": "minimum",
+    "max": "maximum",
+    "stddev": "stdev",
+    "p50": "median",
+    "loss_ratio": "loss",
+}
+# The units that a limit may be given in, and their size in the figure's own unit.
+LIMIT_UNITS = {
+    Unit.MICROSECONDS: {"": 1.0, "ns": 1e-3, "µs": 1.0, "ms": 1e3, "s": 1e6},
+    Unit.RATIO: {"": 1.0, "%": 0.01},
+    Unit.PACKETS: {"": 1.0},
+    Unit.DELAYS: {"": 1.0},
+}
+LIMIT_PARTS = ("in", "out", "outbound", "guest", *STAGES)
+
+
+@dataclass(frozen=True)
+class FigureLimit:
+    """A condition on a figure, such as "p99>200us" or "outbound.loss>=0.1%"."""
+
+    text: str
+    name: str  # of the figure, with its part
+    figure: Figure
+    path: tuple[str, ...]  # of the figure in the document
+    comparator: str
+    threshold: float  # in the unit of the figure
+    unit: str  # that the user gave, or ""
+
+    def breach(self, report: Report) -> str | None:
+        """Return how the report meets the condition, or None if it does not.
+
+        A value that is unknown meets every condition: a monitor must not take it for a good one.
+        """
+        value = value_at(report, self.path)
+        if value is None:
+            return f"{self.name} is not known (limit {self.text})"
+        if not COMPARATORS[self.comparator](value, self.threshold):
+            return None
+        return f"{self.name} is {self._show(value)} (limit {self.text})"
+
+    def _show(self, value: float) -> str:
+        """Return a value in the unit that the limit was given in."""
+        if self.figure.unit is Unit.MICROSECONDS and not self.unit:
+            return duration_text(value)
+        converted = value / LIMIT_UNITS[self.figure.unit][self.unit]
+        return f"{converted:.6g} {self.unit}".strip()
+
+
+@dataclass(frozen=True)
+class ChangeLimit:
+    """A condition on the comparison with a baseline."""
+
+    text: str
+    words: str  # between the condition and the baseline's name
+    figures: tuple[str, ...]  # in the comparison
+    either_way: bool  # improvements meet the condition, too
+
+    def breach(self, report: Report) -> str | None:
+        """Return how the comparison meets the condition, or None if it does not."""
+        comparison = report.get("comparison")
+        if comparison is None:  # only the last run of its kind has one
+            return None
+        if comparison["distinguishable"] is None:
+            return f"{self.text} is not known: it requires {FEWEST_RUNS} runs on each side"
+        changes = [
+            self._show(name, comparison[name])
+            for name in self.figures
+            if comparison[name]["distinguishable"]
+            and (self.either_way or comparison[name]["shift"] > 0)
+        ]
+        if not changes:
+            return None
+        return f"{self.text} {self.words} {comparison['path']}: {'; '.join(changes)}"
+
+    def _show(self, name: str, change: Report) -> str:
+        """Return a figure before and now, and by which factor it has grown."""
+        show: Callable[[float], str] = duration_text
+        if name == "loss_ratio":
+            name = "loss"
+            show = percent_text
+        before = change["baseline"]
+        now = change["current"]
+        text = f"{name} {show(now)}, was {show(before)}"
+        if 0 < 2 * before <= now:
+            text += f", {now / before:.2g} times"
+        return text
+
+
+Limit = FigureLimit | ChangeLimit
+CHANGE_LIMITS = {
+    "changed": ChangeLimit("changed", "from", tuple(COMPARED), either_way=True),
+    "slower": ChangeLimit("slower", "than", ("median", "p99"), either_way=False),
+    "lossier": ChangeLimit("lossier", "than", ("loss_ratio",), either_way=False),
+}
+
+
+def parse_limit(text: str, direction: str, stages: bool) -> Limit:
+    """Return the limit that a text describes.
+
+    `direction` and `stages` are what is measured.  Raises UsageError if the text is not a limit,
+    or if its figure will not be known.
+    """
+    name = text.strip().lower()
+    if name in CHANGE_LIMITS:
+        return CHANGE_LIMITS[name]
+    with naming(f"--fail-if {text!r}"):
+        return _parse_figure_limit(name, direction, stages)
+
+
+def _parse_figure_limit(text: str, direction: str, stages: bool) -> FigureLimit:
+    parts = re.fullmatch(
+        r"(?:([a-z_]+)\.)?([a-z_]+[\d.]*)\s*(>=|<=|>|<)\s*(\d+\.?\d*(?:e-?\d+)?)\s*(\S*)", text
+    )
+    if not parts:
+        raise UsageError(
+            "not a limit. Give NAME>NUMBER (or >=, <, <=) with a unit if you like, such as "
+            f"'p99>200us' or 'loss>0.1%', or one of {', '.join(CHANGE_LIMITS)}"
+        )
+    part, name, comparator, threshold, unit = parts.groups(default="")
+    figures = {figure.name: figure for figure in FIGURES}
+    figure = figures.get(LIMIT_ALIASES.get(name, name))
+    if figure is None:
+        raise UsageError(f"there is no figure {name!r}. Use one of {', '.join(figures)}")
+    path = _part_path(part, direction, stages) + figure.path
+    if part in ("guest", *STAGES) and figure.scope is not Scope.DELAYS:
+        raise UsageError(f"{part} has no figure {name!r}")
+    if figure.scope is Scope.TRACE and not stages:
+        raise UsageError(f"{name} requires --stages")
+    unit = re.sub("us|\u03bcs", "µs", unit)  # that is the Greek letter, not the micro sign
+    value = _threshold(name, figure.unit, threshold, unit)
+    full_name = f"{part}.{name}".lstrip(".")
+    return FigureLimit(text, full_name, figure, path, comparator, value, unit)
+
+
+def _threshold(name: str, figure_unit: Unit, number: str, unit: str) -> float:
+    """Return the threshold of a limit in the figure's own unit."""
+    units = LIMIT_UNITS[figure_unit]
+    if unit not in units:
+        accepted = ", ".join(symbol for symbol in units if symbol) or "none"
+        raise UsageError(f"{unit!r} is not a unit of {name} (units: {accepted})")
+    value = float(number) * units[unit]
+    if figure_unit is Unit.RATIO and value > 1:
+        hint = "" if unit else f". Did you mean {number}%?"
+        raise UsageError(f"{name} is at most 1, or 100 %{hint}")
+    return value
+
+
+def _part_path(part: str, direction: str, stages: bool) -> tuple[str, ...]:
+    """Return where a part is in the document; UsageError if it will not be there."""
+    if part in STAGES:
+        if not stages:
+            raise UsageError(f"{part} requires --stages")
+        return ("stages", part)
+    if part in ("", direction) or (part, direction) in (("outbound", "out"), ("in", "both")):
+        return ()
+    if part not in LIMIT_PARTS:
+        raise UsageError(f"there is no part {part!r}. Use one of {', '.join(LIMIT_PARTS)}")
+    if direction != "both":
+        raise UsageError(f"{part} requires --direction both")
+    if part == "guest":
+        return ("guest",)
+    return ("outbound",)
+
+
+# ---- Outputs: files --------------------------------------------------------------------------
+
+
+def is_standard_output(path: str) -> bool:
+    """Return whether a path, such as "-" or /dev/stdout, leads to the standard output."""
+    if path == "-":
+        return True
     try:
-        if isinstance(place, int) or (os.path.exists(place) and not os.path.isfile(place)):
-            with open(os.dup(place) if isinstance(place, int) else place, "wb") as file:
+        return sys.stdout is not None and os.path.samestat(os.stat(path), os.fstat(1))
+    except OSError:
+        return False
+
+
+def is_special(path: str) -> bool:
+    """Return whether a path is something that can't be replaced, such as a device or a pipe."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+def write_file(path: str, write: Callable[[BinaryIO], object], append: bool = False) -> None:
+    """Write a file by a function of the open file; "-" is the standard output.
+
+    A regular file is replaced as a whole, unless `append` is set; anything else is written to.
+    Raises UsageError if that fails, and ReaderGone for a pipe without a reader.
+    """
+    name = "standard output" if path == "-" else path
+    if path == "-" and sys.stdout is None:
+        raise UsageError(f"can't write {name}: it is closed. Name a file with --output")
+    try:
+        if is_standard_output(path):
+            with open(os.dup(1), "wb") as file:
                 write(file)
-            return
-        temporary = os.path.join(os.path.dirname(place), f".netweaver-{os.urandom(6).hex()}")
-        with open(temporary, "xb") as file:
-            if os.path.exists(place):
-                status = os.stat(place)
-                os.chmod(temporary, status.st_mode & 0o7777)
-                if os.geteuid() == 0:
-                    os.chown(temporary, status.st_uid, status.st_gid)
-            write(file)
-        os.replace(temporary, place)
+        elif append or is_special(path):
+            with open(path, "ab") as file:
+                write(file)
+        else:
+            _replace_file(os.path.realpath(path), write)
     except BrokenPipeError:
         raise ReaderGone from None
     except OSError as error:
-        raise UsageError(f"can't write {shown}: {error.strerror}") from error
+        raise UsageError(f"can't write {name}: {error.strerror}") from error
+
+
+def _replace_file(path: str, write: Callable[[BinaryIO], object]) -> None:
+    """Write a new file, and put it in place of the one at a path once it is complete.
+
+    It gets the mode of the file that was there, and if possible its owner.
+    """
+    temporary = os.path.join(os.path.dirname(path), f".netweaver-{os.urandom(6).hex()}")
+    try:
+        with open(temporary, "xb") as file:
+            if os.path.exists(path):
+                before = os.stat(path)
+                os.chmod(temporary, stat.S_IMODE(before.st_mode))
+                if os.geteuid() == 0:
+                    os.chown(temporary, before.st_uid, before.st_gid)
+            write(file)
+        os.replace(temporary, path)
     finally:
-        if temporary and os.path.exists(temporary):
+        if os.path.exists(temporary):
             os.unlink(temporary)
 
 
+def write_text(path: str, text: str, append: bool = False) -> None:
+    """Write a text to a file, as write_file does."""
+    data = text.encode("utf-8", "replace")
+    write_file(path, lambda file: file.write(data), append)
+
+
 def check_writable(path: str) -> None:
-    """UsageError if a file can't be written, as far as that is known before a long measurement."""
-    place = real_path(path)
-    if isinstance(place, int):
+    """Raise UsageError if a file can't be written, as far as that is known beforehand."""
+    if is_standard_output(path):
         return
-    directory = os.path.dirname(place) or "."
-    special = os.path.exists(place) and not os.path.isfile(place)
-    if os.path.isdir(place) or not os.access(place if special else directory, os.W_OK):
-        why = ("it is a directory" if os.path.isdir(place) else "no such directory" if not os.path.isdir(directory)
-               else "no permission to write there")
-        raise UsageError(f"can't write {path}: {why}")
+    if os.path.isdir(path):
+        raise UsageError(f"can't write {path}: it is a directory")
+    directory = os.path.dirname(os.path.realpath(path))
+    if is_special(path):
+        needed = path
+    elif os.path.isdir(directory):
+        needed = directory
+    else:
+        raise UsageError(f"can't write {path}: no such directory")
+    if not os.access(needed, os.W_OK):
+        raise UsageError(f"can't write {path}: no permission to write there")
 
 
-# ---- People and monitors -------------------------------------------------------------------------------------
-
-WIDTH, HEIGHT = 80, 23                               # of a terminal, with its last line for the prompt
-BINS, BAR = 12, 40                                   # of a histogram: lines, and the width of the longest bar
+RunResult = tuple[dict[str, Any], Sequence[DirectionResult]]  # report, and each direction
+FORMATS = ("text", "json", "prometheus")  # of the result
 
 
-def duration_text(microseconds: float) -> str:
-    """A time in a unit that suits it."""
-    for unit, size in (("s", 1e6), ("ms", 1e3), ("µs", 1)):
-        if abs(microseconds) >= size:
-            number = microseconds / size
-            return f"{number:.3g} {unit}" if abs(number) < 999.5 else f"{number:.0f} {unit}"
-    return f"{microseconds * 1000:.0f} ns"
+class Output:
+    """A form in which the results of runs are published."""
+
+    def add(self, report: dict[str, Any], results: Sequence[DirectionResult]) -> None:
+        """Take the result of the next run."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Complete the output after the last run."""
 
 
-def histogram(delays: Sequence[int], fancy: bool = True, bins: int = BINS) -> list[str]:
-    """Lines that show how the delays (ns) are distributed, up to their 99th percentile, and how many are above it."""
-    ranked = sorted(delays)
-    low, high = ranked[0], ranked[(len(ranked) - 1) * 99 // 100]
-    width = max(1, -(-(high + 1 - low) // bins))
-    edges = [low + width * place for place in range(bins + 1) if low + width * (place - 1) <= high]
-    below = [bisect_left(ranked, edge) for edge in edges]
-    rows = [(duration_text(edge / 1000), after - before)
-            for edge, before, after in zip(edges, below, islice(below, 1, None))]
-    if len(ranked) > below[-1]:
-        rows.append((f"> {duration_text(edges[-1] / 1000)}", len(ranked) - below[-1]))
-    most, column = max(number for _, number in rows), max(len(label) for label, _ in rows)
-    lines = []
-    for label, number in rows:
-        eighths = -(-number * BAR * 8 // most)
-        bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip() if fancy else "#" * (eighths // 8)
-        lines.append(f"{label:>{column}}  {number:>{len(str(most))}}  {bar}".rstrip())
-    return lines
+class JsonOutput(Output):
+    """A JSON document on each run, a line each."""
+
+    def __init__(self, path: str, indent: int | None) -> None:
+        self._path = path
+        self._indent = indent
+        self._written = False
+
+    def add(self, report: dict[str, Any], results: Sequence[DirectionResult]) -> None:
+        """Write the document on the next run, so that it is there whatever happens later."""
+        text = json.dumps(report, indent=self._indent)
+        write_text(self._path, f"{text}\n", append=self._written)
+        self._written = True
 
 
-def side_names(config: Report) -> dict[str, str]:
-    """The interfaces, or the files' names without their directories, by side."""
-    return {side: ",".join(map(os.path.basename, str(config[side]).split(","))) for side in ("pif", "vif")}
+# ---- Outputs: text for people ----------------------------------------------------------------
 
-
-# What the kernel's words for a loss mean, and what to look at.
-LOSSES = {
-    **dict.fromkeys(("NETFILTER_DROP", "nft_do_chain", "nf_hook_slow"),
-                    ("dropped by a firewall rule", "nft list ruleset, iptables -vL")),
-    **dict.fromkeys(("TC_INGRESS", "TC_EGRESS"), ("dropped by a tc rule", "tc -s filter show dev {pif} ingress")),
-    **dict.fromkeys(("QDISC_DROP", "QDISC_OVERLIMIT", "kfree_skb_list_reason"),
-                    ("by the vif's queue", "tc -s qdisc show dev {vif}")),
-    "NO_TX_TARGET": ("by the bridge", "has the vif a carrier, does the guest run?"),
-    "br_handle_frame_finish": ("by the bridge", "bridge -d link: is a port blocked?"),
-    "xenvif_kthread_guest_rx": ("by netback", "the guest didn't take them in time")}
-
-
-def stage_lines(part: Report, config: Report, fancy: bool) -> list[str]:
-    """Lines on where the time went, with each stage's share of all of it, and on where packets were lost."""
-    stages = part.get("stages", {})
-    whole = sum(stage["average"] for stage in stages.values()) or 1
-    lines = [f"{'Stages':<14}{'median':>10}{'p99':>8}{'packets':>8}"] if stages else []
-    for name, stage in stages.items():
-        bar = "#█"[fancy] * round(BAR * stage["average"] / whole)
-        lines.append(f" {name:<13}{duration_text(stage['median']):>10}{duration_text(stage['percentiles']['99']):>8}"
-                     f"{stage['packets']:>8}  {bar}".rstrip())
-    for loss in part.get("lost_at", ()):
-        name = next((name for name in (loss["reason"], loss["where"]) if name in LOSSES), loss["where"] or "no end")
-        by, look = LOSSES.get(name, ("", f"lost in {loss['stage']}"))
-        lines.append(f" {loss['packets']:>7} {by} ({name}): {look.format(**side_names(config))}".replace("  (", " ("))
-    if fates := part.get("after_vif"):
-        lines.append(" behind the vif: " + ", ".join(f"{number} {fate}" for fate, number in fates.items()))
-    if own := (part.get("guest") or {}).get("own"):
-        lines.append(f" the guest itself: median {duration_text(own['median'])}, "
-                     f"p99 {duration_text(own['percentiles']['99'])}")
-    return lines
-
-
-def cells(label: str, *texts: object) -> str:
-    """A row of a table that is as wide as a terminal."""
-    return f" {label:<7}" + "".join(f"{text:>8}" for text in texts)
-
-
-def summary(report: Report, delays: Sequence[int], fancy: bool = True) -> list[str]:
-    """Lines for people on what was measured, which fit a terminal; `delays` are the samples (ns)."""
-    config, names, parts = report["config"], side_names(report["config"]), parts_of(report)
-    shown = ("median", "average", "stdev", "minimum", "p90", "p95", "p99", "p99.9", "maximum")
-    what = config.get("name_label") or config.get("destination") or "captures"
-    title = ", ".join(filter(None, (what, traffic_name(config))))
-    delay = [f"Delay{cells('', *shown)[5:]}"]
-    packets = [f"Packets{cells('', 'seen', 'matched', 'lost', '', 'ambig.', 'undec.', 'dupl.', 'reord.', 'extra')[7:]}"]
-    for way, part in parts.items():
-        rows = {way: part, **{name: (part or {}).get("flows", {}).get(name) for name in ("first", "later")}}
-        for label, figures in ((label, figures_in(row)) for label, row in rows.items()):
-            if "median" in figures:
-                delay.append(cells(label, *(duration_text(figures[name]) for name in shown)))
-        numbers = part["packets"] if part else {}
-        if way == "guest" and part:
-            packets.append(f" guest   {numbers['answered']} probes answered, {numbers['unanswered']} not")
-        elif part:
-            _, first, second = DIRECTIONS[way][0]
-            kinds = (first, "matched", "lost", "", "ambiguous", "undecided", "duplicated", "reordered",
-                     f"{second}_only")
-            loss = f"{100 * part['loss_ratio']:.3g} %"
-            packets.append(cells(way, *(numbers.get(kind, loss) for kind in kinds)))
-    title = f"{'Interrupted: ' if report.get('interrupted') else ''}{title}"
-    by = f" (by {config['toolstack']})" if config.get("toolstack") else ""
-    lines = [title, f" pif {names['pif']}, vif {names['vif']}{by}", *delay, *packets,
-             *stage_lines(report, config, fancy), *comparison_lines(report)]
-    bins = min(BINS, HEIGHT - len(lines) - 2)
-    lines += ["Distribution of the delay", *(f" {line}" for line in histogram(delays, fancy, bins))] if bins > 1 else []
-    return [printable(line)[:WIDTH] for line in lines]
-
-
-def table(reports: Sequence[Report]) -> list[str]:
-    """Lines for people on several runs, with their means and standard deviations by kind of traffic."""
-    kinds: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for report in reports:
-        kinds[traffic_name(report["config"])].append(figures_in(report))
-    units = {name: unit for name, _, unit, _ in FIGURES}
-
-    def row(label: str, number: object, figures: Report) -> str:
-        texts = (duration_text(figures[name]) if units[name] == "µs" else f"{100 * figures[name]:.3g} %"
-                 for name in shown)
-        return f" {label:<25.25}{number:>6}" + "".join(f"{text:>8}" for text in texts)
-
-    shown = ("median", "average", "p99", "maximum", "loss")
-    lines = [f"{'Traffic':<26}{'run':>6}" + "".join(f"{name:>8}" for name in shown)]
-    for kind, runs in kinds.items():
-        lines += [row(kind, number, figures) for number, figures in enumerate(runs, 1)]
-        columns = {name: [figures[name] for figures in runs] for name in shown}
-        if len(runs) > 1:
-            from statistics import mean, stdev
-            lines += [row(kind, word, {name: spread(column) for name, column in columns.items()})
-                      for word, spread in (("mean", mean), ("± s.d.", stdev))]
-    return [*lines, *(line for report in reports for line in comparison_lines(report))]
-
-
-def comparison_lines(report: Report) -> list[str]:
-    """Lines on what has changed since the baseline, if there is one."""
-    if not (comparison := report.get("comparison")):
-        return []
-    verdict = {True: "Different", False: "No difference to be seen",
-               None: "Too few packets to tell"}[comparison["distinguishable"]]
-    numbers = " against ".join(map(str, comparison["numbers"][::-1]))
-    of, doubtful = " of ".join(filter(None, (comparison["compared"], traffic_name(report["config"])))), False
-    lines = [f"{verdict}: {numbers} {of}, {comparison['path']}"]
-    for name, label in (("median", "median"), ("p99", "p99"), ("loss_ratio", "loss")):
-        part = comparison[name]
-        shift, *ends = [f"{'-' if value < 0 else '+'}{duration_text(abs(value))}" if name != "loss_ratio" else
-                        f"{100 * value:+.3g} %" for value in (part["shift"], *(part["interval"] or ()))]
-        beyond = bool(part["interval"]) and not part["interval"][0] <= 0 <= part["interval"][1]
-        doubtful |= beyond and not part["distinguishable"]
-        lines.append(f" {label:<8}{shift:>9}  ({' to '.join(ends) or 'too few packets to tell'})"
-                     + (", changed" if part["distinguishable"] else ", as equal runs may differ" if beyond else ""))
-    return lines + [" One run doesn't tell what equal runs differ by: --runs 5 on both sides would."] * doubtful
-
-
-BUCKETS = [digit * 10 ** power for power in range(6) for digit in (1, 2, 5)] + [1_000_000]       # µs
-
-
-def prometheus(labels: Mapping[str, str], code: int, report: Report | None = None,
-               results: Sequence[Result] = ()) -> str:
-    """The outcome of a run for node_exporter's textfile collector, in Prometheus' base units (seconds).
-
-    `labels` are those of all series; without a report the run has failed, with that exit code.
-    """
-    families: dict[str, tuple[str, str]] = {         # type and help
-        "success": ("gauge", "Whether something was measured."), "exit_code": ("gauge", "Exit code of netweaver."),
-        "info": ("gauge", "What was measured, in labels."), "warnings": ("gauge", "How many warnings there are."),
-        "measured_timestamp_seconds": ("gauge", "When the traffic started."),
-        "delay_seconds": ("gauge", "Time from one interface to the other; guest: that the VM took to answer."),
-        "delay_distribution_seconds": ("histogram", "How the delays of this run are distributed."),
-        "packets": ("gauge", "Packets by what became of them."),
-        "stage_seconds": ("gauge", "Time in one stage of the way, by the kernel's trace."),
-        **{f"{name}_{unit}": ("gauge", f"{text[0].upper()}{text[1:]}.") for name, _, unit, text in FIGURES}}
-    samples: defaultdict[str, list[tuple[str, dict[str, str], float]]] = defaultdict(list)
-
-    def add(family: str, value: float, suffix: str = "", **own: str) -> None:
-        samples[family].append((suffix, own, value))
-
-    add("success", int(report is not None))
-    add("exit_code", code)
-    if report:
-        config, units = report["config"], {name: unit for name, _, unit, _ in FIGURES}
-        add("info", 1, login=str(config.get("hypervisor") or ""), traffic=traffic_name(config),
-            **{name: str(config[name]) for name in ("pif", "vif", "version")})
-        add("warnings", len(report["warnings"]))
-        if "started" in config:
-            add("measured_timestamp_seconds", parse_time(config["started"]) // NANOSECONDS)
-        for way, part in parts_of(report).items():
-            for name, value in figures_in(part).items():
-                if units[name] == "µs":
-                    add("delay_seconds", value / 1e6, direction=way, statistic=name)
-                elif units[name] != "packets":
-                    add(f"{name}_{units[name]}", value, direction=way)
-            part = part or {}
-            for kind, number in {**part.get("packets", {}), **(part.get("after_vif") or {})}.items():
-                add("packets", number, direction=way, kind=kind)
-            for stage, of in part.get("stages", {}).items():
-                for name, value in figures_in(of).items():
-                    add("stage_seconds", value / 1e6, direction=way, stage=stage, statistic=name)
-    for result in results:
-        ranked, way = sorted(result.samples()), result.matching.direction.name
-        for bound, most in (*((str(bound / 1e6), 1000 * bound) for bound in BUCKETS), ("+Inf", -NO_DELAY)):
-            add("delay_distribution_seconds", bisect(ranked, most), "_bucket", direction=way, le=bound)
-        add("delay_distribution_seconds", sum(ranked) / 1e9, "_sum", direction=way)
-        add("delay_distribution_seconds", len(ranked), "_count", direction=way)
-    lines = []
-    for family, (kind, text) in families.items():
-        lines += [f"# HELP netweaver_{family} {text}", f"# TYPE netweaver_{family} {kind}"] if samples[family] else []
-        for suffix, own, value in samples[family]:
-            pairs = ",".join('{}="{}"'.format(key, text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"))
-                             for key, text in {**labels, **own}.items())
-            lines.append(f"netweaver_{family}{suffix}{{{pairs}}} {value!r}")
-    return "\n".join(lines) + "\n"
-
-
-def series_labels(config: Report) -> dict[str, str]:
-    """What names a VM's series whatever becomes of it: neither its interfaces nor who has logged in."""
-    hypervisor, labels = config.get("hypervisor"), config["labels"]
-    return {"hypervisor": Target(hypervisor).host if hypervisor else "",
-            **{name: config.get(name) or "" for name in ("name_label", "destination")},
-            **{re.sub(r"^(?=\d)|[^A-Za-z0-9_]", "_", key): value for key, value in labels.items()}}
-
-
-# What may have become of the figures since the baseline: which ones, and the least sign of their shift.
-CHANGES = {"changed": (("median", "p99", "loss_ratio"), -1), "slower": (("median", "p99"), 1),
-           "lossier": (("loss_ratio",), 1)}
-LIMIT_ALIASES = {"avg": "average", "mean": "average", "min": "minimum", "max": "maximum", "stddev": "stdev",
-                 "p50": "median", "loss_ratio": "loss"}
-LIMIT_UNITS = {"µs": {"": 1.0, "ns": 1e-3, "us": 1.0, "µs": 1.0, "ms": 1e3, "s": 1e6}, "ratio": {"": 1.0, "%": 0.01}}
-
-
-class Limit:
-    """A condition such as "p99>200" (µs), "loss>0.1%" or "outbound.median>=50us"; UsageError if it can't be one.
-
-    One of CHANGES is a condition on the comparison with a baseline.
-    """
-
-    def __init__(self, text: str, direction: str, stages: bool) -> None:
-        self.text, self.compares, self.name = text.strip(), text.strip() in CHANGES, ""
-        if self.compares:
-            return
-        parts = re.fullmatch(r"\s*(?:([a-z_]+)\.)?([a-z_]+[\d.]*)\s*(>=|<=|>|<)\s*(\d+\.?\d*(?:e-?\d+)?)\s*(\S*)\s*",
-                             text.replace("\u03bc", "µ"))               # the Greek letter, too
-        part, name, self._sign, number, self._unit = parts.groups() if parts else ("", "", "", "0", "")
-        self.name, units = LIMIT_ALIASES.get(name, name), {name: unit for name, _, unit, _ in FIGURES}
-        unit = units.get(self.name, "")
-        self._factors = LIMIT_UNITS.get(unit, {"": 1.0})
-        self._number = float(number) * self._factors.get(self._unit, 1.0)
-        self._part = {"outbound": "out"}.get(part or "", part)
-        mistakes = {
-            "give NAME>NUMBER (or >=, <, <=) with a unit if you like, such as 'p99>200us' or 'loss>0.1%', or one of "
-            f"{', '.join(CHANGES)}": not parts,
-            f"there is no figure {name!r}; there are {', '.join(units)}": not unit,
-            f"{self._unit!r} is no unit of {name} ({', '.join(filter(None, self._factors)) or 'it has none'})":
-                self._unit not in self._factors,
-            f"there is no part {part!r}; there are outbound, guest, {', '.join(STAGES)}":
-                part not in (None, "outbound", "guest", *STAGES),
-            f"{part} is known with --direction both alone": part in ("outbound", "guest") and direction != "both",
-            f"{part or name} is known with --stages alone": not stages and (part in STAGES or name == "dropped"),
-            f"the {part} has no {name}": part in ("guest", *STAGES) and (unit != "µs" or name in ("pdv", "ipdv")),
-            f"{name} is at most 1, or 100 %" + ("" if self._unit else f": do you mean {number}%?"):
-                unit == "ratio" and self._number > 1}
-        for mistake, made in mistakes.items():
-            if made:
-                raise UsageError(f"--fail-if {text!r}: {mistake}")
-
-    def breach(self, report: Report) -> str | None:
-        """How the report meets the condition; None if it doesn't.  What isn't known meets every condition."""
-        if self.compares:
-            names, sign = CHANGES[self.text]
-            parts = [report["comparison"][name] for name in names]
-            if all(part["distinguishable"] is None for part in parts):
-                return f"{self.text}: not known, with too few packets"
-            met = any(part["distinguishable"] and (part["shift"] > 0) >= sign for part in parts)
-            return f"{self.text}: against {report['comparison']['path']}" if met else None
-        of = (report if not self._part else report.get("stages", {}).get(self._part) if self._part in STAGES else
-              parts_of(report)[self._part])
-        value = figures_in(of).get(self.name)
-        if value is None:
-            return f"{self.text}: not known"
-        met = {">": value > self._number, ">=": value >= self._number, "<": value < self._number,
-               "<=": value <= self._number}[self._sign]
-        shown = (duration_text(value) if self._factors is LIMIT_UNITS["µs"] and not self._unit else
-                 f"{value / self._factors[self._unit]:.6g}{' ' * bool(self._unit)}{self._unit}")
-        return f"{self.text}: it is {shown}" if met else None
-
-
-def figure_class(path: str) -> Any:
-    """Matplotlib's Figure, for a picture of that name; UsageError if it can't be made."""
-    if isinstance(real_path(path), str) and not path.lower().endswith((".png", ".svg", ".pdf")):
-        raise UsageError(f"--plot {path}: the name must end in .png, .svg or .pdf")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError(f"--plot needs matplotlib ({error}): pip install matplotlib") from None
-    return Figure
-
-
-COLOURS = "#0072B2", "#E69F00", "#009E73", "#CC79A7"         # of Okabe and Ito, which everyone tells apart
-
-
-def plot_runs(path: str, reports: Sequence[Report]) -> None:
-    """Draws median and 99th percentile of several runs, by kind of traffic, over the rate, or else from run to run."""
-    figure = figure_class(path)(figsize=(10, 4.8), layout="constrained")
-    axes, kinds = figure.subplots(), defaultdict(list)       # type: Any, defaultdict[str, list[tuple[int, Report]]]
-    traffic = [report["config"].get("traffic") or {} for report in reports]
-    rates = sorted({each.get("rate") or 0 for each in traffic})
-    for number, (report, each) in enumerate(zip(reports, traffic), 1):
-        place = each.get("rate") or 0 if len(rates) > 1 else number
-        kinds[each.get("pattern") or ""].append((place, figures_in(report)))
-    for color, (kind, runs) in zip(COLOURS * len(kinds), kinds.items()):
-        for name, marker, dashes in (("median", "o", "-"), ("p99", "^", "--")):
-            values = defaultdict(list)               # type: defaultdict[int, list[float]]
-            for place, figures in runs:
-                values[place].append(figures[name])
-            axes.plot([place for place, _ in runs], [figures[name] for _, figures in runs], marker, color=color)
-            axes.plot(sorted(values), [sum(values[place]) / len(values[place]) for place in sorted(values)], dashes,
-                      color=color, marker=marker, markersize=0, label=f"{kind} {name}".strip())
-    axes.set(xlabel="run", ylabel="delay (µs)", ylim=(0, None))
-    if len(rates) > 1:
-        axes.set(xlabel="packets a second", xscale="log")
-        axes.set_xticks(rates, map(str, rates))
-        axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", frameon=False)
-    save_figure(figure, path, f"{reports[0]['config'].get('name_label') or 'delay'}: {len(reports)} runs")
-
-
-def save_figure(figure: Any, path: str, title: str) -> None:
-    """Writes a figure in the format that the path's ending names, and takes a name with $ for no formula."""
-    from matplotlib.text import Text
-    figure.suptitle(printable(title), fontsize="medium")
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)
-        text.set_usetex(False)
-    kind = path[-3:].lower() if path.lower().endswith((".png", ".svg", ".pdf")) else "png"
-    write_file(path, lambda file: figure.savefig(file, format=kind, dpi=150))
-
-
-def plot(path: str, report: Report, results: Sequence[Result]) -> None:
-    """Draws the delay of each packet over time, with the lost ones, beside its distribution; by the path's ending."""
-    figure, names = figure_class(path)(figsize=(10, 4.8), layout="constrained"), side_names(report["config"])
-    over_time, distribution = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
-    from matplotlib.ticker import LogFormatter
-    start = min(min(result.matching.sent) for result in results if result.first)
-    for result, color, (marker, dashes) in zip(results, COLOURS, (("o", "-"), ("^", "--"))):     # also in grey
-        _, first, second = result.matching.direction
-        times = [(when - start) / NANOSECONDS for when in result.matching.sent]
-        seen, lost = result.ranks(MATCHED), [times[rank] for rank in result.ranks(LOST)]
-        delays = [result.delays[rank] / 1000 for rank in seen]
-        if result.stages and result is results[0]:
-            rows = list(result.stages.items())
-            most = max(map(len, result.stages.values()))
-            over_time.stackplot([times[rank] for rank, _ in rows], *zip(*(
-                [part / 1000 for part in (*each, 0)[:most]] for _, each in rows)), labels=STAGES[:most], alpha=0.7)
-        else:
-            over_time.plot([times[rank] for rank in seen], delays, marker, markersize=3, color=color, alpha=0.6,
-                           markeredgewidth=0, rasterized=len(seen) > 5000, label=f"{names[first]} to {names[second]}")
-        if lost:
-            over_time.plot(lost, [0.02] * len(lost), "x", markersize=6, color="#D55E00", label=f"lost ({len(lost)})",
-                           transform=over_time.get_xaxis_transform())
-        distribution.plot([100 * rank / len(seen) for rank in range(1, len(seen) + 1)], sorted(delays), color=color,
-                          linestyle=dashes)
-    everything = [delay for result in results for delay in result.samples()]
-    if min(everything) > 0 and max(everything) > 5000 * report["median"]:
-        over_time.set_yscale("log")
-        over_time.yaxis.set_major_formatter(LogFormatter())          # 200, not 2e2
-        over_time.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    over_time.set(xlabel="time since the first packet (s)", ylabel="delay (µs)")
-    distribution.set(xlabel="packets that took no longer (%)", xlim=(0, 100))
-    for axes in (over_time, distribution):
-        axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
-    what = report["config"].get("name_label") or report["config"].get("destination") or "delay"
-    save_figure(figure, path, f"{what}: median {duration_text(report['median'])}, 99 % within "
-                f"{duration_text(report['percentiles']['99'])}, {results[0].lost} of {results[0].first} packets lost")
+WIDTH = 80  # of a terminal
+HEIGHT = 23  # of a terminal, without the line of the prompt
+BINS = 12  # lines of a histogram
+BAR = 40  # width of a histogram's longest bar
+LOGARITHMIC = (
+    4  # a histogram's scale is logarithmic where its delays differ by more than this factor
+)
+DURATION_UNITS = (("s", 1e6), ("ms", 1e3), ("µs", 1.0))  # and their size in microseconds
+# Nine columns fill the width: a tenth would be cut off.
+DELAY_COLUMNS = ("median", "average", "stdev", "minimum", "p90", "p95", "p99", "p99.9", "maximum")
+RUN_COLUMNS = ("median", "average", "p99", "maximum", "loss")
 
 
 def printable(text: str) -> str:
-    """Text whose control characters can't do anything to a terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    """Return a text with its control characters escaped, so that no terminal obeys them."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
-# ---- Command line --------------------------------------------------------------------------------------------
+def duration_text(microseconds: float, digits: int = 3) -> str:
+    """Return a time in a unit that suits it."""
+    for unit, size in DURATION_UNITS:
+        value = microseconds / size
+        if abs(value) >= 999.5:
+            return f"{value:.0f} {unit}"
+        if abs(value) >= 1:
+            return f"{value:.{digits}g} {unit}"
+    return f"{microseconds * 1000:.0f} ns"
+
+
+def percent_text(ratio: float) -> str:
+    """Return a ratio in percent, in at most eight characters."""
+    if 0 < ratio < 1e-5:
+        return "<0.001 %"
+    digits = 3 if ratio >= 1e-3 else 2
+    return f"{100 * ratio:.{digits}g} %"
+
+
+def histogram(delays: Iterable[int], fancy: bool = True, bins: int = BINS) -> list[str]:
+    """Return lines that show how delays (ns), which may be counted already, are distributed.
+
+    The bins end at the 99th percentile; a last line counts the delays above it.
+    """
+    ranked = RankedDelays(delays)
+    edges = _bin_edges(ranked, bins)
+    labels = _edge_labels(edges)
+    labels[-1] = f"> {labels[-1]}"
+    below = [bisect_left(ranked, edge) for edge in edges]
+    sizes = [after - before for before, after in pairwise([*below, len(ranked)])]
+    if not sizes[-1]:
+        del labels[-1], sizes[-1]
+    label_width = max(map(len, labels))
+    size_width = len(str(max(sizes)))
+    return [
+        f"{label:>{label_width}}  {size:>{size_width}}  {_bar(size / max(sizes), fancy)}".rstrip()
+        for label, size in zip(labels, sizes)
+    ]
+
+
+def _bin_edges(ranked: RankedDelays, bins: int) -> list[int]:
+    """Return the lower edges of at most so many bins, and the end of the last one."""
+    low = ranked[len(ranked) // 100]  # a single short delay must not stretch the scale
+    end = ranked[(len(ranked) - 1) * 99 // 100] + 1
+    if low > 0 and end > LOGARITHMIC * low:
+        inner = [round(low * (end / low) ** (i / bins)) for i in range(1, bins)]
+    else:
+        inner = [low + (end - low) * i // bins for i in range(1, bins)]
+    return sorted({ranked[0], end, *(edge for edge in inner if low < edge < end)})
+
+
+def _edge_labels(edges: Sequence[int]) -> list[str]:
+    """Return the edges (ns) as durations, with as many digits as it takes to tell them apart."""
+    labels: list[str] = []
+    for digits in range(3, 10):
+        labels = [duration_text(edge / 1000, digits) for edge in edges]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def _bar(share: float, fancy: bool) -> str:
+    """Return a bar of a share of the longest one's width."""
+    character = "█" if fancy else "#"
+    return character * math.ceil(share * BAR)
+
+
+def date_text(nanoseconds: int) -> str:
+    """Return a time to the minute, in UTC."""
+    return f"{iso_time(nanoseconds)[:16].replace('T', ' ')} UTC"
+
+
+def side_names(info: RunInfo) -> dict[str, str]:
+    """Return the interfaces, or the files' names without their directories, by point."""
+    paths = {"pif": info.pif, "vif": info.vif}
+    return {
+        point: ",".join(map(os.path.basename, text.split(","))) for point, text in paths.items()
+    }
+
+
+def run_name(info: RunInfo) -> str:
+    """Return the VM and the traffic of a run, as its messages name it."""
+    return f"{info.subject} {info.traffic_name}".strip()
+
+
+def run_label(name: str, numbers: Sequence[int]) -> str:
+    """Return the label of some of several runs for their messages."""
+    word = "run" if len(numbers) == 1 else "runs"
+    return f"{name} {word} {', '.join(map(str, numbers))}"
+
+
+def rate_of(info: RunInfo) -> float | None:
+    """Return the rate at which each source sent packets, or else was asked to, if it is known."""
+    if info.traffic is None:
+        return None
+    return info.achieved_rate or info.traffic.rate
+
+
+def rate_text(info: RunInfo) -> str:
+    """Return the rate at which packets were sent, or "" if it is unknown."""
+    rate = rate_of(info)
+    if rate is None:
+        return ""
+    return f"{rate:.0f}/s"
+
+
+def _cells(texts: Iterable[str]) -> str:
+    """Return the cells of a row of a table."""
+    return "".join(f" {text:>7}" for text in texts)
+
+
+# ---- Outputs: summary and table --------------------------------------------------------------
+
+
+def summary(report: Report, delays: Iterable[int], fancy: bool = True) -> list[str]:
+    """Return lines for people on a run, which fit a terminal.
+
+    `delays` are its samples (ns), which may be counted already.
+    """
+    for places in (3, 2, 1, 0):
+        lines = fitting(_summary_lines(report, fancy, places))
+        if len(lines) <= HEIGHT:
+            break
+    bins = min(BINS, HEIGHT - len(lines) - 2 - _rows_of_warnings(report))
+    if bins > 1:
+        lines.append("Distribution of the delay")
+        lines += fitting(f" {line}" for line in histogram(delays, fancy, bins))
+    return lines
+
+
+def _rows_of_warnings(report: Report) -> int:
+    """Return how many rows of a terminal the warnings take that follow the summary."""
+    name = run_name(info_of(report))
+    texts = [f"netweaver: warning: {name}: {warning}" for warning in report["warnings"]]
+    return sum(math.ceil(len(text) / WIDTH) for text in texts)
+
+
+def _summary_lines(report: Report, fancy: bool, places: int) -> list[str]:
+    """Return the lines of a summary but for the histogram, with so many places of loss."""
+    return [
+        *heading_lines(report),
+        *delay_lines(report),
+        *packet_lines(report),
+        *stage_lines(report, fancy),
+        *summarized_losses(report, places),
+        *queue_lines(report),
+        *comparison_lines(report, "this run"),
+    ]
+
+
+def fitting(lines: Iterable[str]) -> list[str]:
+    """Return lines that can be printed, those wrapped that are too long for a terminal."""
+    fitted = []
+    for line in map(printable, lines):
+        if len(line) <= WIDTH:
+            fitted.append(line)
+        else:
+            fitted += _wrapped(line, " " * 13)
+    return fitted
+
+
+def heading_lines(report: Report) -> list[str]:
+    """Return lines on what was measured, the VM's name first."""
+    info = info_of(report)
+    title = info.subject
+    if info.traffic_name:
+        title += f", {info.traffic_name}"
+    if report.get("interrupted"):
+        title += ", interrupted"
+    if info.traffic:
+        title += f" ({counted(round(rate_of(info) or 0), 'packet')} a second)"
+    return _wrapped(f"{title}; {_interfaces(info)}", " ")
+
+
+def _interfaces(info: RunInfo) -> str:
+    """Return the interfaces, and how the vif was found."""
+    names = side_names(info)
+    text = f"pif {names['pif']}, vif {names['vif']}"
+    if info.toolstack:
+        text += f" (found by {info.toolstack})"
+    return text
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    """Return a text in lines that fit a terminal, all but the first of them indented."""
+    return wrap(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def delay_lines(report: Report) -> list[str]:
+    """Return a table of the delays of each direction and of the guest."""
+    lines = [f"{'Delay':<8}{_cells(DELAY_COLUMNS)}"]
+    parts = parts_of(report)
+    for name, part in parts.items():
+        figures = figures_in(part)
+        if "median" in figures:
+            cells = _cells(duration_text(figures[column]) for column in DELAY_COLUMNS)
+            lines.append(f" {name:<7}{cells}")
+    for name, part in parts.items():
+        flows = part.get("flows", {})
+        if "first" in flows:
+            first = duration_text(flows["first"]["median"])
+            later = duration_text(flows["later"]["median"])
+            lines.append(f" {name:<9}first packet of a flow {first}, later ones {later} (medians)")
+    return lines
+
+
+def packet_lines(report: Report) -> list[str]:
+    """Return lines on the fates of the packets of each direction."""
+    lines = ["Packets"]
+    for name, part in parts_of(report).items():
+        lines += _wrapped(f" {name:<9}{packet_text(name, part)}", " " * 10)
+    return lines
+
+
+def packet_text(name: str, part: Report) -> str:
+    """Return the counts of packets of a direction or of the guest, without needless zeros."""
+    packets = part["packets"]
+    if name == "guest":
+        counts = [
+            f"{counted(packets['answered'], 'probe')} answered",
+            f"{packets['unanswered']} unanswered",
+        ]
+        kinds = [kind for kind in packets if kind not in ("answered", "unanswered")]
+    else:
+        direction = DIRECTIONS[name][0]
+        counts = [
+            f"{packets[direction.first]} on the {direction.first}",
+            f"{packets['matched']} matched",
+            f"{packets['lost']} lost ({percent_text(part['loss_ratio'])})",
+        ]
+        kinds = ["ambiguous", "undecided", "duplicated", "reordered"]
+        if packets[f"{direction.second}_only"]:
+            counts.append(f"{packets[f'{direction.second}_only']} only on the {direction.second}")
+    counts += [f"{packets[kind]} {kind}" for kind in kinds if packets[kind]]
+    return ", ".join(counts)
+
+
+def summarized_losses(report: Report, places: int) -> list[str]:
+    """Return lines on the places where most packets were lost, of the way out on at most one."""
+    lost = any(part.get("loss_ratio") for part in parts_of(report).values())
+    if lost and info_of(report).measured and "stages" not in report:
+        return [" --stages shows where packets are lost"]
+    lines: list[str] = []
+    for name, part in parts_of(report).items():
+        most = max(1, places)
+        if name == "out":
+            most = min(1, places)
+        lines += loss_lines(name, part, info_of(report), most)
+    return lines
+
+
+def queue_lines(report: Report) -> list[str]:
+    """Return a line on the vif's queue, if packets were lost or dropped."""
+    info = info_of(report)
+    queue = info.platform.get("vif")
+    lost = any(part.get("loss_ratio") for part in parts_of(report).values())
+    if not queue:
+        return []
+    line = f" {info.vif}: {queue.get('qdisc')}, length {queue.get('queue_length')}"
+    before = queue.get("before")
+    after = queue.get("after")
+    if before and after:
+        to_guest = after["tx_dropped"] - before["tx_dropped"]
+        from_guest = after["rx_dropped"] - before["rx_dropped"]
+        line += f", dropped {to_guest} to the guest, {from_guest} from it"
+        if queue.get("qdisc") != "noqueue" and "stages" not in report:
+            line += " (besides tc)"
+        lost = lost or to_guest > 0 or from_guest > 0
+    return [line] if lost else []
+
+
+def table(reports: Sequence[Report]) -> list[str]:
+    """Return lines for people on several runs, with their means by kind of traffic."""
+    info = info_of(reports[0])
+    lines = [
+        *_wrapped(f"{info.subject}, {counted(len(reports), 'run')}; {_interfaces(info)}", " "),
+        f"{'Traffic':<19}{'run':>5}{'rate':>15}{_cells(RUN_COLUMNS)}",
+    ]
+    runs: defaultdict[str, list[tuple[int, Report]]] = defaultdict(list)
+    for number, report in enumerate(reports, 1):
+        runs[info_of(report).traffic_name].append((number, report))
+    for kind, numbered in runs.items():
+        for number, report in numbered:
+            lines += _run_rows(f" {kind}", number, report)
+        if len(numbered) > 1:
+            lines += _mean_rows(f" {kind}", [report for _, report in numbered])
+    lines += [
+        f" run {number} was interrupted"
+        for number, report in enumerate(reports, 1)
+        if report.get("interrupted")
+    ]
+    for report in reports:
+        lines += comparison_lines(report, run_name(info_of(report)))
+    return fitting(lines)
+
+
+def _run_rows(label: str, number: int, report: Report) -> list[str]:
+    """Return a run's row for each direction and the guest, and where packets were lost."""
+    info = info_of(report)
+    rows = []
+    for name, part in parts_of(report).items():
+        if "median" in part:
+            rows.append(_table_row(label, str(number), name, rate_text(info), figures_in(part)))
+        for stage, stage_part in part.get("stages", {}).items():
+            rows.append(_table_row(f"   {stage}", str(number), name, "", figures_in(stage_part)))
+        rows += loss_lines(name, part, info)
+    return rows
+
+
+def _mean_rows(label: str, reports: Sequence[Report]) -> list[str]:
+    """Return the rows of the means and standard deviations of several runs."""
+    runs: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
+    for report in reports:
+        for name, part in parts_of(report).items():
+            if "median" in part:
+                runs[name].append(figures_in(part))
+    rows = []
+    for name, figures in runs.items():
+        if len(figures) < 2:
+            continue
+        means = {}
+        deviations = {}
+        for column in RUN_COLUMNS:
+            if column in figures[0]:
+                values = [run[column] for run in figures]
+                means[column] = _mean(values)
+                deviations[column] = math.sqrt(_variance(values))
+        rows.append(_table_row(label, "mean", name, "", means))
+        rows.append(_table_row(label, "s.d.", name, "", deviations))
+    return rows
+
+
+def _table_row(
+    label: str, run: str, direction: str, rate: str, figures: Mapping[str, float]
+) -> str:
+    cells = _cells(_figure_text(column, figures) for column in RUN_COLUMNS)
+    return f"{label:<19.19}{run:>5} {direction:<6}{rate:>8}{cells}".rstrip()
+
+
+def _figure_text(name: str, figures: Mapping[str, float]) -> str:
+    if name not in figures:
+        return ""
+    if UNITS[name] is Unit.MICROSECONDS:
+        return duration_text(figures[name])
+    return percent_text(figures[name])
+
+
+def comparison_lines(report: Report, subject: str) -> list[str]:
+    """Return lines on what has changed since the baseline, if there is one."""
+    comparison = report.get("comparison")
+    if not comparison:
+        return []
+    before, now = comparison["runs"]
+    runs = f"({counted(before, 'run')} before, {now} now)"
+    heading = f"{subject} against {comparison['path']}"
+    changes = []
+    differences = []
+    for name in COMPARED:
+        label = name.removesuffix("_ratio")
+        change = comparison[name]
+        text = f"{label:<8}{_shift_text(name, change['shift'])}"
+        if change["interval"]:
+            text += f" (99 %: {_interval_text(name, *change['interval'])})"
+        changes.append(text)
+        if change["distinguishable"]:
+            word = "higher" if change["shift"] > 0 else "lower"
+            differences.append(f"{label} is {word}")
+    if comparison["distinguishable"] is None:
+        shifts = ", ".join(" ".join(change.split()) for change in changes)
+        too_few = f"too few runs for a verdict, which takes {FEWEST_RUNS} before and now"
+        return [f"{heading}: {too_few}", f" {shifts} {runs}"]
+    verdict = "no significant difference; within run-to-run variation"
+    if differences:
+        verdict = f"significant difference: {', '.join(differences)}"
+    return [heading, f" {verdict} {runs}", *(f" {change}" for change in changes)]
+
+
+def _shift_text(name: str, shift: float) -> str:
+    if name == "loss_ratio":
+        return f"{100 * shift:+.3g} percentage points"
+    sign = "-" if shift < 0 else "+"
+    return f"{sign}{duration_text(abs(shift))}"
+
+
+def _interval_text(name: str, low: float, high: float) -> str:
+    if name == "loss_ratio":  # the shift before it has the unit
+        return f"{100 * low:+.3g} to {100 * high:+.3g}"
+    return f"{_shift_text(name, low)} to {_shift_text(name, high)}"
+
+
+class TextOutput(Output):
+    """A summary of one run, or a table of several, for people."""
+
+    def __init__(self, screen: Screen, path: str | None) -> None:
+        self._screen = screen
+        self._path = path  # None: stderr
+        self._reports: list[dict[str, Any]] = []
+        self._delays: Counter[int] = Counter()
+
+    def add(self, report: dict[str, Any], results: Sequence[DirectionResult]) -> None:
+        """Take the report of the next run."""
+        self._reports.append(report)
+        if len(self._reports) == 1:
+            self._delays = Counter(results[0].samples())
+
+    def finish(self) -> None:
+        """Show the runs."""
+        if not self._reports:
+            return
+        if len(self._reports) > 1:
+            lines = table(self._reports)
+        else:
+            lines = summary(self._reports[0], self._delays, self._screen.unicode)
+        if self._path is not None:
+            self._screen.end_live()
+            shown = map(self._screen.shown, lines)
+            write_text(self._path, "".join(f"{line}\n" for line in shown))
+        else:
+            for line in lines:
+                self._screen.say(line, colour="" if line.startswith(" ") else "1")
+
+
+# ---- Outputs: CSV ----------------------------------------------------------------------------
+
+CSV_FIELDS = [column.name for column in fields(PacketFields)]
+CSV_FLAGS = {
+    PacketClass.MATCHED: "",
+    PacketClass.AMBIGUOUS: "ambiguous",
+    PacketClass.LOST: "lost",
+    PacketClass.UNDECIDED: "undecided",
+}
+
+
+def csv_rows(result: DirectionResult) -> Iterator[list[object]]:
+    """Yield a row for each packet that counts: time, identity, delay in µs and flags."""
+    reordered = reordering(result)
+    for rank in result.ranks(*CSV_FLAGS):
+        flags = [CSV_FLAGS[PacketClass(result.classes[rank])]]
+        if rank in reordered:
+            flags.append("reordered")
+        if rank in result.duplicates:
+            flags.append("duplicated")
+        delay = ""
+        if result.delays[rank] != NO_DELAY:
+            delay = f"{result.delays[rank] / 1000:.3f}"
+        yield [
+            iso_time(result.sent[rank]),
+            *vars(describe(result.identity(rank))).values(),
+            delay,
+            " ".join(filter(None, flags)),
+        ]
+
+
+class CsvOutput(Output):
+    """A table of all packets; that of several runs has a column with the number of the run."""
+
+    def __init__(self, path: str, several: bool) -> None:
+        self._path = path
+        self._several = several
+        self._runs = 0
+        self._written = False
+
+    def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
+        """Write the packets of the next run."""
+        self._runs += 1
+        write_file(self._path, lambda file: self._write(file, results[0]), append=self._written)
+        self._written = True
+
+    def _write(self, file: BinaryIO, result: DirectionResult) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        run = [self._runs] if self._several else []
+        if not self._written:
+            heading = ["run"] if self._several else []
+            writer.writerow([*heading, "time", *CSV_FIELDS, "delay_us", "flags"])
+        writer.writerows([*run, *row] for row in csv_rows(result))
+        text.flush()
+        text.detach()
+
+
+# ---- Outputs: Prometheus ---------------------------------------------------------------------
+
+PROMETHEUS_HELP = {
+    "success": "1 if something was measured, else 0.",
+    "exit_code": "Exit code of netweaver.",
+    "info": "The measurement, described by labels.",
+    "warnings": "Number of warnings.",
+    "measured_timestamp_seconds": "Time at which the traffic started.",
+    "delay_seconds": "Time from one interface to the other; guest: the VM's time to answer.",
+    "packets": "Packets by outcome.",
+    "stage_seconds": "Time in a stage between the interfaces, by the kernel's trace.",
+    "negative_delays": "Delays below zero.",
+    "zero_delays": "Delays of exactly zero.",
+    "loss_ratio": "Lost packets / (packets at the first point - undecided packets).",
+    "reordering_ratio": "Reordered packets / packets with a delay.",
+}
+# Labels that series have of themselves, or that Prometheus gives a meaning.
+RESERVED_LABELS = frozenset(
+    "hypervisor name_label destination source traffic measured direction statistic kind stage login"
+    " pif vif version le quantile".split()
+)
+
+
+@dataclass
+class Sample:
+    """A value of a series, with the labels that it doesn't share with all others."""
+
+    family: str
+    value: float
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+def prometheus(info: RunInfo, code: int, report: Report | None = None) -> str:
+    """Return the outcome of a run for node_exporter's textfile collector, in base units.
+
+    `info` names what was, or should have been, measured; without a report the run has failed.
+    """
+    samples = [Sample("success", int(report is not None)), Sample("exit_code", code)]
+    if report:
+        samples += run_samples(info, report)
+        for name, part in parts_of(report).items():
+            samples += part_samples(name, part)
+    common = series_labels(info)
+    lines = []
+    for family, text in PROMETHEUS_HELP.items():
+        family_samples = [sample for sample in samples if sample.family == family]
+        if family_samples:
+            lines.append(f"# HELP netweaver_{family} {text}")
+            lines.append(f"# TYPE netweaver_{family} gauge")
+        for sample in family_samples:
+            labels = _label_text({**common, **sample.labels})
+            lines.append(f"netweaver_{family}{{{labels}}} {sample.value!r}")
+    return "\n".join(lines) + "\n"
+
+
+def run_samples(info: RunInfo, report: Report) -> list[Sample]:
+    """Return the samples of a run as a whole."""
+    login = info.hypervisor or ""
+    about = {"pif": info.pif, "vif": info.vif, "version": info.version, "login": login}
+    samples = [Sample("info", 1, about), Sample("warnings", len(report["warnings"]))]
+    if info.started is not None:
+        samples.append(Sample("measured_timestamp_seconds", info.started // NANOSECONDS))
+    return samples
+
+
+def part_samples(name: str, part: Report) -> list[Sample]:
+    """Return the samples of a direction or of the guest."""
+    direction = {"direction": name}
+    samples = []
+    for figure in FIGURES:
+        value = figure.find(part)
+        if value is None or figure.unit is Unit.PACKETS:
+            continue
+        if figure.unit is Unit.MICROSECONDS:
+            labels = {**direction, "statistic": figure.name}
+            samples.append(Sample("delay_seconds", value / 1e6, labels))
+        else:
+            samples.append(Sample(f"{figure.name}_{figure.unit.value}", value, direction))
+    counts = {**part["packets"], **(part.get("after_vif") or {})}
+    for kind, number in counts.items():
+        samples.append(Sample("packets", number, {**direction, "kind": kind}))
+    for stage, stage_part in part.get("stages", {}).items():
+        for statistic, value in figures_in(stage_part).items():
+            if UNITS[statistic] is Unit.MICROSECONDS:
+                labels = {**direction, "stage": stage, "statistic": statistic}
+                samples.append(Sample("stage_seconds", value / 1e6, labels))
+    return samples
+
+
+def series_labels(info: RunInfo) -> dict[str, str]:
+    """Return the labels of all series of a measurement, whatever becomes of it.
+
+    They distinguish all measurements of a VM, and have neither its interfaces nor the login.
+    """
+    labels = {prometheus_name(key): value for key, value in info.labels.items()}
+    labels |= {
+        "hypervisor": "",
+        "name_label": info.name_label or "",
+        "destination": info.destination or "",
+        "source": ",".join(Target(source).host for source in info.sources),
+        "traffic": info.traffic_name,
+        "measured": info.direction,
+        "direction": info.direction,
+    }
+    if info.hypervisor:
+        labels["hypervisor"] = Target(info.hypervisor).host
+    return labels
+
+
+def prometheus_name(key: str) -> str:
+    """Return a key as the name of a label."""
+    return re.sub(r"^(?=\d)|[^A-Za-z0-9_]", "_", key)
+
+
+def check_labels(keys: Iterable[str]) -> None:
+    """Raise UsageError for a label whose name in Prometheus is another label's, too."""
+    names: set[str] = set()
+    for key in keys:
+        name = prometheus_name(key)
+        if name in RESERVED_LABELS or name.startswith("__"):
+            raise UsageError(f"--label {key}: netweaver uses the label {name} itself")
+        if name in names:
+            raise UsageError(f"--label {key}: another label becomes {name} in Prometheus, too")
+        names.add(name)
+
+
+def _label_text(labels: Mapping[str, str]) -> str:
+    """Return labels in Prometheus' text format."""
+    pairs = []
+    for name, value in labels.items():
+        lines = "\n".join(map(printable, value.split("\n")))
+        escaped = lines.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        pairs.append(f'{name}="{escaped}"')
+    return ",".join(pairs)
+
+
+class PrometheusOutput(Output):
+    """A file of series for node_exporter's textfile collector, on one run."""
+
+    def __init__(self, path: str, exit_code: Callable[[], int]) -> None:
+        self._path = path
+        self._exit_code = exit_code
+        self._report: Report | None = None
+
+    def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
+        """Take the report of the run."""
+        check_labels(info_of(report).labels)
+        self._report = report
+
+    def finish(self) -> None:
+        """Write the file, with the exit code that all other outputs have led to."""
+        if self._report:
+            text = prometheus(info_of(self._report), self._exit_code(), self._report)
+            write_text(self._path, text)
+
+
+# ---- Outputs: pictures -----------------------------------------------------------------------
+
+# Of Okabe and Ito's colours, which everyone can tell apart; both sets have none in common.
+PART_COLOURS = {"in": "#0072B2", "out": "#D55E00", "guest": "#000000"}
+STAGE_COLOURS = ("#F0E442", "#009E73", "#CC79A7", "#999999")
+CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+CURVE_STYLES = {"median": "o-", "p99": "^--", "loss": "x-"}  # marker and line
+MARKERS = {"in": "o", "out": "^"}
+LINES = {"in": "-", "out": "--"}
+PICTURE_ENDINGS = (".png", ".svg", ".pdf")
+# Where delays differ by more than this factor from the median, their axis is logarithmic.
+LOGARITHMIC_PICTURE = 20
+POINTS_TO_RASTERIZE = 5000
+
+
+@dataclass
+class RunPoint:
+    """A direction's figures of one run, in a picture of several."""
+
+    position: float  # on the horizontal axis: the achieved rate, or the number of the run
+    group: float  # equal for the runs whose mean is drawn: the intended rate, or the number
+    figures: dict[str, float]
+
+
+def check_picture(path: str) -> None:
+    """Raise UsageError if a picture of that name can't be made."""
+    if not is_standard_output(path) and not path.lower().endswith(PICTURE_ENDINGS):
+        raise UsageError(f"--plot {path}: the name must end in .png, .svg or .pdf")
+    new_figure()
+
+
+def new_figure() -> Any:
+    """Return a new figure of matplotlib; UsageError if that isn't installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError(f"--plot requires matplotlib ({error}): pip install matplotlib") from None
+    return Figure(figsize=(10, 5.4), layout="constrained")
+
+
+def save_figure(figure: Any, path: str, *title: str) -> None:
+    """Write a figure with a title of several lines in the format that the path's ending names."""
+    from matplotlib.text import Text
+
+    figure.suptitle("\n".join(map(printable, title)), fontsize="medium")
+    for text in figure.findobj(Text):  # a name with $ is no formula
+        text.set_parse_math(False)
+        text.set_usetex(False)
+    kind = "png"
+    if path.lower().endswith(PICTURE_ENDINGS):
+        kind = path[-3:].lower()
+    write_file(path, lambda file: figure.savefig(file, format=kind, dpi=150))
+
+
+def plot(path: str, report: Report, results: Sequence[DirectionResult]) -> None:
+    """Draw the delay of each packet over time, and how the delays are distributed."""
+    figure = new_figure()
+    over_time, distribution = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    names = side_names(info_of(report))
+    start = min(result.sent[0] for result in results if result.sent)
+    delays = [delay / 1000 for result in results for delay in result.samples()]
+    logarithmic = min(delays) > 0 and max(delays) > LOGARITHMIC_PICTURE * report["median"]
+    if logarithmic:
+        over_time.set_yscale("log")
+        _label_plainly(over_time.yaxis)
+    _draw_stages(over_time, results[0], start, logarithmic)
+    for result in results:
+        _draw_delays(over_time, result, start, names)
+        _draw_distribution(distribution, result)
+    over_time.set(xlabel="time since the first packet (s)", ylabel="delay (µs)")
+    _label_percentiles(distribution, max(result.counts.timed for result in results))
+    for axes in (over_time, distribution):
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    counts = results[0].counts
+    figures = [
+        f"{name} {duration_text(value)}"
+        for name, value in figures_in(report).items()
+        if name in ("median", "p99", "p99.9")
+    ]
+    figures.append(f"{counts.lost} of {counted(counts.first, 'packet')} lost")
+    save_figure(figure, path, _picture_heading(report, start), ", ".join(figures))
+
+
+def _picture_heading(report: Report, first_packet: int) -> str:
+    """Return the VM, the traffic with its achieved rate, the direction and the time of a run."""
+    info = info_of(report)
+    traffic = run_name(info)
+    if info.traffic:
+        traffic += f" at {rate_text(info)}"
+    directions = " and ".join(direction.name for direction in info.selection.directions)
+    return f"{traffic}, {directions}, {date_text(first_packet)}"
+
+
+def _label_plainly(axis: Any) -> None:
+    """Label a logarithmic axis with numbers such as 200 or 0.1, not as powers of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    class PlainFormatter(LogFormatter):
+        def __call__(self, value: float, position: int | None = None) -> str:
+            return f"{value:g}" if super().__call__(value, position) else ""
+
+    axis.set_major_formatter(PlainFormatter())
+    axis.set_minor_formatter(PlainFormatter(minor_thresholds=(2, 0.5)))
+
+
+def _seconds(result: DirectionResult, ranks: Iterable[int], start: int) -> list[float]:
+    """Return when packets were sent, in seconds since `start` (ns)."""
+    return [(result.sent[rank] - start) / NANOSECONDS for rank in ranks]
+
+
+def _draw_stages(axes: Any, result: DirectionResult, start: int, logarithmic: bool) -> None:
+    """Draw how long each stage took: stacked, but on a logarithmic axis side by side."""
+    if not result.trace:
+        return
+    ranks, stages = result.trace.complete()
+    seconds = _seconds(result, ranks, start)
+    durations = {name: [time_ns / 1000 for time_ns in times] for name, times in stages.items()}
+    if logarithmic:
+        for colour, (name, values) in zip(STAGE_COLOURS, durations.items()):
+            axes.plot(seconds, values, ".", markersize=2, color=colour, label=name)
+    elif durations:
+        axes.stackplot(
+            seconds,
+            *durations.values(),
+            labels=list(durations),
+            colors=STAGE_COLOURS,
+            alpha=0.6,
+        )
+
+
+def _draw_delays(axes: Any, result: DirectionResult, start: int, names: Mapping[str, str]) -> None:
+    """Draw the delay of each packet over time, and at the lower edge the lost ones."""
+    direction = result.direction
+    colour = PART_COLOURS[direction.name]
+    label = f"{direction.name}: {names[direction.first]} to {names[direction.second]}"
+    timed = result.ranks(PacketClass.MATCHED)
+    axes.plot(
+        _seconds(result, timed, start),
+        [result.delays[rank] / 1000 for rank in timed],
+        MARKERS[direction.name],
+        markersize=3,
+        color=colour,
+        alpha=0.6,
+        markeredgewidth=0,
+        rasterized=len(timed) > POINTS_TO_RASTERIZE,
+        label=printable(label),
+    )
+    lost = result.ranks(PacketClass.LOST)
+    if lost:
+        axes.plot(
+            _seconds(result, lost, start),
+            [0.02] * len(lost),
+            "x",
+            markersize=6,
+            color=colour,
+            label=f"{direction.name}: {len(lost)} lost",
+            transform=axes.get_xaxis_transform(),
+        )
+
+
+def _draw_distribution(axes: Any, result: DirectionResult) -> None:
+    """Draw the share of packets that took no longer than a delay.
+
+    The axis shows 1 / (1 - share), which on a logarithmic scale puts p99 and p99.9 apart.
+    """
+    delays = sorted(delay / 1000 for delay in result.samples())
+    size = len(delays)
+    axes.plot(
+        [size / (size - rank) for rank in range(size)],
+        delays,
+        color=PART_COLOURS[result.direction.name],
+        linestyle=LINES[result.direction.name],
+        rasterized=size > POINTS_TO_RASTERIZE,
+    )
+
+
+def _label_percentiles(axes: Any, size: int) -> None:
+    """Label the axis of a distribution of at most so many packets in percent, up to p99.9."""
+    end = max(size, 1000)
+    labels = {1: "0", 2: "50", 10: "90", 100: "99", 1000: "99.9", 10_000: "99.99"}
+    positions = [position for position in labels if position <= end]
+    axes.set(xscale="log", xlabel="packets that took no longer (%)", xlim=(1, end))
+    axes.set_xticks(positions, [labels[position] for position in positions])
+    axes.minorticks_off()
+
+
+def run_curves(reports: Sequence[Report]) -> dict[str, list[RunPoint]]:
+    """Return the figures of several runs, by pattern of traffic and direction."""
+    sweep = is_sweep(reports)
+    curves: defaultdict[str, list[RunPoint]] = defaultdict(list)
+    for number, report in enumerate(reports, 1):
+        info = info_of(report)
+        pattern = ""
+        position = group = float(number)
+        if info.traffic:
+            pattern = f"{info.traffic.pattern} "
+        if sweep and info.traffic:
+            group = info.traffic.rate
+            position = rate_of(info) or group
+        for name, part in parts_of(report).items():
+            figures = figures_in(part)
+            if "median" in figures:
+                curves[pattern + name].append(RunPoint(position, group, figures))
+    return curves
+
+
+def is_sweep(reports: Sequence[Report]) -> bool:
+    """Return whether the runs' traffic was sent at different rates."""
+    traffics = [info_of(report).traffic for report in reports]
+    return len({traffic.rate for traffic in traffics if traffic}) > 1
+
+
+def plot_runs(path: str, reports: Sequence[Report]) -> None:
+    """Draw median, 99th percentile and loss of several runs, over their rates or one by one."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure = new_figure()
+    delay_axes, loss_axes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    for colour, (label, points) in zip(cycle(CURVE_COLOURS), run_curves(reports).items()):
+        _draw_curve(delay_axes, points, "median", colour)
+        _draw_curve(delay_axes, points, "p99", colour)
+        _draw_curve(loss_axes, points, "loss", colour)
+        delay_axes.plot([], [], color=colour, label=label)  # for the legend
+    for name in ("median", "p99"):
+        delay_axes.plot([], [], CURVE_STYLES[name], color="grey", label=name)
+    figure.legend(loc="outside lower center", ncols=6, fontsize="small", frameon=False)
+    if is_sweep(reports):
+        delay_axes.set(xscale="log", yscale="log")
+        _label_plainly(delay_axes.yaxis)
+        _label_plainly(loss_axes.xaxis)
+        loss_axes.set_xlabel("packets a second (achieved)")
+    else:
+        delay_axes.set_ylim(bottom=0)
+        loss_axes.set_xlabel("run")
+        loss_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    delay_axes.set_ylabel("delay (µs)")
+    loss_axes.set(ylabel="loss", ylim=(0, None))
+    loss_axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    for axes in (delay_axes, loss_axes):
+        axes.grid(alpha=0.3)
+    save_figure(figure, path, *_runs_title(reports))
+
+
+def _runs_title(reports: Sequence[Report]) -> list[str]:
+    """Return the VM, the number of runs and their time, and the traffic and directions."""
+    infos = [info_of(report) for report in reports]
+    heading = f"{infos[0].subject}, {counted(len(reports), 'run')}"
+    if infos[0].started is not None:
+        heading += f", {date_text(infos[0].started)}"
+    names = ", ".join(dict.fromkeys(info.traffic_name for info in infos))
+    directions = dict.fromkeys(part for report in reports for part in parts_of(report))
+    return [heading, f"{shorten(names, 100)}; {', '.join(directions)}"]
+
+
+def _draw_curve(axes: Any, points: Sequence[RunPoint], name: str, colour: str) -> None:
+    """Draw a figure of each run, and a line through the means of its groups."""
+    groups: defaultdict[float, list[tuple[float, float]]] = defaultdict(list)
+    for point in points:
+        if name in point.figures:
+            groups[point.group].append((point.position, point.figures[name]))
+    means = []
+    for group in groups.values():
+        positions, values = zip(*group)
+        axes.plot(positions, values, CURVE_STYLES[name][0], color=colour)
+        means.append((_mean(positions), _mean(values)))
+    if means:  # the guest has no loss
+        axes.plot(*zip(*sorted(means)), CURVE_STYLES[name][1:], color=colour)
+
+
+class PictureOutput(Output):
+    """A picture of the packets of a run, or of the figures of several."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._reports: list[Report] = []
+
+    def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
+        """Draw the first run, in case it stays the only one."""
+        self._reports.append(report)
+        if len(self._reports) == 1:
+            plot(self._path, report, results)
+
+    def finish(self) -> None:
+        """Draw the runs, if there are several."""
+        if len(self._reports) > 1:
+            plot_runs(self._path, self._reports)
+
+
+# ---- Outputs: all of them --------------------------------------------------------------------
+
+
+class Outcome:
+    """The outputs of all runs, the limits that they break, and the messages at the end.
+
+    An output that fails stops neither the runs nor another output.  `subject` names what is
+    measured in the errors of outputs.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        limits: Sequence[Limit],
+        screen: Screen,
+        signals: Signals,
+        several: bool,
+        subject: str = "",
+    ) -> None:
+        self._limits = limits
+        self._screen = screen
+        self._signals = signals
+        self._several = several
+        self._subject = subject
+        self._advice = "send more (-c)"
+        if options.pcaps:
+            self._advice = "capture more of them"
+        elif options.duration:
+            self._advice = "measure for longer (--duration)"
+        elif "{count}" not in (options.source_command or "{count}"):
+            self._advice = "send more"
+        self._outputs = self._make_outputs(options)
+        self._reports: list[dict[str, Any]] = []
+        self._breaches: list[str] = []
+        self._problems: list[NetWeaverError] = []
+
+    def _make_outputs(self, options: Options) -> list[Output]:
+        """Return the outputs that are asked for, in the order in which they are written."""
+        path = options.output
+        outputs: list[Output] = []
+        terminal = path == "-" and sys.stdout is not None and sys.stdout.isatty()
+        format_name = options.format or ("text" if terminal else "json")
+        if format_name == "json":
+            outputs.append(JsonOutput(path, indent=2 if terminal else None))
+        if format_name == "text":
+            outputs.append(TextOutput(self._screen, path))
+        elif self._screen.has_people:
+            outputs.append(TextOutput(self._screen, None))
+        if options.csv:
+            outputs.append(CsvOutput(options.csv, self._several))
+        if options.plot:
+            outputs.append(PictureOutput(options.plot))
+        if format_name == "prometheus":  # last: it contains the exit code
+            outputs.append(PrometheusOutput(path, lambda: self.exit_code))
+        return outputs
+
+    def attempt(self, step: Callable[..., Any], *arguments: object) -> Any:
+        """Return what a step returns, or None if it fails; its error is reported at the end."""
+        try:
+            with naming(self._subject):
+                return step(*arguments)
+        except NetWeaverError as error:
+            self._problems.append(error)
+        except Exception as error:
+            self._screen.locate(error)
+            self._problems.append(unexpected(error))
+        return None
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code that signals, problems and limits have led to so far."""
+        if self._signals.number:
+            return 128 + self._signals.number
+        if self._problems:
+            return self._problems[0].exit_code
+        if self._breaches:
+            return 7
+        return 0
+
+    def add(self, report: dict[str, Any], results: Sequence[DirectionResult]) -> None:
+        """Check and publish the result of the next run."""
+        self._reports.append(report)
+        label = self._label(run_name(info_of(report)), [len(self._reports)])
+        for limit in self._limits:
+            breach = limit.breach(report)
+            if breach:
+                self._breaches.append(f"{label}: {breach}")
+        for output in self._outputs:
+            self.attempt(output.add, report, results)
+
+    def end(self) -> None:
+        """Complete the outputs, and show warnings, broken limits and errors."""
+        for output in self._outputs:
+            self.attempt(output.finish)
+        for warning in self._warnings():
+            self._screen.warn(warning)
+        for breach in self._breaches:
+            self._screen.say(f"netweaver: limit: {breach}", "31")
+        for problem in dict.fromkeys(map(str, self._problems)):
+            self._screen.error(problem)
+
+    def _warnings(self) -> list[str]:
+        """Return the warnings of all runs; each one says which runs it is about."""
+        runs: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+        for number, report in enumerate(self._reports, 1):
+            for warning in report["warnings"]:
+                runs[run_name(info_of(report)), warning].append(number)
+        warnings = [
+            f"{self._label(name, numbers)}: {warning}" for (name, warning), numbers in runs.items()
+        ]
+        percentiles = [
+            limit.figure.name for limit in self._limits if isinstance(limit, FigureLimit)
+        ]
+        if self._screen.has_people:
+            percentiles += ["p90", "p95", "p99"]
+        few = percentile_warning(self._reports, percentiles)
+        if few:
+            warnings.append(f"{few}: {self._advice}")
+        return warnings
+
+    def _label(self, name: str, numbers: Sequence[int]) -> str:
+        """Return the beginning of a message on some runs of this name."""
+        return run_label(name, numbers) if self._several else name
+
+
+# ---- Options ---------------------------------------------------------------------------------
 
 EPILOG = """\
 examples:
-  the overhead of a VM's network, by 1000 SYNs at 100 a second:
-    netweaver -n instance-<uuid> --hv HV_IP -s SOURCE_IP -d DESTINATION_IP -k KEYFILE
-  what would be done, and whether all is there for it:
+  to measure a VM's network with 1000 SYNs at 100 a second:
+    netweaver -n instance-<uuid> --hv HV_IP -s SOURCE_IP -d VM_IP -k KEYFILE
+  to check that everything needed is there, and see what would run:
     netweaver -n web1 --hv root@hv:2222 -s 10.0.0.2 -d 10.0.0.1 --dry-run
-  a sweep of rates and kinds of traffic:
-    netweaver -n web1 --hv hv -s 10.0.0.2 -d 10.0.0.1 --rate 100,1000,10000 --traffic syn,flow
-  keep runs, and compare others with them later:
+  to sweep rates and kinds of traffic:
+    netweaver ... --rate 100,1000,10000 --traffic syn,flow
+  to save runs, and compare others with them later:
     netweaver ... --runs 5 --save before
-    netweaver ... --runs 5 --baseline before --fail-if slower --fail-if 'loss>0.1%'
-  kept runs, or captures that are there already, and a table of their packets:
+    netweaver ... --runs 5 --baseline before --fail-if slower
+  to analyse saved runs, or existing captures:
     netweaver --pcaps before
-    netweaver --pcaps pif.pcap vif.pcap -d 10.0.0.1 --csv packets.csv --slowest 5
+    netweaver --pcaps pif.pcap vif.pcap -d 10.0.0.1 --csv packets.csv
 
 exit codes:
-  0 measured   2 usage, or a file that can't be written   3 connection, authentication or host key
-  4 remote command or look-up   5 capture   6 no packet with a delay   7 a limit of --fail-if
-  129, 130, 143 interrupted by a signal   141 the reader of standard output went away   1 anything else
+  0              measured
+  2              usage, or a file that can't be written
+  3              connection, authentication or host key
+  4              remote command or look-up
+  5              capture
+  6              no packet with a delay
+  7              a limit of --fail-if is exceeded
+  129, 130, 143  interrupted by a signal
+  141            the reader of standard output has gone
+  1              anything else
 """
-# What NetWeaver gets as it stands, and what more makes no sense with --pcaps: another value than the default there is
-# an error.
-PARAMETERS = ("toolstack", "host_interface", "vif_number", "vif", "overlay", "capture_filter", "count", "duration",
-              "wait", "sudo", "ssh_options")
-MEASURING = (*PARAMETERS, "stages", "stages_buffer", "name_label", "hv", "key", "traffic", "rate", "size", "port",
-             "source_command", "load", "runs", "dry_run", "save")
+
+
+def option(
+    group: str,
+    usage: str,
+    help: str,
+    default: object = None,
+    with_pcaps: bool = False,
+    **details: Any,
+) -> Any:
+    """Return the field of Options for one option of a group of the help text.
+
+    `usage` has its flags and its argument; without an argument it is False unless it is given.
+    `with_pcaps` marks options that can be used with --pcaps.  The `details` go to argparse.
+    """
+    flags, _, metavar = usage.partition(" ")
+    if metavar:
+        details["metavar"] = metavar
+    else:
+        details["action"] = "store_true"
+        default = False
+    details["help"] = help.replace("%", "%%")
+    metadata = {
+        "group": group,
+        "flags": flags.split(","),
+        "with_pcaps": with_pcaps,
+        "details": details,
+    }
+    return field(default=default, metadata=metadata)
+
+
+target_option = partial(option, "target")
+traffic_option = partial(option, "traffic")
+analysis_option = partial(option, "analysis")
+judging_option = partial(option, "limits and comparison")
+login_option = partial(option, "login")
+output_option = partial(option, "output")
+
+NUMBER_SUFFIXES = {"": 1, "k": 1000, "m": 1_000_000}
+TIME_UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
+TRAFFIC_ALIASES = {"icmp": "ping", "tcp": "syn"}
+TOOLSTACK_ALIASES = {
+    "xenserver": "xe",
+    "xcp-ng": "xe",
+    "xen": "xl",
+    "kvm": "virsh",
+    "libvirt": "virsh",
+    "proxmox": "qm",
+}
+
+
+def list_of(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """Return an argparse type for lists with commas."""
+    return lambda text: [parse(item.strip()) for item in text.split(",")]
+
+
+def word_of(words: Iterable[str], aliases: Mapping[str, str]) -> Callable[[str], str]:
+    """Return an argparse type for one of some words, or of their aliases, in any case."""
+
+    def parse(text: str) -> str:
+        word = aliases.get(text.lower(), text.lower())
+        if word not in words:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(words)}")
+        return word
+
+    return parse
+
+
+def number_in(smallest: int, largest: int) -> Callable[[str], int]:
+    """Return an argparse type for whole numbers, which may be written as 1k or 1e6."""
+
+    def parse(text: str) -> int:
+        parts = re.fullmatch(r"(\d{1,10})(?:e(\d))?([km]?)", text.lower(), re.ASCII)
+        number = -1
+        if parts:
+            digits, exponent, suffix = parts.groups()
+            number = int(digits) * 10 ** int(exponent or 0) * NUMBER_SUFFIXES[suffix]
+        if not smallest <= number <= largest:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number from {smallest} to {largest}"
+            )
+        return number
+
+    return parse
+
+
+def parse_seconds(text: str) -> float:
+    """Return the seconds of a positive time, which may have a unit: 90, 1.5m, 2h."""
+    parts = re.fullmatch(r"(\d{1,7}(?:\.\d{0,9})?)(|s|m|min|h)", text.lower(), re.ASCII)
+    seconds = 0.0
+    if parts:
+        seconds = float(parts[1]) * TIME_UNITS[parts[2]]
+    if not 0 < seconds < 10_000_000:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time above 0 and below 10000000 seconds"
+        )
+    return seconds
+
+
+def parse_interface(text: str) -> str:
+    """Return the name of a network interface."""
+    if not re.fullmatch(r"[^\s/-][^\s/]{0,14}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a network interface")
+    return text
+
+
+def parse_label(text: str) -> tuple[str, str]:
+    """Return the two parts of KEY=VALUE."""
+    key, separator, value = text.partition("=")
+    if not key or not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
+
+
+parse_count = number_in(1, 999_999_999)
+parse_rate = number_in(1, 999_999)
+parse_pattern = word_of(PATTERNS, TRAFFIC_ALIASES)
+parse_toolstack = word_of(("auto", *TOOLSTACKS), TOOLSTACK_ALIASES)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line: one field per option, from which the parser is made."""
+
+    name_label: str | None = target_option(
+        "-n,--name-label NAME", "the destination VM's name in the toolstack, or its UUID"
+    )
+    hypervisor: str | None = target_option(
+        "--hv HOST",
+        "its hypervisor, as [user@]host[:port], or local: this machine, without SSH",
+    )
+    sources: Sequence[str] = target_option(
+        "-s,--source SOURCE",
+        "a VM that generates traffic, as [user@]host[:port], or local: this machine; may be "
+        "repeated",
+        action="extend",
+        type=list_of(str),
+        default=(),
+        with_pcaps=True,
+    )
+    destination: str | None = target_option(
+        "-d,--destination DESTINATION", "the destination VM's address", with_pcaps=True
+    )
+    toolstack: str = target_option(
+        "--toolstack TOOLSTACK",
+        f"the hypervisor's management tool: {describe_toolstacks()} (default: the first of them "
+        "that is installed and knows the VM)",
+        type=parse_toolstack,
+        default="auto",
+    )
+    interfaces: Sequence[str] = target_option(
+        "-i,--interface PIF",
+        "the hypervisor's physical interface; may be repeated, for the members of a bond "
+        "(default: auto, which finds the interfaces that lead to the VM; eth0 if none does)",
+        action="extend",
+        type=list_of(parse_interface),
+        default=(),
+    )
+    vif_number: int = target_option(
+        "--num N",
+        "the number of the VM's interface, N in vif5.N (default: 0)",
+        type=number_in(0, 9999),
+        default=0,
+    )
+    vif: str | None = target_option(
+        "--vif NAME",
+        "the name of the virtual interface; -n is then optional, and no toolstack is used",
+        type=parse_interface,
+    )
+    direction: str | None = target_option(
+        "--direction {in,out,both}",
+        "from pif to vif, from vif to pif, or both, with the VM's own time in between "
+        "(default: in)",
+        type=word_of(DIRECTIONS, {}),
+        with_pcaps=True,
+    )
+    overlay: bool = target_option(
+        "--overlay", "the traffic is inside VXLAN, Geneve or GRE on the physical interface"
+    )
+    capture_filter: str | None = target_option(
+        "--filter EXPR",
+        "capture the packets of this pcap-filter(7) expression, instead of the traffic "
+        "between SOURCE and DESTINATION",
+    )
+
+    traffic: Sequence[str] = traffic_option(
+        "--traffic PATTERN",
+        "syn: TCP SYNs, each a new flow (the default); flow: SYNs of one flow; udp: datagrams "
+        "of one flow; ping; several separated by commas are run one after the other",
+        action="extend",
+        type=list_of(parse_pattern),
+        default=(),
+    )
+    count: int | None = traffic_option(
+        "-c,--count N", "packets to send (default: 1000)", type=parse_count
+    )
+    rates: Sequence[int] = traffic_option(
+        "--rate PPS",
+        f"packets a second (default: {USUAL_RATE}); several separated by commas are run one "
+        "after the other",
+        action="extend",
+        type=list_of(parse_rate),
+        default=(),
+    )
+    size: int | None = traffic_option(
+        "--size BYTES",
+        f"bytes of payload (default: none in SYNs, {PATTERNS['udp'].usual_size} in others)",
+        type=number_in(0, 65507),
+    )
+    port: int | None = traffic_option(
+        "--port PORT", "the destination's port (default: 0)", type=number_in(0, 65535)
+    )
+    source_command: str | None = traffic_option(
+        "--source-command TEMPLATE",
+        "a shell command that generates traffic and ends, instead of --traffic; {count}, "
+        "{interval} (in µs), {size}, {port} and {destination} are filled in",
+    )
+    load: str | None = traffic_option(
+        "--load COMMAND",
+        "a shell command that the sources run during the measured traffic, which then lasts for "
+        "COUNT / RATE seconds; its packets must use another protocol or port, and are not counted",
+    )
+    runs: int = traffic_option(
+        "--runs N",
+        "measure N times, with a line of JSON for each (default: 1)",
+        type=number_in(1, 99_999),
+        default=1,
+    )
+    duration: float | None = traffic_option(
+        "--duration SECONDS",
+        "measure for this many seconds; without -s nothing is generated, and whatever traffic "
+        "reaches DESTINATION is measured",
+        type=parse_seconds,
+    )
+    wait: float = traffic_option(
+        "--wait SECONDS",
+        f"wait this many seconds for the last packets (default: {SHORTEST_WAIT})",
+        type=parse_seconds,
+        default=SHORTEST_WAIT,
+    )
+    stages: bool = traffic_option(
+        "--stages",
+        "trace the packets in the hypervisor's kernel, too: show the time in each stage and "
+        "where packets are lost; this costs all of the host's traffic about 1 µs a packet",
+    )
+    dry_run: bool = traffic_option(
+        "--dry-run",
+        "log in, check everything that is needed, and show what would run; send no traffic",
+    )
+
+    pcaps: Sequence[str] = analysis_option(
+        "--pcaps FILE",
+        "instead of measuring, analyse runs saved with --save (the directory of one or of "
+        "several), or the captures of a PIF and a VIF (pcap or pcapng; - is standard input; "
+        "several files of one interface are separated by commas); -s and -d then select packets "
+        "by address",
+        nargs="+",
+        default=(),
+        with_pcaps=True,
+    )
+    match_nat: bool = analysis_option(
+        "--match-nat",
+        "match packets regardless of their addresses, for a path that translates them; DESTINATION "
+        "is the address that the sources send to",
+        with_pcaps=True,
+    )
+
+    limits: Sequence[str] = judging_option(
+        "--fail-if EXPR",
+        "exit with status 7 if this holds: a limit, such as 'p99>200us' or 'loss>0.1%', or a "
+        "change from the baseline: changed, slower or lossier (requires three runs on each side); "
+        "may be repeated",
+        action="append",
+        default=(),
+        with_pcaps=True,
+    )
+    baseline: str | None = judging_option(
+        "--baseline DIR",
+        "compare with a run saved with --save, with all runs in a directory that have the same "
+        "VM, direction and traffic, or with two captures given as PIF.pcap,VIF.pcap",
+        with_pcaps=True,
+    )
+
+    key: str | None = login_option(
+        "-k,--key KEYFILE", "SSH private key (default: those that ssh would try)"
+    )
+    sudo: bool = login_option("--sudo", "run remote commands with sudo -n unless logged in as root")
+    ssh_options: Sequence[str] = login_option(
+        "-o,--ssh-option OPTION",
+        "an option in the form of ssh_config, such as StrictHostKeyChecking=yes or "
+        "UserKnownHostsFile=FILE (default: ssh_config's; new hosts' keys are recorded); may be "
+        "repeated",
+        action="append",
+        default=(),
+    )
+
+    csv: str | None = output_option(
+        "--csv FILE", "write a table with a line for each packet", with_pcaps=True
+    )
+    output: str = output_option(
+        "--output FILE",
+        "write the result to this file, completely or not at all, instead of standard output",
+        default="-",
+        with_pcaps=True,
+    )
+    format: str | None = output_option(
+        f"--format {{{','.join(FORMATS)}}}",
+        "the format of the result: text for people, JSON, or a file for node_exporter's "
+        "textfile collector (default: text at a terminal, JSON elsewhere)",
+        type=word_of(FORMATS, {}),
+        with_pcaps=True,
+    )
+    save: str | None = output_option(
+        "--save DIR",
+        "save the captures and the JSON of each run in a new directory under DIR",
+    )
+    keep: int | None = output_option(
+        "--keep N",
+        "after --save, delete all but the newest N saved runs of this VM and traffic in DIR",
+        type=parse_count,
+    )
+    plot: str | None = output_option(
+        "--plot FILE",
+        "draw the delays of a run, or several runs against their rates, as .png, .svg or .pdf "
+        "(requires matplotlib)",
+        with_pcaps=True,
+    )
+    labels: Sequence[tuple[str, str]] = output_option(
+        "--label KEY=VALUE",
+        "add this to the result's config.labels; may be repeated",
+        action="append",
+        type=parse_label,
+        default=(),
+        with_pcaps=True,
+    )
+    quiet: bool = output_option("-q,--quiet", "no progress on stderr", with_pcaps=True)
+    verbose: bool = output_option("-v,--verbose", "show the commands that are run", with_pcaps=True)
+
+
+REMOVED_OPTIONS = {
+    "--slowest": "--csv has every packet: sort it by its column delay_us",
+    "--stages-buffer": "the buffer is sized from the rate and the free memory",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UsageError, and prints to standard output in the same way as results."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError, with advice on options that are unknown."""
+        unknown = re.match(r"unrecognized arguments: (-[^\s=]*)", message)
+        if not unknown:
+            raise UsageError(f"{message} (see {self.prog} --help)")
+        flag = unknown[1]
+        if flag in REMOVED_OPTIONS:
+            raise UsageError(f"{flag} was removed in version 3: {REMOVED_OPTIONS[flag]}")
+        known = list(self._option_string_actions)
+        similar = [name for name in known if name.startswith(flag)]
+        similar += difflib.get_close_matches(flag, known, 1, cutoff=0.75)
+        if similar:
+            raise UsageError(f"unknown option {flag}: did you mean {similar[0]}?")
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        write_file("-", lambda stdout: stdout.write(message.encode()))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(f"{message} (see {self.prog} --help)")
-
-        def _print_message(self, message: str, file: object = None) -> None:
-            write_file("-", lambda stdout: stdout.write(message.encode()))
-
-    from shutil import get_terminal_size
-    from textwrap import fill
-    columns = min(get_terminal_size((100, 24)).columns, 120)         # $COLUMNS, or else the terminal's
+    """Return the command line's parser; what the user doesn't give is absent from its result."""
+    columns = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    description = (
+        "Measure the time that packets take from a hypervisor's physical interface (pif) to a VM's "
+        "virtual interface (vif), in microseconds."
+    )
     parser = Parser(
-        prog="netweaver", allow_abbrev=False, add_help=False, epilog=EPILOG,
-        description=fill("Measure the time that packets take from a hypervisor's physical interface (pif) to a VM's "
-                         "virtual interface (vif), in microseconds, as JSON.", columns),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=columns))
-    add_options(parser)
+        prog="netweaver",
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+        description=textwrap.fill(description, columns),
+        epilog=EPILOG,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=32, width=columns
+        ),
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for row in fields(Options):
+        title = row.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        add_option(groups[title], row)
+    output = groups["output"]
+    output.add_argument(
+        "--json", dest="format", action="store_const", const="json", help="same as --format json"
+    )
+    output.add_argument("-h", "--help", action="help", help="show this help and exit")
+    version = f"netweaver {__version__}"
+    output.add_argument("--version", action="version", version=version, help="show the version")
     return parser
 
 
-def of_kind(pattern: str, convert: Callable[[str], Any], what: str) -> Callable[[str], Any]:
-    """A type of arguments: what matches a pattern, converted."""
-    def check(text: str) -> Any:
-        if re.fullmatch(pattern, text, re.ASCII):
-            return convert(text)
-        from argparse import ArgumentTypeError
-        raise ArgumentTypeError(f"{text!r} is not {what}")
-    return check
+def add_option(group: argparse._ActionsContainer, row: Field[Any]) -> None:
+    """Add the option of a field of Options to a parser, or to a group of it."""
+    group.add_argument(*row.metadata["flags"], dest=row.name, **row.metadata["details"])
 
 
-NUMBER = of_kind(r"0*[1-9]\d{0,8}", int, "a whole number from 1 to 999999999")
-SECONDS = of_kind(r"(?=.*[1-9])\d{1,7}(\.\d{0,9})?", float, "a number of seconds above 0 and below 10000000")
-NUMBERS = of_kind(r"0*[1-9]\d{0,5}(,0*[1-9]\d{0,5})*", lambda text: [int(number) for number in text.split(",")],
-                  "a rate from 1 to 999999, or several with commas in between")
-WHAT = of_kind("({0})(,({0}))*".format("|".join(PATTERNS)), lambda text: text.split(","), f"of {', '.join(PATTERNS)}")
-INTERFACE = of_kind(r"[^\s/-][^\s/]{0,14}", str, "the name of a network interface")
+def valid_options(argv: Sequence[str] | None) -> Options:
+    """Return the valid options of a command line that is wrong: they name its error and series."""
+    valid: dict[str, Any] = {}
+    for row in fields(Options):
+        parser = Parser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
+        add_option(parser, row)
+        with suppress(UsageError):
+            known, _ = parser.parse_known_args(argv)
+            valid |= vars(known)
+    return Options(**valid)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The table of options."""
-    add = parser.add_argument_group("what is measured").add_argument
-    add("-n", "--name-label", metavar="NAME", help="the destination VM's name in the toolstack, or its UUID")
-    add("--hv", metavar="HOST", help="its hypervisor, as [user@]host[:port], or local: this machine, without SSH")
-    add("-s", "--source", metavar="SOURCE", default=[], action="append",
-        help="a VM that generates traffic, as [user@]host[:port], or local: this machine; may be repeated")
-    add("-d", "--destination", metavar="DESTINATION", help="the destination VM's address")
-    add("--toolstack", choices=("auto", *TOOLSTACKS), default="auto",
-        help="what the hypervisor is managed with: XenServer's xe, Proxmox's qm, libvirt's virsh or plain Xen's xl "
-             "(default: the first of them that is there and knows the VM)")
-    add("-i", "--interface", metavar="PIF", dest="host_interface", default=[], action="append", type=INTERFACE,
-        help="the hypervisor's physical interface; may be repeated, for the slaves of a bond (default: auto, which "
-             "finds what leads to the VM; eth0 where nothing does)")
-    add("--num", metavar="N", dest="vif_number", default=0, type=of_kind(r"\d{1,4}", int, "the number of an interface"),
-        help="the number of the VM's interface, N in vif5.N (default: %(default)s)")
-    add("--vif", metavar="NAME", type=INTERFACE,
-        help="the virtual interface itself: the toolstack is not asked, and -n not needed")
-    add("--direction", choices=tuple(DIRECTIONS),
-        help="from pif to vif, from vif to pif, or both, with the VM's own time in between (default: in)")
-    add("--overlay", action="store_true", help="the traffic is inside VXLAN, Geneve or GRE on the physical interface")
-    add("--filter", metavar="EXPR", dest="capture_filter",
-        help="capture what this pcap-filter(7) expression says, instead of the traffic between SOURCE and DESTINATION")
-    add = parser.add_argument_group("traffic").add_argument
-    add("--traffic", metavar="WHAT", default=[], action="extend", type=WHAT,
-        help="syn: TCP SYNs, each a new flow (the default); flow: SYNs of one flow; udp: datagrams of one flow; ping; "
-             "several with commas in between are run one after the other")
-    add("-c", "--count", metavar="N", type=NUMBER, help="packets to send (default: 1000)")
-    add("--rate", metavar="PPS", default=[], action="extend", type=NUMBERS,
-        help=f"packets a second (default: {RATE}); several with commas in between are run one after the other")
-    add("--size", metavar="BYTES", type=of_kind(r"\d{1,5}", int, "a number of bytes"),
-        help=f"of payload (default: none in SYNs, {USUAL_SIZE} in others)")
-    add("--port", metavar="PORT", type=of_kind(r"\d{1,5}", int, "the number of a port"),
-        help="of the destination (default: 0)")
-    add("--source-command", metavar="TEMPLATE",
-        help="a shell command that generates traffic and ends, instead of --traffic; {count}, {interval} (in µs), "
-             "{size} and {destination} are filled in, {{ and }} are braces")
-    add("--load", metavar="COMMAND",
-        help="a shell command that the sources run meanwhile; its packets, with another protocol or port, don't count; "
-             "then the probes run for COUNT / RATE seconds")
-    add("--runs", metavar="N", default=1, type=NUMBER,
-        help="measure N times, a line of JSON each (default: %(default)s)")
-    add("--duration", metavar="SECONDS", type=SECONDS,
-        help="measure for this many seconds; without -s nothing is generated, and whatever traffic reaches "
-             "DESTINATION is measured")
-    add("--wait", metavar="SECONDS", type=SECONDS, default=SHORTEST_WAIT,
-        help="wait this many seconds for the last packets (default: %(default)s)")
-    add("--stages", action="store_true",
-        help="also tell by the kernel's trace in which stage the time goes and where packets are lost, which costs all "
-             "of the hypervisor's traffic about 1 µs a packet")
-    add("--stages-buffer", metavar="KIB", default=STAGES_BUFFER, type=NUMBER,
-        help="of the trace, for each processor: 0.2 KiB a packet that passes in a second (default: %(default)s)")
-    add("--dry-run", action="store_true",
-        help="log in, look for all that is needed, send nothing, and say what would be run")
-    add = parser.add_argument_group("analysis").add_argument
-    add("--pcaps", nargs="+", metavar="FILE",
-        help="analyse what --save has kept (a run's directory, or one of several), or the captures of a PIF and a VIF "
-             "(pcap or pcapng; - is standard input), instead of measuring; several files of one side are separated by "
-             "commas; -s and -d then select by address")
-    add("--match-nat", action="store_true", help="leave addresses out of the matching, where the path translates them")
-    add("--slowest", metavar="N", default=0, type=NUMBER, help="list the N slowest packets in the JSON")
-    add = parser.add_argument_group("judging").add_argument
-    add("--fail-if", metavar="EXPR", default=[], action="append",
-        help="exit with status 7 when the condition holds, such as 'p99>200us' or 'loss>0.1%%', or changed, slower or "
-             "lossier than the baseline; may be repeated")
-    add("--baseline", metavar="DIR",
-        help="compare with what --save has kept (a run, or those of this VM, direction and traffic in a directory), or "
-             "with two captures given as PIF.pcap,VIF.pcap")
-    add = parser.add_argument_group("login").add_argument
-    add("-k", "--key", metavar="KEYFILE", help="SSH private key (default: those that ssh would try)")
-    add("--sudo", action="store_true", help="run remote commands with sudo -n unless logged in as root")
-    add("-o", "--ssh-option", metavar="OPTION", dest="ssh_options", default=[], action="append",
-        help="an option in the form of ssh_config, such as StrictHostKeyChecking=yes or UserKnownHostsFile=FILE "
-             "(default: what ssh_config says; new hosts' keys are recorded); may be repeated")
-    add = parser.add_argument_group("output").add_argument
-    add("--csv", metavar="FILE", help="write a table of the packets that came in, a line each")
-    add("--output", metavar="FILE", default="-", help="write the result there, whole or not at all, instead of to "
-        "standard output")
-    add("--format", choices=("json", "prometheus"),
-        help="of the result: JSON, or a file for node_exporter's textfile collector (default: a summary at a terminal, "
-             "JSON everywhere else)")
-    add("--save", metavar="DIR", help="keep the captures and the JSON of each run in a new directory under DIR")
-    add("--plot", metavar="FILE", help="draw the delays, of several runs over the rate, as .png, .svg or .pdf (needs "
-        "matplotlib)")
-    add("--label", metavar="KEY=VALUE", default=[], action="append", help="add this to config.labels; may be repeated",
-        type=of_kind(r"(?s)[^=]+=.*", lambda text: tuple(text.split("=", 1)), "KEY=VALUE"))
-    add("-q", "--quiet", action="store_true", help="no progress on stderr")
-    add("-v", "--verbose", action="store_true", help="show the commands that are run")
-    add("-h", "--help", action="help", help="show this help and exit")
-    add("--version", action="version", version=f"netweaver {__version__}", help="show the version")
+def parse_options(argv: Sequence[str] | None) -> Options:
+    """Return the options of a command line; raise UsageError if they make no sense together."""
+    given = vars(build_parser().parse_args(argv))
+    options = Options(**given)
+    _check_empty(given)
+    with naming(planned_subject(options)):
+        if options.pcaps:
+            _check_pcaps(options, given)
+        else:
+            _check_measurement(options)
+        _check_hosts(options)
+        _check_traffic(options)
+        _check_requirements(options)
+        _check_outputs(options)
+    return options
 
 
-def check_arguments(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """UsageError for what makes no sense, or can't be written, as far as that is known before a long measurement."""
-    several = arguments.runs > 1 or len(arguments.rate) > 1 or len(arguments.traffic) > 1
-    mistakes = {
-        "--source-command is instead of --traffic": arguments.source_command and arguments.traffic,
-        "--load needs a --traffic, which tells the probes from it": arguments.source_command and arguments.load,
-        "--csv, and --format prometheus, are for one run: with --save all are kept, for --pcaps":
-            several and (arguments.csv or arguments.format == "prometheus"),
-        "--stages-buffer is that of --stages": arguments.stages_buffer != STAGES_BUFFER and not arguments.stages,
-        "--fail-if changed, slower and lossier need a --baseline":
-            not arguments.baseline and set(CHANGES) & {text.strip() for text in arguments.fail_if}}
-    for mistake, made in mistakes.items():
-        if made:
-            raise UsageError(mistake)
-    if arguments.pcaps:
-        options = {"host_interface": "interface", "vif_number": "num", "capture_filter": "filter",
-                   "ssh_options": "ssh_option"}
-        for name in MEASURING:
-            if getattr(arguments, name) != parser.get_default(name):
-                raise UsageError(f"--{options.get(name, name).replace('_', '-')} is for measuring, and --pcaps "
-                                 "analyses what was captured")
-        if len(arguments.pcaps) > 2:
-            raise UsageError("--pcaps takes a directory of --save, or two captures: several files of one side are "
-                             "separated by commas")
-    else:
-        needed = {"--hv": arguments.hv, "-s": arguments.source or arguments.duration, "-d": arguments.destination}
-        if lacking := [option for option, value in needed.items() if not value]:
-            raise UsageError(f"missing: {', '.join(lacking)} (see netweaver --help; instead of -s, --duration measures "
-                             "what traffic there is; --pcaps analyses existing captures)")
-        if not arguments.name_label and not arguments.vif:
-            raise UsageError("the destination VM is missing: give its name with -n, or its interface with --vif")
-    if arguments.plot:
-        figure_class(arguments.plot)
-    for path in filter(None, (arguments.csv, arguments.plot, arguments.output)):
+def _check_empty(given: Mapping[str, Any]) -> None:
+    """Raise UsageError for a value without text, such as that of a shell's unset variable."""
+    for row in fields(Options):
+        values = given.get(row.name)
+        if not isinstance(values, list):
+            values = [values]
+        for value in values:
+            if isinstance(value, str) and not value.strip():
+                raise UsageError(f"{row.metadata['flags'][-1]} is empty")
+
+
+def _check_pcaps(options: Options, given: Container[str]) -> None:
+    for row in fields(Options):
+        if row.name in given and not row.metadata["with_pcaps"]:
+            raise UsageError(f"{row.metadata['flags'][-1]} can't be used with --pcaps")
+    if len(options.pcaps) > 1 and all(map(os.path.isdir, options.pcaps)):
+        raise UsageError("--pcaps takes one directory: give the one that holds the runs")
+    if len(options.pcaps) > 2:
+        raise UsageError(
+            "--pcaps takes a directory of --save, or two captures: several files of one interface "
+            "are separated by commas"
+        )
+
+
+def _check_measurement(options: Options) -> None:
+    missing = []
+    if not options.hypervisor:
+        missing.append("--hv")
+    if not options.sources and not options.duration:
+        missing.append("-s")
+    if not options.destination:
+        missing.append("-d")
+    if missing:
+        raise UsageError(
+            f"missing: {', '.join(missing)} (see netweaver --help; without -s, --duration measures "
+            "existing traffic; --pcaps analyses existing captures)"
+        )
+    if not options.name_label and not options.vif:
+        raise UsageError(
+            "missing: the destination VM. Give its name with -n, or its interface with --vif"
+        )
+
+
+def _check_hosts(options: Options) -> None:
+    """Raise UsageError, with a hint, for what can't be a host or a VM's address."""
+    hosts = [("-s", source) for source in options.sources]
+    if options.hypervisor:
+        hosts.append(("--hv", options.hypervisor))
+    for flag, host in hosts:
+        _check_host(flag, host)
+        with naming(flag):
+            Target(host)
+    if options.destination:
+        _check_host("-d", options.destination)
+        if "@" in options.destination:
+            raise UsageError(
+                f"-d {options.destination}: give the VM's address without a user (or swap -s and "
+                "-d?)"
+            )
+
+
+def _check_host(flag: str, text: str) -> None:
+    """Raise UsageError for a network, and for a name that needs its ASCII form."""
+    if "/" in text:
+        raise UsageError(f"{flag} {text}: this is a network: give the address of one host")
+    with naming(flag):
+        check_ascii(text)
+
+
+def _check_traffic(options: Options) -> None:
+    """Raise UsageError for options of the traffic that contradict each other."""
+    if options.load and not options.sources:
+        raise UsageError("--load requires -s: the sources run it")
+    if options.source_command is None:
+        return
+    if options.traffic:
+        raise UsageError("--source-command can't be used with --traffic")
+    if options.load:
+        raise UsageError(
+            "--load can't be used with --source-command. Start the load in the source command"
+        )
+
+
+def _check_requirements(options: Options) -> None:
+    """Raise UsageError for options that require others."""
+    if len(sweep(options)) > 1 and options.format == "prometheus":
+        raise UsageError("--format prometheus can't be used with several runs")
+    if options.keep and not options.save:
+        raise UsageError("--keep requires --save")
+    compared = [text for text in options.limits if text.strip().lower() in CHANGE_LIMITS]
+    if compared and not options.baseline:
+        raise UsageError(f"--fail-if {compared[0]} requires --baseline")
+
+
+def _check_outputs(options: Options) -> None:
+    """Raise UsageError for files that can't be written, as far as that is known in advance."""
+    if options.plot:
+        check_picture(options.plot)
+    if options.format == "prometheus":
+        check_labels(key for key, _ in options.labels)
+    flags: dict[str, str] = {}
+    outputs = {"--output": options.output, "--csv": options.csv, "--plot": options.plot}
+    for flag, path in outputs.items():
+        if not path:
+            continue
         check_writable(path)
-    existing = os.path.abspath(arguments.save or ".")
-    while not os.path.lexists(existing):
-        existing = os.path.dirname(existing)
-    if arguments.save and not (os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)):
-        raise UsageError(f"can't save in {arguments.save}: {existing} is no directory that can be written to")
+        name = "standard output" if is_standard_output(path) else os.path.realpath(path)
+        other = flags.setdefault(name, flag)
+        if other != flag and not is_special(name):
+            raise UsageError(
+                f"{other} and {flag} can't both be written to {name}: name different files"
+            )
+    if options.save:
+        try_directory(options.save)
 
 
-def new_weaver(arguments: argparse.Namespace, screen: Screen, alone: bool) -> NetWeaver:
-    """What measures as the arguments say; it tells its steps if there is one run alone."""
-    from getpass import getpass
-    return NetWeaver(
-        arguments.source, arguments.name_label or "", arguments.destination, arguments.hv, arguments.key,
-        **{name: getattr(arguments, name) for name in PARAMETERS},
-        stages=arguments.stages_buffer if arguments.stages else 0, direction=arguments.direction or "in",
-        match_nat=arguments.match_nat, slowest=arguments.slowest, labels=dict(arguments.label),
-        ask=getpass if sys.stdin is not None and sys.stdin.isatty() else None,
-        progress=screen.step if alone else screen.log, log=screen.log, tick=screen.ticking(arguments.duration))
+def new_weaver(options: Options, screen: Screen, progress: Progress) -> NetWeaver:
+    """Return a NetWeaver that measures as the options say, and reports its progress."""
+    if not options.verbose:
+        # paramiko's threads print tracebacks when a connection ends.
+        threading.excepthook = lambda _: None
+    on_terminal = sys.stdin is not None and sys.stdin.isatty()
+    weaver = NetWeaver(
+        options.sources,
+        options.name_label or "",
+        options.destination or "",
+        options.hypervisor or "",
+        options.key,
+        toolstack=options.toolstack,
+        host_interface=options.interfaces,
+        vif_number=options.vif_number,
+        vif=options.vif,
+        overlay=options.overlay,
+        capture_filter=options.capture_filter,
+        count=options.count,
+        duration=options.duration,
+        wait=options.wait,
+        stages=options.stages,
+        direction=options.direction or "in",
+        match_nat=options.match_nat,
+        labels=dict(options.labels),
+        sudo=options.sudo,
+        ssh_options=options.ssh_options,
+        ask=getpass if on_terminal else None,
+        progress=progress.step,
+        log=screen.log,
+        tick=progress.tick,
+    )
+    for name in weaver.unchecked:
+        screen.warn(
+            f"{name}: its host key is not checked: a man-in-the-middle attack would go unnoticed"
+        )
+    return weaver
 
 
-def sweep(arguments: argparse.Namespace) -> list[Probes]:
-    """The traffic of each run, in order: all kinds once, and then again."""
-    return [Probes(pattern, rate, arguments.size, arguments.port, arguments.source_command, arguments.load)
-            for _ in range(arguments.runs)
-            for pattern in arguments.traffic or ["syn"] for rate in arguments.rate or [RATE]]
+def sweep(options: Options) -> list[Traffic]:
+    """Return the traffic of each run: all combinations once, and then again."""
+    combinations = [
+        Traffic(pattern, rate, options.size, options.port, options.source_command, options.load)
+        for pattern in options.traffic or ["syn"]
+        for rate in options.rates or [USUAL_RATE]
+    ]
+    return combinations * options.runs
 
 
-def saved_runs(paths: Sequence[str]) -> list[SavedRun]:
-    """The kept runs of which these are the directory, or the captures; none if they are other captures."""
-    if len(paths) == 1:
-        if not os.path.isdir(paths[0]):
-            raise UsageError(f"{paths[0]}: give a directory of --save, or the captures of the pif and of the vif")
-        return load_runs(paths[0])
-    given = capture_paths(*paths)
-    try:
-        run = load_run(os.path.dirname(given["pif"][0]) or ".")
-    except UsageError:                               # captures alone, or those of another version's run
-        return []
-    same = all(list(map(os.path.abspath, given[side])) == list(map(os.path.abspath, run.paths[side])) for side in given)
-    return [run] if same else []
+# ---- Files: saved runs, captures and baselines -----------------------------------------------
 
 
 def capture_paths(pif: str, vif: str) -> dict[str, list[str]]:
-    """The files of each side: one, or several with commas in between."""
-    return {side: [path] if os.path.exists(path) else path.split(",") for side, path in (("pif", pif), ("vif", vif))}
+    """Return the capture files of each point: one, or several separated by commas."""
+    return {"pif": split_paths(pif), "vif": split_paths(vif)}
 
 
-def analyze_files(arguments: argparse.Namespace, run: SavedRun | None) -> tuple[dict[str, Any], Sequence[Result]]:
-    """The report on a kept run, or on existing captures, and the results in it."""
-    selection = {"sources": [resolve(Target(source).host) for source in arguments.source],
-                 "destinations": [resolve(arguments.destination)] if arguments.destination else []}
-    paths = run.paths if run else capture_paths(*arguments.pcaps)
-    config: dict[str, Any] = dict(run.report["config"]) if run else {
-        **{side: ",".join(names) for side, names in paths.items()}, "sources": selection["sources"],
-        "destination": "".join(selection["destinations"]) or None, "direction": "in", "match_nat": False, "labels": {},
-        "selection": selection}
-    config |= {"version": __version__, "direction": arguments.direction or config["direction"],
-               "match_nat": arguments.match_nat or config["match_nat"],
-               "labels": {**config["labels"], **dict(arguments.label)},
-               "selection": config["selection"] | {ends: given for ends, given in selection.items() if given}}
-    if config["direction"] == "both" and (config["match_nat"] or not config["selection"]["destinations"]):
-        raise UsageError("--direction both tells the directions apart by the VM's address: give it with -d, and not "
-                         "--match-nat")
-    analysis = analyze_captures(paths, selection_of(config), run.window if run else ALWAYS, run.limit if run else None)
-    analysis = with_stages(analysis, os.path.dirname(paths["pif"][0]), config) if run else analysis
-    report = build_report(analysis, config, run.report["capture"] if run else {"pif": {}, "vif": {}}, arguments.slowest)
-    if run:
-        report |= {name: run.report[name] for name in ("failed_sources", "interrupted") if name in run.report}
+def split_paths(text: str) -> list[str]:
+    """Return the paths in a list with commas, which a path may contain, too."""
+    return [text] if os.path.exists(text) else text.split(",")
+
+
+def saved_runs(paths: Sequence[str], warn: Callable[[str], None]) -> list[SavedRun]:
+    """Return the saved runs that --pcaps names, or nothing if it names other captures."""
+    if len(paths) == 1:
+        if not os.path.exists(paths[0]):
+            raise UsageError(f"{paths[0]}: no such directory")
+        if not os.path.isdir(paths[0]):
+            raise UsageError(
+                f"{paths[0]}: give a directory of --save, or the captures of the pif and of the vif"
+            )
+        return load_runs(paths[0], warn)
+    pif, vif = paths
+    files = capture_paths(pif, vif)
+    try:
+        run = load_run(os.path.dirname(files["pif"][0]) or ".")
+    except UsageError:  # these captures were not saved by --save
+        return []
+    for point, names in files.items():
+        if list(map(os.path.abspath, names)) != list(map(os.path.abspath, run.files.paths[point])):
+            return []
+    return [run]
+
+
+def select_packets(info: RunInfo, options: Options) -> RunInfo:
+    """Return the description of captured packets as the options select and label them."""
+    selection = info.selection
+    with naming("-s"):
+        sources = [resolve(Target(source).host) for source in options.sources]
+    destinations = list(selection.destinations)
+    if options.destination:
+        with naming("-d"):
+            destinations = [resolve(options.destination)]
+    selection = replace(
+        selection,
+        directions=DIRECTIONS[options.direction or info.direction],
+        sources=sources or selection.sources,
+        destinations=destinations,
+        translated=options.match_nat or selection.translated,
+    )
+    if selection.direction == "both" and (selection.translated or not destinations):
+        raise UsageError(
+            "--direction both requires the VM's address (-d), and can't be used with --match-nat"
+        )
+    labels = {**info.labels, **dict(options.labels)}
+    return replace(info, version=__version__, labels=labels, selection=selection)
+
+
+def analyze_run(options: Options, run: SavedRun) -> RunResult:
+    """Return the report on a saved run, and the result of each direction."""
+    info = select_packets(run.info, options)
+    analysis = analyze_measured(info, run.files, run.report["capture"])
+    if info.backend is not None:
+        trace = read_trace(run.files.directory, info.vif, info.pif.split(","))
+        attach_stages(analysis, trace, info)
+    report = build_report(analysis, info, run.report["capture"], files=True)
+    for name in ("failed_sources", "interrupted"):
+        if name in run.report:
+            report[name] = run.report[name]
     return report, analysis.results
 
 
-Baseline = namedtuple("Baseline", "path taken left_out runs")        # names, a number, and outcomes
+def analyze_each(
+    runs: Sequence[SavedRun], analyze: Callable[[SavedRun], T], warn: Callable[[str], None]
+) -> Iterator[T]:
+    """Yield the analysis of each run; a run with a damaged capture is left out, with a warning.
 
-
-def load_baseline(text: str, direction: Direction, destination: str | None, like: Report | None) -> Baseline:
-    """An earlier measurement: what --save has kept, or two captures, "PIF,VIF".
-
-    `like` is the `kind_of` the runs to take where there are several (None: all).
+    Errors name the directory of the run.  Raises CaptureError if no run is left.
     """
-    if os.path.isdir(text):
-        runs = load_runs(text)
-        taken = [run for run in runs if direction in run.selection.directions
-                 and (len(runs) == 1 or like is None or kind_of(run.report["config"]) == like)]
-        if not taken:
-            raise UsageError(f"--baseline {text}: " + (
-                f"none of its {len(runs)} runs is of this VM, direction and traffic" if len(runs) > 1 else
-                f"it was measured with --direction {runs[0].report['config']['direction']}"))
-        names = [os.path.basename(os.path.dirname(run.paths["pif"][0])) for run in taken]
-        analyses = [analyze_captures(run.paths, run.selection, run.window, run.limit) for run in taken]
-        left_out = len(runs) - len(taken)
-    elif text.count(",") == 1:
-        names, left_out = [text], 0
-        analyses = [analyze_captures(capture_paths(*text.split(",")), Selection(
-            [direction], destinations=[resolve(destination)] if destination else []))]
-    else:
-        raise UsageError(f"--baseline {text}: give a directory of --save, or two captures as PIF.pcap,VIF.pcap")
-    found = [result for analysis in analyses for result in analysis.results if result.matching.direction is direction]
-    if not all(result.samples() for result in found):
-        raise UsageError(f"--baseline {text}: no packet is in both of its captures")
-    return Baseline(text, names, left_out, [result.outcomes() for result in found])
+    left = len(runs)
+    for run in runs:
+        try:
+            with naming(run.files.directory):
+                analysis = analyze(run)
+        except CaptureError as error:
+            left -= 1
+            if not left:
+                raise
+            warn(f"left out: {error}")
+        else:
+            yield analysis
+
+
+def analyze_files(options: Options) -> RunResult:
+    """Return the report on the captures that --pcaps names, and the result of each direction."""
+    pif, vif = options.pcaps
+    paths = capture_paths(pif, vif)
+    info = RunInfo(pif=",".join(paths["pif"]), vif=",".join(paths["vif"]))
+    info = select_packets(info, options)
+    info.sources = list(info.selection.sources)
+    info.destination = "".join(info.selection.destinations) or None
+    analysis = analyze_captures(paths, info.selection)
+    report = build_report(analysis, info, {"pif": {}, "vif": {}}, files=True)
+    return report, analysis.results
+
+
+@dataclass
+class Baseline:
+    """An earlier measurement that others are compared with."""
+
+    path: str
+    names: list[str]  # of the runs
+    left_out: int  # number of runs of another VM, direction or traffic
+    runs: list[dict[str, float]]  # COMPARED figures
+    starts: list[int] = field(default_factory=list)  # of the runs (ns), as far as they are known
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the document's description of the baseline."""
+        taken: dict[str, Any] = {"runs": len(self.runs)}
+        if self.starts:
+            taken |= {"first": iso_time(min(self.starts)), "last": iso_time(max(self.starts))}
+        return {"path": self.path, "taken": taken, "left_out": self.left_out}
+
+    def __str__(self) -> str:
+        """Return a line for people."""
+        total = len(self.runs) + self.left_out
+        text = f"Baseline: {len(self.runs)} of {total} runs in {self.path}"
+        if self.starts:
+            text += f", from {date_text(min(self.starts))} to {date_text(max(self.starts))}"
+        return text
+
+
+def load_baseline(
+    path: str,
+    direction: Direction,
+    destination: str | None,
+    kind: RunKind | None,
+    warn: Callable[[str], None],
+) -> Baseline:
+    """Return the figures of a baseline: of saved runs, or of two captures given as PIF,VIF.
+
+    Of several saved runs those of the `kind` are taken; None takes all.
+    """
+    if os.path.isdir(path):
+        return _baseline_of_runs(path, direction, kind, warn)
+    if path.count(",") != 1:
+        raise UsageError(
+            f"--baseline {path}: give a directory of --save, or two captures as PIF.pcap,VIF.pcap"
+        )
+    selection = Selection([direction])
+    if destination:
+        selection = Selection([direction], destinations=[resolve(destination)])
+    pif, vif = path.split(",")
+    analysis = analyze_captures(capture_paths(pif, vif), selection)
+    return Baseline(path, [path], 0, _baseline_figures(path, direction, analysis))
+
+
+def _baseline_of_runs(
+    path: str, direction: Direction, kind: RunKind | None, warn: Callable[[str], None]
+) -> Baseline:
+    saved = load_runs(path, warn)
+    runs = [run for run in saved if direction in run.info.selection.directions]
+    if len(saved) > 1 and kind is not None:
+        runs = [run for run in runs if run.info.kind == kind]
+    if not runs and len(saved) == 1:
+        raise UsageError(
+            f"--baseline {path}: its direction is {saved[0].info.direction}, not {direction.name}"
+        )
+    if not runs:
+        raise UsageError(
+            f"--baseline {path}: none of its {len(saved)} runs has this VM, direction and traffic"
+        )
+    names = []
+    starts = []
+    figures = []
+    for run, analysis in analyze_each(runs, _analyze_saved, warn):
+        names.append(os.path.basename(run.files.directory.rstrip("/")))
+        if run.info.started is not None:
+            starts.append(run.info.started)
+        figures += _baseline_figures(path, direction, analysis)
+    return Baseline(path, names, len(saved) - len(names), figures, starts)
+
+
+def _analyze_saved(run: SavedRun) -> tuple[SavedRun, Analysis]:
+    return run, analyze_measured(run.info, run.files, run.report["capture"])
+
+
+def _baseline_figures(
+    path: str, direction: Direction, analysis: Analysis
+) -> list[dict[str, float]]:
+    figures = []
+    for result in analysis.results:
+        if result.direction is not direction:
+            continue
+        if not result.counts.timed:
+            raise UsageError(f"--baseline {path}: its two captures have no packet in common")
+        figures.append(run_figures(result))
+    return figures
+
+
+# ---- Main ------------------------------------------------------------------------------------
 
 
 class Signals:
-    """The first SIGINT, SIGTERM or SIGHUP ends the traffic, if there is some to report on; another ends all at once."""
+    """A handler of SIGINT, SIGTERM and SIGHUP.
+
+    The first signal ends the traffic, if there is something to report; the next one ends
+    everything at once.
+    """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number = 0  # of the first signal
+        # Ends the traffic, and returns whether there is something to report.
         self.interrupt: Callable[[], bool] = lambda: False
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        import signal
-        self._before = {number: signal.signal(number, self._handle)
-                        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-                        if signal.getsignal(number) is not signal.SIG_IGN}           # nohup
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        import signal
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: object) -> None:
-        again, self.number = self.number != 0, self.number or number
-        if again or not self.interrupt():
+        if self.number:
             raise KeyboardInterrupt
-        if os.isatty(2):                             # not by sys.stderr, which may be in the middle of a line
-            quietly(os.write, 2, b"\nstopping; again: give up\n")
+        self.number = number
+        if not self.interrupt():
+            raise KeyboardInterrupt
+        if os.isatty(2):
+            # Not by sys.stderr, which may be in the middle of a line.
+            quietly(os.write, 2, b"\nstopping (interrupt again to give up)\n")
 
 
 class Screen:
-    """What a person sees on stderr: lines and, at a terminal, the progress, a live line, colours and a summary.
+    """The messages on stderr: lines and, at a terminal, progress, colours and a summary.
 
     A terminal that has gone, or a stderr that can't be written, ends nothing.
     """
 
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
-        terminal, dumb = sys.stderr is not None and sys.stderr.isatty(), os.environ.get("TERM") == "dumb"
-        self._people, self._quiet, self._verbose, self._live = terminal and not quiet, quiet, verbose, False
-        self._ticks = self._people and not verbose and not dumb
-        self._colours = terminal and not os.environ.get("NO_COLOR") and not dumb
-        self.fancy = "utf" in (getattr(sys.stderr, "encoding", None) or "").lower()
-
-    def _print(self, text: str, end: str = "\n") -> None:
-        try:
-            if sys.stderr is not None:               # else print takes stdout
-                print("\r\x1b[K" * self._live + text, end=end, file=sys.stderr, flush=True)
-        except (OSError, ValueError):
-            pass
-        self._live = not end
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        dumb = os.environ.get("TERM") == "dumb"
+        encoding = getattr(sys.stderr, "encoding", None) or ""
+        self.unicode = "utf" in encoding.lower()
+        self.has_people = terminal and not quiet  # somebody watches, and hasn't asked for quiet
+        self._quiet = quiet
+        self._verbose = verbose
+        self._live_allowed = self.has_people and not verbose and not dumb
+        self._colours = terminal and not dumb and not os.environ.get("NO_COLOR")
+        self._live = False  # the last line is one that the next one replaces
 
     def say(self, line: str, colour: str = "") -> None:
-        """A line that everyone gets; the colour is an SGR code."""
-        line = self._shown(line)
-        self._print(f"\x1b[{colour}m{line}\x1b[0m" if colour and self._colours else line)
-
-    def _shown(self, line: str) -> str:
-        line = printable(line)
-        return line if self.fancy else line.replace("µ", "u").replace("±", "+-").encode("ascii", "replace").decode()
+        """Print a line, in a colour given as an SGR code."""
+        line = self.shown(line)
+        if colour and self._colours:
+            line = f"\x1b[{colour}m{line}\x1b[0m"
+        self._print(line)
 
     def warn(self, warning: str) -> None:
+        """Print a warning."""
         self.say(f"netweaver: warning: {warning}", "33")
 
     def error(self, error: object) -> None:
-        if str(error):                               # with a reader that is gone there is nobody to tell
+        """Print an error; one without words, as that of a reader that has gone, is not shown."""
+        if str(error):
             self.say(f"netweaver: error: {error}", "31")
 
     def step(self, line: str) -> None:
-        """A line on how far the run is."""
-        if self._people or self._verbose:
+        """Print a line on the progress of the run, for people only."""
+        if self.has_people or self._verbose:
             self.say(line)
 
     def log(self, line: str) -> None:
-        """A command that is run."""
+        """Print a command that is run, if the user asks for these."""
         if self._verbose:
             self.say(line)
 
-    def ticking(self, duration: float | None) -> Callable[[float], None] | None:
-        """What shows the seconds so far in a line that the next one replaces; None if nobody sees that."""
-        of = f" of {duration:g}" if duration else ""
-        return (lambda elapsed: self._print(f"{elapsed:.0f}{of} s", "")) if self._ticks else None
+    def locate(self, error: Exception) -> None:
+        """Print where an unexpected error was raised, if the user asks for details."""
+        if self._verbose:
+            sys.excepthook(type(error), error, error.__traceback__)
 
     def note(self, line: str) -> None:
-        """What everyone hears who doesn't ask for quiet."""
+        """Print a line for everyone who has not asked for quiet."""
         if not self._quiet:
             self.say(f"netweaver: {line}")
 
-    def result(self, lines: Iterable[str], on_stdout: bool) -> None:
-        """The numbers for people: on standard output if they are the result, or else on stderr if it is a terminal."""
-        if on_stdout:
-            if self._live:
-                self._print("")
-            write_file("-", lambda file: file.write("".join(f"{self._shown(line)}\n" for line in lines).encode()))
-        for line in lines if self._people and not on_stdout else ():
-            self.say(line, "" if line.startswith(" ") else "1")
+    def live(self, line: str) -> None:
+        """Print a line that the next one replaces, at a terminal."""
+        if self._live_allowed:
+            self._print(self.shown(line), end="")
+            self._live = True
 
+    def end_live(self) -> None:
+        """Remove the live line, so that something else can be printed."""
+        if self._live:
+            self._print("", end="")
 
-class Outcome:
-    """What becomes of the runs: documents, files, limits and words for people.  What fails of it ends nothing else."""
+    def shown(self, line: str) -> str:
+        """Return a line as this screen can show it."""
+        line = printable(line)
+        if self.unicode:
+            return line
+        return line.replace("µ", "u").encode("ascii", "replace").decode()
 
-    def __init__(self, arguments: argparse.Namespace, limits: Sequence[Limit], screen: Screen,
-                 signals: Signals) -> None:
-        self._arguments, self._limits, self._screen, self._signals = arguments, limits, screen, signals
-        self._on_terminal = arguments.output == "-" and sys.stdout is not None and sys.stdout.isatty()
-        self._reports: list[dict[str, Any]] = []
-        self._texts: list[str] = []
-        self._delays: list[int] = []
-        self._breaches: list[str] = []
-        self._problems: list[NetWeaverError] = []
-
-    def attempt(self, step: Callable[..., Any], *arguments: object) -> Any:
-        """Makes something of the numbers; if that fails, they are not lost, and the error comes at the end."""
+    def _print(self, text: str, end: str = "\n") -> None:
+        if self._live:
+            text = "\r\x1b[K" + text
+            self._live = False
+        if sys.stderr is None:  # print would take stdout
+            return
         try:
-            return step(*arguments)
-        except Exception as error:
-            self._problems.append(error if isinstance(error, NetWeaverError) else unexpected(error))
-
-    @property
-    def exit_code(self) -> int:
-        return (128 + self._signals.number if self._signals.number else
-                self._problems[0].exit_code if self._problems else 7 if self._breaches else 0)
-
-    def add(self, report: dict[str, Any], results: Sequence[Result]) -> None:
-        """One run more; the limits on a comparison are for the run that has one."""
-        arguments, limits = self._arguments, self._limits
-        self._reports.append(report)
-        self._delays = results[0].samples() if len(self._reports) == 1 else []
-        self._breaches += [breach for limit in limits if (not limit.compares or "comparison" in report)
-                           and (breach := limit.breach(report))]
-        self.attempt(self._publish, report, results)
-        if arguments.csv:
-            self.attempt(write_csv, results[0], arguments.csv)
-        if arguments.plot and len(self._reports) == 1:
-            self.attempt(plot, arguments.plot, report, results)
-
-    def _publish(self, report: Report, results: Sequence[Result]) -> None:
-        import json
-        output, place = self._arguments.output, real_path(self._arguments.output)
-        if self._arguments.format == "prometheus":
-            text = prometheus(series_labels(report["config"]), self.exit_code, report, results)
-        elif self._on_terminal and not self._arguments.format:
-            return                                   # the summary is the result
-        else:
-            text = json.dumps(report, indent=2 if self._on_terminal else None) + "\n"
-        self._texts.append(text)
-        whole = isinstance(place, str) and (os.path.isfile(place) or not os.path.exists(place))
-        texts = "".join(self._texts if whole else [text]).encode("utf-8", "replace")
-        write_file(output, lambda file: file.write(texts))
-
-    def end(self) -> None:
-        """What is said at the end of all runs."""
-        reports, screen = self._reports, self._screen
-        if len(reports) > 1 and self._arguments.plot:
-            self.attempt(plot_runs, self._arguments.plot, reports)
-        if reports:
-            lines = table(reports) if len(reports) > 1 else summary(reports[0], self._delays, screen.fancy)
-            self.attempt(screen.result, lines, self._on_terminal and not self._arguments.format)
-        asked = any(limit.name == "p99.9" for limit in self._limits)
-        for warning in dict.fromkeys(warning for report in reports for warning in report["warnings"]):
-            if asked or FEW_FOR_P99_9 not in warning:
-                screen.warn(warning)
-        for breach in self._breaches:
-            screen.say(f"netweaver: limit: {breach}", "31")
-        for problem in dict.fromkeys(map(str, self._problems)):
-            screen.error(problem)
+            print(text, end=end, file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            pass
 
 
-def measure(weaver: NetWeaver, probes: Sequence[Probes], outcome: Outcome, screen: Screen,
-            save: str | None) -> Iterator[tuple[dict[str, Any], Sequence[Result]]]:
-    """The reports and results of runs with this traffic, one after the other, until one is interrupted."""
-    for number, each in enumerate(probes, 1):
+def measure(
+    weaver: NetWeaver,
+    probes: Sequence[Traffic],
+    outcome: Outcome,
+    progress: Progress,
+    options: Options,
+    screen: Screen,
+) -> Iterator[RunResult]:
+    """Make runs with this traffic, one after the other, until one is interrupted.
+
+    Yields the report and the results of each run.
+    """
+    for index, traffic in enumerate(probes):
+        progress.begin(index)
+        name = planned_name(planned_kind(options, traffic))
         if len(probes) > 1:
-            screen.step(f"Run {number} of {len(probes)}...")
-        weaver.generate_and_record(probes=each)
-        weaver.pull_generated_files()
-        report = weaver.analyze()
-        if save and (directory := outcome.attempt(weaver.save, save, report)):
-            report["saved"] = directory
-            screen.note(f"saved in {directory}")
+            name = run_label(name, [index + 1])
+        with naming(name):
+            report = weaver.measure(traffic)
+        if options.save:
+            directory = outcome.attempt(weaver.save, options.save, report)
+            if directory:
+                report["saved"] = directory
+                screen.note(f"saved in {directory}")
+            if directory and options.keep:
+                kind = info_of(report).kind
+                outcome.attempt(delete_old_runs, options.save, kind, options.keep)
         yield report, weaver.results
         if weaver.interrupted:
             break
 
 
-def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser, signals: Signals, screen: Screen) -> int:
-    """Does what the arguments say; returns the exit code."""
-    from contextlib import ExitStack
-    check_arguments(arguments, parser)
-    kept = saved_runs(arguments.pcaps) if arguments.pcaps else []
-    direction = arguments.direction or (kept[0].report["config"]["direction"] if kept else "in")
-    limits = [Limit(text, direction, arguments.stages or bool(arguments.pcaps)) for text in arguments.fail_if]
-    outcome = Outcome(arguments, limits, screen, signals)
-    probes = [] if arguments.pcaps else sweep(arguments)
-    if arguments.pcaps:
-        kinds: list[Any] = [kind_of({**run.report["config"], "direction": direction}) for run in kept] or [None]
-    else:
-        arguments.destination = resolve(arguments.destination)       # once: it may be another address the next time
-        for each in probes:
-            each.source_command(1, arguments.destination)
-        kinds = [kind_of({**vars(arguments), "direction": direction,
-                          "traffic": each.account() if arguments.source else None}) for each in probes]
-    groups = list(map(kinds.index, kinds))           # the first of the same kind
-    baselines = {group: load_baseline(
-        arguments.baseline, DIRECTIONS[direction][0], arguments.destination if direction == "both" else None,
-        kinds[group]) for group in set(groups) if arguments.baseline}
-    for path, taken, left_out, _ in baselines.values():
-        if len(taken) + left_out > 1:
-            screen.step(f"Baseline: {len(taken)} of {len(taken) + left_out} runs in {path}: {', '.join(taken)}")
+OVERHEAD_SECONDS = 1.5  # of a run beyond its traffic
+
+
+class Progress:
+    """The progress of one or several runs: steps for people, and a live line at a terminal."""
+
+    def __init__(self, screen: Screen, names: Sequence[str], seconds: Sequence[float]) -> None:
+        self._screen = screen
+        self._names = names  # of the runs
+        self._seconds = seconds  # that the traffic of each run is expected to take
+        self._index = 0  # of the current run
+
+    def begin(self, index: int) -> None:
+        """Begin a run."""
+        self._index = index
+
+    def step(self, line: str) -> None:
+        """Show what a run does now: in a line of its own, or in the live line of several runs."""
+        if len(self._names) == 1:
+            self._screen.step(line)
+        else:
+            self._screen.live(f"{self._prefix()}{line}")
+
+    def tick(self, elapsed: float) -> None:
+        """Show how long the traffic has run."""
+        expected = self._seconds[self._index]
+        line = f"{self._prefix()}{elapsed:.0f} of {expected:.0f} s"
+        if len(self._names) > 1:
+            later = self._seconds[self._index + 1 :]
+            left = max(0, expected - elapsed) + sum(later) + OVERHEAD_SECONDS * (len(later) + 1)
+            minutes, seconds = divmod(round(left), 60)
+            line += f", about {minutes}:{seconds:02} left"
+        self._screen.live(line)
+
+    def _prefix(self) -> str:
+        if len(self._names) == 1:
+            return ""
+        return f"Run {self._index + 1} of {len(self._names)} ({self._names[self._index]}): "
+
+
+class Comparer:
+    """Comparisons of the runs of each kind with the runs of the same kind in a baseline."""
+
+    def __init__(
+        self, options: Options, direction: str, kinds: Sequence[RunKind | None], screen: Screen
+    ) -> None:
+        self._kinds = kinds  # of the runs, in order
+        self._figures: list[dict[str, float]] = []  # of the runs so far
+        self._baselines: dict[RunKind | None, Baseline] = {}
+        self._advice = f"Use --runs {FEWEST_RUNS}"
+        if options.format == "prometheus":
+            self._advice += " and another --format"
+        if options.pcaps:
+            self._advice = "Give more saved runs"
+        if options.baseline is None:
+            return
+        destination = options.destination if direction == "both" else None
+        for kind in dict.fromkeys(kinds):
+            baseline = load_baseline(
+                options.baseline, DIRECTIONS[direction][0], destination, kind, screen.warn
+            )
+            self._baselines[kind] = baseline
+            if len(baseline.runs) + baseline.left_out > 1:
+                screen.step(str(baseline))
+                for name in baseline.names:
+                    screen.log(f"  {name}")
+
+    def check(self, limits: Iterable[Limit]) -> None:
+        """Raise UsageError if a limit needs a verdict, and there will be too few runs for one."""
+        if not any(isinstance(limit, ChangeLimit) for limit in limits):
+            return
+        for kind, baseline in self._baselines.items():
+            before = len(baseline.runs)
+            now = self._kinds.count(kind)
+            if before < FEWEST_RUNS:
+                advice = f"Give a baseline of {FEWEST_RUNS} saved runs"
+            elif now < FEWEST_RUNS:
+                advice = self._advice
+            else:
+                continue
+            raise UsageError(
+                f"--fail-if {', '.join(CHANGE_LIMITS)} require {FEWEST_RUNS} runs on each side: "
+                f"the baseline has {before}, this measurement {now}. {advice}"
+            )
+
+    def add(self, report: dict[str, Any], results: Sequence[DirectionResult]) -> None:
+        """Take the next run; add the comparison to the report of the last run of its kind."""
+        if not self._baselines:
+            return
+        position = len(self._figures)
+        kind = self._kinds[position]
+        self._figures.append(run_figures(results[0]))
+        if kind in self._kinds[position + 1 :]:
+            return
+        current = [figures for figures, other in zip(self._figures, self._kinds) if other == kind]
+        baseline = self._baselines[kind]
+        report["comparison"] = {**baseline.to_json(), **compare_runs(baseline.runs, current)}
+
+
+def run(options: Options, signals: Signals, screen: Screen) -> int:
+    """Measure, or analyse captures, as the options say, and return the exit code."""
+    if options.pcaps:
+        return run_analysis(options, signals, screen)
+    probes = sweep(options)
+    with naming("-d"):
+        destination = resolve_destination(options.destination or "", options.sources, probes)
+    for traffic in probes:
+        traffic.source_command(1, destination)  # raises what is wrong with it
+    # Resolved once: another look-up may give another address.
+    return run_measurement(replace(options, destination=destination), signals, screen)
+
+
+def run_analysis(options: Options, signals: Signals, screen: Screen) -> int:
+    """Analyse saved runs or existing captures, and return the exit code."""
+    saved = saved_runs(options.pcaps, screen.warn)
+    direction = options.direction or "in"
+    kinds: list[RunKind | None] = [None]
+    if saved:
+        direction = options.direction or saved[0].info.direction
+        kinds = [replace(each.info.kind, direction=direction) for each in saved]
+    limits = [parse_limit(text, direction, stages=True) for text in options.limits]
+    if len(saved) > 1 and options.format == "prometheus":
+        raise UsageError("--format prometheus can't be used with several runs")
+    outcome = Outcome(options, limits, screen, signals, several=len(saved) > 1)
+    comparer = Comparer(options, direction, kinds, screen)
+    comparer.check(limits)
     with ExitStack() as stack:
         stack.callback(outcome.end)
-        if arguments.pcaps:
-            runs: Iterator[Any] = (analyze_files(arguments, saved) for saved in kept or (None,))
+        if saved:
+            results = analyze_each(saved, partial(analyze_run, options), screen.warn)
+            publish(results, comparer, outcome)
         else:
-            if not arguments.verbose:                # paramiko's threads end in tracebacks when a connection does
-                threading.excepthook = lambda _: None
-            weaver = stack.enter_context(new_weaver(arguments, screen, len(probes) == 1))
-            for name in weaver.unchecked:
-                screen.warn(f"{name}: its host key is not checked: anyone in between can read and change what is sent")
-            if arguments.dry_run:
-                text = "".join(f"{line}\n" for line in weaver.dry_run(probes))
-                write_file("-", lambda file: file.write(text.encode("utf-8", "replace")))
-                return 0
-            signals.interrupt = weaver.interrupt
-            runs = measure(weaver, probes, outcome, screen, arguments.save)
-        outcomes: list[Sequence[int]] = []
-        for place, (report, results) in enumerate(runs):
-            outcomes.append(results[0].outcomes() if arguments.baseline else ())
-            if arguments.baseline and groups[place] not in groups[place + 1:]:       # the last of its kind
-                path, taken, left_out, before = baselines[groups[place]]
-                now = [each for each, group in zip(outcomes, groups) if group == groups[place]]
-                report["comparison"] = {"path": path, "taken": taken, "left_out": left_out, **compare(before, now)}
-            outcome.add(report, results)
-            if outcome.exit_code == ReaderGone.exit_code:
-                break
+            publish([analyze_files(options)], comparer, outcome)
     return outcome.exit_code
 
 
+def publish(runs: Iterable[RunResult], comparer: Comparer, outcome: Outcome) -> None:
+    """Compare and publish runs as they come, until nobody reads the result any more."""
+    for report, results in runs:
+        comparer.add(report, results)
+        outcome.add(report, results)
+        if outcome.exit_code == ReaderGone.exit_code:
+            break
+
+
+def run_measurement(options: Options, signals: Signals, screen: Screen) -> int:
+    """Measure, or show what would be measured, and return the exit code."""
+    direction = options.direction or "in"
+    limits = [parse_limit(text, direction, options.stages) for text in options.limits]
+    probes = sweep(options)
+    kinds = [planned_kind(options, traffic) for traffic in probes]
+    several = len(probes) > 1
+    outcome = Outcome(options, limits, screen, signals, several, planned_subject(options))
+    comparer = Comparer(options, direction, kinds, screen)
+    comparer.check(limits)
+    packets = options.count or USUAL_COUNT
+    seconds = [options.duration or packets / traffic.rate for traffic in probes]
+    progress = Progress(screen, [traffic.name for traffic in probes], seconds)
+    with ExitStack() as stack:
+        stack.callback(outcome.end)
+        weaver = stack.enter_context(new_weaver(options, screen, progress))
+        if options.dry_run:
+            print_lines(weaver.dry_run(probes))
+            return 0
+        signals.interrupt = weaver.interrupt
+        runs = measure(weaver, probes, outcome, progress, options, screen)
+        publish(runs, comparer, outcome)
+    return outcome.exit_code
+
+
+def planned_kind(options: Options, traffic: Traffic) -> RunKind:
+    """Return the kind of a run that is about to be measured."""
+    vm = options.name_label or options.vif or ""
+    return RunKind(vm, options.direction or "in", traffic if options.sources else None)
+
+
+def planned_name(kind: RunKind) -> str:
+    """Return the VM and the traffic of a run that is about to be measured."""
+    traffic = kind.traffic.name if kind.traffic else "passive"
+    return f"{kind.vm} {traffic}"
+
+
+def planned_subject(options: Options) -> str:
+    """Return the VM and the traffic of the only run, or the VM of several; "" with --pcaps."""
+    if options.pcaps:
+        return ""
+    probes = sweep(options)
+    kind = planned_kind(options, probes[0])
+    if len(probes) == 1 and kind.vm and (options.sources or options.duration):
+        return planned_name(kind)
+    return kind.vm
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Write lines to standard output, without control characters that hosts may have sent."""
+    write_text("-", "".join(f"{printable(line)}\n" for line in lines))
+
+
 def unexpected(error: Exception) -> NetWeaverError:
-    return NetWeaverError(f"unexpected {type(error).__name__}: {error} (-v shows where; please report it)")
+    """Return the error that a user sees of a fault in this program."""
+    return NetWeaverError(
+        f"unexpected {type(error).__name__}: {error} (please report it, with what -v shows)"
+    )
+
+
+def occupy_standard_streams() -> None:
+    """Open /dev/null in place of closed standard streams, so that no file gets their number."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    screen, verbose, arguments, failed = Screen(), False, None, True
-    while os.open(os.devnull, os.O_RDWR) <= 2:       # no other file must get the number of a stream that is closed
-        pass
+    """Run the command line, and return the exit code."""
+    occupy_standard_streams()
+    screen = Screen()
+    options: Options | None = None
     with Signals() as signals:
         try:
-            parser = build_parser()
-            arguments = parser.parse_args(argv)
-            screen, verbose = Screen(arguments.quiet, arguments.verbose), arguments.verbose
-            code = run(arguments, parser, signals, screen)
-            failed = False
+            options = parse_options(argv)
+            screen = Screen(options.quiet, options.verbose)
+            code = run(options, signals, screen)
+            return 128 + signals.number if signals.number else code
         except KeyboardInterrupt:
-            screen.error("interrupted")
-            code = 130
-        except Exception as error:
-            known = isinstance(error, NetWeaverError)
-            if verbose and not known:
+            error = NetWeaverError("interrupted")
+        except NetWeaverError as raised:
+            error = raised
+        except Exception as unknown:
+            if options and options.verbose:
                 raise
-            screen.error(error if known else unexpected(error))
-            code = getattr(error, "exit_code", 1)
-        code = 128 + signals.number if signals.number else code
-        if failed and arguments and arguments.format == "prometheus":
-            try:
-                text = prometheus(series_labels({
-                    **vars(arguments), "hypervisor": arguments.hv, "labels": dict(arguments.label)}), code)
-                write_file(arguments.output, lambda file: file.write(text.encode("utf-8", "replace")))
-            except NetWeaverError:
-                pass                                 # what happened before matters more
+            error = unexpected(unknown)
+        known = options or valid_options(argv)
+        subject = known.name_label or ""
+        if options:
+            subject = planned_subject(options)
+        name_error(error, subject)
+        screen.error(error)
+        code = error.exit_code
+        if signals.number:
+            code = 128 + signals.number
+        if options or known.output != "-":
+            write_failure(known, code)
         return code
+
+
+def write_failure(options: Options, code: int) -> None:
+    """Write the series of a run that has failed; an error of this is not the one that matters."""
+    if options.format != "prometheus":
+        return
+    destination = options.destination or ""
+    with suppress(UsageError):  # as in the series of a run that succeeds
+        destination = resolve_destination(destination, options.sources, sweep(options))
+    info = RunInfo(
+        pif="",
+        vif="",
+        selection=Selection(DIRECTIONS[options.direction or "in"]),
+        sources=list(options.sources),
+        destination=destination,
+        labels=dict(options.labels),
+        measured=not options.pcaps,
+        hypervisor=options.hypervisor,
+        name_label=options.name_label,
+        traffic=sweep(options)[0] if options.sources else None,
+    )
+    with suppress(NetWeaverError):
+        write_text(options.output, prometheus(info, code))
 
 
 if __name__ == "__main__":

@@ -1,127 +1,211 @@
 #!/usr/bin/env python3
-"""Compares netweaver's analysis with other ways to get the same delays: whole processes, side by side, in one run.
+"""Compare netweaver's CPU time and memory with those of other programs, on the same captures.
 
-    .venv/bin/python tests/bench.py [--packets N ...] [--rounds N]
+    .venv/bin/python tests/bench.py [--baseline OLD/netweaver.py] [--packets N ...] [--rounds N]
 
-Run by hand; needs dpkt (pip install '.[bench]'), tshark and tcpdump.  Each round runs every program once, so that
-what else the machine does falls on all of them; the medians are printed, with the ratio to netweaver.  `netweaver` is
-the installed command, whose bytecode is cached; `netweaver.py` is compiled in each run.  `cat` is the floor.
+Whole processes are measured, with their children.  Each round runs every program once, so that
+other load on the machine falls on all of them.  A program that is not installed is left out: dpkt
+(pip install '.[bench]'), tshark, tcpdump.  `netweaver` is the installed command, whose bytecode is
+cached; `netweaver.py` is compiled in each run.
 """
+
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import random
-import resource
+import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from frames import ethernet, ipv4, pcap, tcp, udp
 
 ROOT = Path(__file__).resolve().parent.parent
+SECOND = 10**9
+START = 1_700_000_000 * SECOND
+SPACING = 10_000  # nanoseconds between packets
+LOSS = 0.01
+SLOW_PROGRAMS = ("dpkt", "tshark")  # they take minutes for a million packets
+SLOW_PACKETS = 100_000
+
 DPKT = """
-import sys, dpkt
+import sys
+import dpkt
+
 def read(path):
-    with open(path, 'rb') as file:
-        return {%s: time for time, frame in dpkt.pcap.Reader(file)}
-pif, vif = map(read, sys.argv[1:3])
+    packets = {}
+    with open(path, "rb") as file:
+        for time, frame in dpkt.pcap.Reader(file):
+            ip = dpkt.ethernet.Ethernet(frame).data
+            packets[ip.id, bytes(ip.data)[:20]] = time
+    return packets
+
+pif = read(sys.argv[1])
+vif = read(sys.argv[2])
 delays = [float(vif[key] - pif[key]) for key in pif if key in vif]
 print(sum(delays) / len(delays))
 """
-TEXT = """
-import subprocess, sys
-def read(path):
-    out = subprocess.run(%s, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
-    return {key: float(time) for time, key in (%s for line in out.splitlines())}
-pif, vif = map(read, sys.argv[1:3])
-delays = [vif[key] - pif[key] for key in pif if key in vif]
-print(sum(delays) / len(delays))
-"""
-TSHARK = TEXT % ("['tshark', '-n', '-r', path, '-T', 'fields', '-e', 'frame.time_epoch', '-e', 'tcp.seq_raw']",
-                 "line.split('\\t')")
-TCPDUMP = TEXT % ("['tcpdump', '-tt', '-nnr', path]", "(line.split()[0], line.split()[8])")
+TSHARK = (
+    "for file; do"
+    " tshark -n -r $file -T fields -e frame.time_epoch -e ip.src -e ip.id -e tcp.seq_raw; "
+    "done"
+)
+TCPDUMP = "for file; do tcpdump -tt -n -r $file; done"
 
 
-def make(directory: Path, name: str, count: int, mixed: bool) -> tuple[str, str]:
-    """A pair of captures: SYNs as hping3 sends them, or TCP and UDP of many sizes; one in a hundred is lost."""
+@dataclass
+class Captures:
+    """A pair of captures of the same packets."""
+
+    title: str
+    packets: int
+    pif: Path
+    vif: Path
+
+
+@dataclass
+class Program:
+    """A program that reads two captures, and what it took."""
+
+    name: str
+    command: list[str]
+    seconds: list[float] = field(default_factory=list)  # of CPU, user and system
+    megabytes: float = 0.0  # at the most
+
+    def run(self, captures: Captures) -> None:
+        """Run the program once."""
+        process = subprocess.Popen(
+            [*self.command, str(captures.pif), str(captures.vif)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{self.name}: exit status {process.returncode}")
+        self.seconds.append(usage.ru_utime + usage.ru_stime)
+        self.megabytes = max(self.megabytes, usage.ru_maxrss / 1024)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def syns(count: int) -> Iterator[bytes]:
+    """Yield SYNs as hping3 sends them."""
     chance = random.Random(count)
-    pif, vif = [], []
-    for i in range(count):
-        when = 1_700_000_000 * 10**9 + i * 10_000
-        if not mixed:
-            packet = ipv4(tcp(1024 + i % 60000, 0, chance.getrandbits(32)), ident=chance.getrandbits(16))
-        elif i % 2:
-            packet = ipv4(tcp(80, 9000, i, 7, 16, payload=bytes(chance.randrange(1400))), ident=i & 0xFFFF)
+    for index in range(count):
+        segment = tcp(1024 + index % 60_000, 0, chance.getrandbits(32))
+        yield ethernet(ipv4(segment, ident=chance.getrandbits(16)))
+
+
+def mixed_packets(count: int) -> Iterator[bytes]:
+    """Yield segments and datagrams of many sizes."""
+    chance = random.Random(count)
+    for index in range(count):
+        payload = index.to_bytes(4, "big") + bytes(chance.randrange(1400))
+        ident = index & 0xFFFF
+        if index % 2:
+            yield ethernet(ipv4(tcp(80, 9000, index, 7, 16, payload=payload), ident=ident))
         else:
-            packet = ipv4(udp(53, 9000, i.to_bytes(4, "big") + bytes(chance.randrange(1400))), 17, ident=i & 0xFFFF)
-        frame = ethernet(packet, pad=False)
-        pif.append((when, frame))
-        if chance.random() > 0.01:
-            vif.append((when + 20_000 + chance.randrange(20_000), frame))
-    paths = directory / f"{name}-pif.pcap", directory / f"{name}-vif.pcap"
-    for path, records in zip(paths, (pif, vif)):
-        path.write_bytes(pcap(records))
-    return str(paths[0]), str(paths[1])
+            yield ethernet(ipv4(udp(53, 9000, payload), 17, ident=ident))
 
 
-def run(command: list[str]) -> tuple[float, float]:
-    """(seconds, MB at the most) of a process."""
-    begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    took = time.perf_counter() - begun
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"exit status {process.returncode}: {' '.join(command)[:200]}")
-    return took, usage.ru_maxrss / 1024
+def write_captures(directory: Path, title: str, count: int, frames: Iterable[bytes]) -> Captures:
+    """Write a pair of captures, record by record; packets arrive in the order of sending."""
+    chance = random.Random(count)
+    pif = directory / f"{title}-pif.pcap"
+    vif = directory / f"{title}-vif.pcap"
+    with pif.open("wb") as pif_file, vif.open("wb") as vif_file:
+        pif_file.write(pcap([]))
+        vif_file.write(pcap([]))
+        for index, frame in enumerate(frames):
+            time = START + index * SPACING
+            pif_file.write(record(time, frame))
+            if chance.random() > LOSS:
+                vif_file.write(record(time + 20_000 + chance.randrange(SPACING), frame))
+    return Captures(f"{count:,} {title}", count, pif, vif)
 
 
-def compare(title: str, pair: tuple[str, str], programs: dict[str, list[str]], rounds: int) -> None:
-    took: dict[str, list[float]] = {name: [] for name in programs}
-    memory: dict[str, float] = {}
+def record(time: int, frame: bytes) -> bytes:
+    seconds, nanoseconds = divmod(time, SECOND)
+    return struct.pack("<4I", seconds, nanoseconds, len(frame), len(frame)) + frame
+
+
+def programs(captures: Captures, baseline: str | None) -> list[Program]:
+    """Return the programs to compare, netweaver first."""
+    python = sys.executable
+    installed = Path(python).parent / "netweaver"
+    compared = [Program("netweaver.py", [python, str(ROOT / "netweaver.py"), "--pcaps"])]
+    if installed.exists():
+        compared.append(Program("netweaver", [str(installed), "--pcaps"]))
+    if baseline:
+        compared.append(Program("baseline", [python, baseline, "--pcaps"]))
+    if shutil.which("tcpdump"):
+        compared.append(Program("tcpdump -tt", ["sh", "-c", TCPDUMP, "sh"]))
+    if shutil.which("tshark"):
+        compared.append(Program("tshark, fields", ["sh", "-c", TSHARK, "sh"]))
+    if importlib.util.find_spec("dpkt"):
+        compared.append(Program("dpkt, dissecting", [python, "-c", DPKT]))
+    if captures.packets > SLOW_PACKETS:
+        compared = [one for one in compared if not one.name.startswith(SLOW_PROGRAMS)]
+    return compared
+
+
+def compare(captures: Captures, baseline: str | None, rounds: int) -> Program:
+    """Print what each program takes for a pair of captures, and return netweaver's figures."""
+    compared = programs(captures, baseline)
     for _ in range(rounds):
-        for name, command in programs.items():
-            seconds, megabytes = run([*command, *pair])
-            took[name].append(seconds)
-            memory[name] = max(megabytes, memory.get(name, 0))
-    unit = statistics.median(took["netweaver"])
-    print(f"\n{title}\n\n| program | seconds | ratio | MB |\n|---|---|---|---|")
-    for name, times in took.items():
-        median = statistics.median(times)
-        print(f"| {name} | {median:.3f} | {median / unit:.2f} | {memory[name]:.0f} |", flush=True)
+        for program in compared:
+            program.run(captures)
+    netweaver = compared[0]
+    for program in compared:
+        ratio = netweaver.median / program.median
+        print(
+            f"| {captures.title} | {program.name} | {program.median:.3f} | {ratio:.2f} "
+            f"| {program.megabytes:.0f} |",
+            flush=True,
+        )
+    return netweaver
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packets", type=int, nargs="+", default=[10_000, 1_000_000])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--baseline", help="netweaver.py of another version")
+    parser.add_argument("--packets", type=int, nargs="+", default=[10_000, 1_000_000, 4_000_000])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)      # the installed command's bytecode is cached where users are
-    python, installed = sys.executable, str(Path(sys.executable).parent / "netweaver")
-    programs = {
-        "cat": ["cat"],
-        "netweaver": [installed, "--pcaps"],
-        "netweaver.py": [python, str(ROOT / "netweaver.py"), "--pcaps"],
-        "dpkt, sliced": [python, "-c", DPKT % "frame[18:20] + frame[26:42]"],
-        "dpkt, dissected": [python, "-c", DPKT % "dpkt.ethernet.Ethernet(frame).data.data.seq"],
-        "tcpdump, text + split": [python, "-c", TCPDUMP],
-        "tcpdump, text alone": ["sh", "-c", 'tcpdump -tt -nnr "$0" && tcpdump -tt -nnr "$1"'],
-        "tshark, fields + join": [python, "-c", TSHARK],
-    }
-    with tempfile.TemporaryDirectory(prefix="netweaver-bench-") as place:
-        for count in options.packets:
-            rounds = options.rounds if count > 100_000 else 3 * options.rounds
-            few = {name: command for name, command in programs.items() if count <= 100_000 or "tshark" not in name}
-            compare(f"{count:,} SYNs a side", make(Path(place), f"syn{count}", count, False), few, rounds)
-            few = {name: few[name] for name in ("cat", "netweaver", "netweaver.py", "dpkt, sliced")}
-            compare(f"{count:,} packets of mixed sizes a side", make(Path(place), f"mix{count}", count, True), few,
-                    rounds)
-    print(f"\n{os.cpu_count()} cores, Python {sys.version.split()[0]}; "
-          f"{resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MB at the most")
+    # The installed command's bytecode is cached, as it is for users.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    print("| packets a side | program | CPU s | netweaver.py / program | MB |")
+    print("|---|---|---|---|---|")
+    figures: dict[int, Program] = {}
+    for count in options.packets:
+        with tempfile.TemporaryDirectory(prefix="netweaver-bench-") as name:
+            captures = write_captures(Path(name), "SYNs", count, syns(count))
+            figures[count] = compare(captures, options.baseline, options.rounds)
+        if count == 1_000_000:
+            with tempfile.TemporaryDirectory(prefix="netweaver-bench-") as name:
+                captures = write_captures(Path(name), "mixed", count, mixed_packets(count))
+                compare(captures, options.baseline, options.rounds)
+    few = figures.get(1_000_000)
+    many = figures.get(4_000_000)
+    if few and many:
+        time = many.median / few.median
+        memory = many.megabytes / few.megabytes
+        print(
+            f"\n4,000,000 SYNs take {time:.2f} times the CPU time and {memory:.2f} times the memory"
+        )
+    print(f"\n{os.cpu_count()} cores, Python {sys.version.split()[0]}")
 
 
 if __name__ == "__main__":

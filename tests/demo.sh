@@ -8,7 +8,7 @@ if [ "$(id -u)" != 0 ]; then
     exit 1
 fi
 prepare lab ""
-exec .venv/bin/python tests/lab.py sh -c '
+exec .venv/bin/python tests/laboratory.py sh -c '
     set -- .venv/bin/python netweaver.py -n "$LAB_NAME" --hv "$LAB_HV" -s "$LAB_SOURCE" -d "$LAB_DESTINATION" \
         -i eth0 --num 0 -k "$LAB_KEY" -c 100
     echo "\$ $*"

@@ -1,8 +1,10 @@
-"""What several test modules need: running netweaver, its documents and errors, and pairs of captures."""
+"""Runs of netweaver, their documents and errors, and pairs of captures, for several modules."""
+
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -11,36 +13,80 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
-from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import pytest
 from frames import ethernet, icmp, ipv4, ipv6, pcap, tcp, udp, write
-from lab import NAME, NETWEAVER, PYTHON, Lab, Network, wait_until
+from laboratory import NAME, NETWEAVER, PYTHON, Lab, Network, wait_until
 
 import netweaver
 
 T = 1_700_000_000_123_456_789
 FAST = "hping3 -c {count} -S -L 0 -Q -i u1000 {destination}"
 ENDLESS = "hping3 -S -i u5000 {destination}"
-FEW = "too few packets matched ({}) for the percentiles {}, which are hardly more than the maximum: send more (-c)"
-FEW_FOR_P99_9 = "too few packets matched for p99.9 ({}): it is hardly more than the maximum: send more (-c)"
 
 
 # -- running netweaver --
 
-def offline(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """netweaver on this machine, to its end."""
-    return subprocess.run([sys.executable, str(NETWEAVER), *arguments], capture_output=True, text=True, check=False,
-                          timeout=120, **options)
+
+class Done(NamedTuple):
+    """What a command has left behind."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run_main(capfd: pytest.CaptureFixture[str], *arguments: str) -> Done:
+    """Run the command line in this process."""
+    capfd.readouterr()
+    code = netweaver.main(arguments)
+    captured = capfd.readouterr()
+    return Done(code, captured.out, captured.err)
+
+
+def offline(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run netweaver in this process, and return its exit code and what it printed."""
+    errors = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="surrogateescape")
+    terminal = os.dup(1)
+    with (
+        tempfile.TemporaryFile() as output,
+        contextlib.redirect_stdout(io.StringIO()),  # which is not a terminal
+        contextlib.redirect_stderr(errors),
+    ):
+        os.dup2(output.fileno(), 1)
+        try:
+            code = netweaver.main(arguments)
+        except SystemExit as end:  # of --help and --version
+            code = int(end.code or 0)
+        finally:
+            os.dup2(terminal, 1)
+            os.close(terminal)
+        output.seek(0)
+        text = output.read().decode()
+    errors.seek(0)
+    return subprocess.CompletedProcess(arguments, code, text, errors.read())
+
+
+def in_a_process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run netweaver in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(NETWEAVER), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        **options,
+    )
 
 
 def analyzed(*arguments: str) -> dict[str, Any]:
-    """The document of a run that succeeds, which must be all of stdout and one line."""
+    """Return the document of a run that succeeds, which must be all of stdout and one line."""
     return report(offline(*arguments))
 
 
@@ -52,7 +98,7 @@ def report(done: subprocess.CompletedProcess[str], code: int = 0) -> dict[str, A
 
 
 def failure(done: subprocess.CompletedProcess[str], code: int) -> str:
-    """The error line of a failed run, which must be the only thing that a person sees beside the progress."""
+    """Return the error of a failed run: the only line that a person sees beside the progress."""
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
     lines = [line for line in done.stderr.splitlines() if not line.endswith(("...", "flush."))]
@@ -62,7 +108,9 @@ def failure(done: subprocess.CompletedProcess[str], code: int) -> str:
     return lines[0]
 
 
-def finished(process: subprocess.Popen[str], seconds: float = 30) -> subprocess.CompletedProcess[str]:
+def finished(
+    process: subprocess.Popen[str], seconds: float = 30
+) -> subprocess.CompletedProcess[str]:
     try:
         out, errors = process.communicate(timeout=seconds)
     finally:
@@ -81,22 +129,82 @@ def received(lab: Network) -> int:
 
 
 def wait_for_packets(lab: Network) -> None:
-    """Waits until some packets of a run's traffic have passed."""
+    """Wait until some packets of a run's traffic have passed."""
     wait_until(lambda: sending(lab), "the traffic")
     enough = received(lab) + 50
     wait_until(lambda: received(lab) > enough, "some packets")
 
 
 def run_code(lab: Lab, code: str) -> str:
-    """The output of Python code on the lab's client, with the seed's five arguments at hand."""
-    names = {"SOURCE": lab.source.address, "NAME": NAME, "DESTINATION": lab.destination, "HV": lab.hv.address,
-             "KEY": str(lab.key)}
-    head = "import json, netweaver\n" + "".join(f"{name} = {value!r}\n" for name, value in names.items())
-    done = subprocess.run(lab.on_client(PYTHON, "-c", head + code), env={
-        **lab.environment, "PYTHONPATH": str(Path(netweaver.__file__).parent)}, capture_output=True, text=True,
-        check=False, timeout=60)
+    """Return the output of Python code on the lab's client.
+
+    The seed's five arguments are at hand.
+    """
+    names = {
+        "SOURCE": lab.source.address,
+        "NAME": NAME,
+        "DESTINATION": lab.destination,
+        "HV": lab.hv.address,
+        "KEY": str(lab.key),
+    }
+    head = "import json, netweaver\n" + "".join(
+        f"{name} = {value!r}\n" for name, value in names.items()
+    )
+    done = subprocess.run(
+        lab.on_client(PYTHON, "-c", head + code),
+        env={**lab.environment, "PYTHONPATH": str(Path(netweaver.__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+RUN_ALL = """
+import json, os, sys, netweaver
+directory, lines = sys.argv[1], json.loads(sys.argv[2])
+for number, arguments in enumerate(lines):
+    for descriptor, stream in ((1, "stdout"), (2, "stderr")):
+        file = os.open(f"{directory}/{number}.{stream}", os.O_CREAT | os.O_WRONLY)
+        os.dup2(file, descriptor)
+        os.close(file)
+    code = netweaver.main(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(f"{directory}/{number}.code", "w") as file:
+        file.write(str(code))
+"""
+
+
+def run_all(
+    lab: Network, lines: Sequence[Sequence[str]], seconds: float = 120
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run several command lines one after the other, in one process on the lab's client."""
+    with tempfile.TemporaryDirectory() as directory:
+        subprocess.run(
+            lab.on_client(PYTHON, "-c", RUN_ALL, directory, json.dumps(lines)),
+            env={**lab.environment, "PYTHONPATH": str(NETWEAVER.parent)},
+            stdin=subprocess.DEVNULL,
+            check=True,
+            timeout=seconds,
+        )
+        outcomes = []
+        for number, arguments in enumerate(lines):
+            code, output, errors = [
+                Path(directory, f"{number}.{name}").read_text()
+                for name in ("code", "stdout", "stderr")
+            ]
+            outcomes.append(subprocess.CompletedProcess(arguments, int(code), output, errors))
+    return outcomes
+
+
+def check_failures(lab: Network, cases: Sequence[tuple[Sequence[str], int, str]]) -> None:
+    """Run command lines that fail, and check their exit codes and a part of their errors."""
+    lines = [lab.arguments(*more) for more, _, _ in cases]
+    for done, (more, code, words) in zip(run_all(lab, lines), cases):
+        assert words in failure(done, code) + "\n", more
 
 
 class Terminal:
@@ -105,15 +213,26 @@ class Terminal:
     `meanwhile` is called with what was seen so far and the process, whenever there is more.
     """
 
-    def __init__(self, *command: str, environment: dict[str, str], columns: int = 100, whole: bool = False,
-                 meanwhile: Callable[[bytes, subprocess.Popen[bytes]], object] = lambda seen, process: None) -> None:
+    def __init__(
+        self,
+        *command: str,
+        environment: dict[str, str],
+        columns: int = 100,
+        whole: bool = False,
+        meanwhile: Callable[[bytes, subprocess.Popen[bytes]], object] = lambda seen, process: None,
+    ) -> None:
         master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=slave if whole else subprocess.PIPE,
-                                   stderr=slave, env={**environment, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"})
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=slave if whole else subprocess.PIPE,
+            stderr=slave,
+            env={**environment, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"},
+        )
         os.close(slave)
         seen = bytearray()
-        with contextlib.suppress(OSError):           # EIO: the other end is closed
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
             while data := os.read(master, 65536):
                 seen += data
                 meanwhile(bytes(seen), process)
@@ -126,13 +245,23 @@ class Terminal:
 
 # -- captures --
 
-Packets = list[tuple[int, bytes]]                    # times (ns), and IP packets
+Packets = list[tuple[int, bytes]]  # times (ns), and IP packets
 
 
-def captures(directory: Path, pif: Packets, vif: Packets, name: str = "", **options: Any) -> list[str]:
-    """The paths of two captures; the options are those of the vif's file."""
-    return [write(directory / f"{name}pif.pcap", pcap([(when, ethernet(content)) for when, content in pif])),
-            write(directory / f"{name}vif.pcap", pcap([(when, ethernet(content)) for when, content in vif], **options))]
+def captures(
+    directory: Path, pif: Packets, vif: Packets, name: str = "", **options: Any
+) -> list[str]:
+    """Return the paths of two captures; the options are those of the vif's file."""
+    return [
+        write(
+            directory / f"{name}pif.pcap",
+            pcap([(when, ethernet(content)) for when, content in pif]),
+        ),
+        write(
+            directory / f"{name}vif.pcap",
+            pcap([(when, ethernet(content)) for when, content in vif], **options),
+        ),
+    ]
 
 
 def distinct(count: int, gap: int = 1_000_000, **options: Any) -> Packets:
@@ -141,13 +270,24 @@ def distinct(count: int, gap: int = 1_000_000, **options: Any) -> Packets:
 
 
 def through(packets: Packets, delays: Sequence[int | None]) -> Packets:
-    """The packets at the other end of a path with these delays (ns; None: lost), in their order there."""
-    return sorted(((when + delay, content) for (when, content), delay in zip(packets, delays) if delay is not None),
-                  key=lambda item: item[0])
+    """Return the packets at the other end of a path, in their order there.
+
+    Delays are in ns; None: lost.
+    """
+    return sorted(
+        (
+            (when + delay, content)
+            for (when, content), delay in zip(packets, delays)
+            if delay is not None
+        ),
+        key=lambda item: item[0],
+    )
 
 
-def pair(directory: Path, delays: Sequence[int | None], name: str = "", gap: int = 1_000_000) -> list[str]:
-    """Captures of one packet a millisecond, with these delays in ns (None: lost)."""
+def pair(
+    directory: Path, delays: Sequence[int | None], name: str = "", gap: int = 1_000_000
+) -> list[str]:
+    """Return captures of one packet a millisecond, with these delays in ns (None: lost)."""
     packets = distinct(len(delays), gap)
     return captures(directory, packets, through(packets, delays), name)
 
@@ -163,31 +303,75 @@ def noisy(size: int, seed: int, factor: float = 1.0, loss: float = 0.0) -> list[
     return found
 
 
-def block(*sightings: tuple[str, int]) -> tuple[list[bytes], array[int]]:
-    return [b"\0" + key.encode() for key, _ in sightings], array("q", [time for _, time in sightings])
+def save_runs(
+    directory: Path,
+    name: str,
+    factor: float = 1.0,
+    runs: int = 5,
+    seed: int = 0,
+    loss: float = 0.0,
+    **config: Any,
+) -> None:
+    """Save runs as --save does; they differ from one another by some percent, as real ones do."""
+    for number in range(runs):
+        run = directory / f"20260101T0000{number:02}Z-{name}"
+        run.mkdir(parents=True)
+        shift = 1 + (seed * 7 + number * 3) % 5 / 200
+        delays = noisy(600, 100 * seed + number, factor * shift, loss)
+        found = analyzed("--pcaps", *pair(run, delays))
+        found["config"] |= {
+            "name_label": "web1",
+            "capture_limit": None,
+            "wait": 0.1,
+            "traffic": netweaver.Traffic("syn", 100).to_json(),
+            **config,
+        }
+        (run / "report.json").write_text(json.dumps(found))
 
 
-def paired(pif: Sequence[tuple[str, int]], vif: Sequence[tuple[str, int]],
-           window: netweaver.Window | None = None) -> netweaver.Result:
-    """What is analysed of packets that are known by a text, and their times."""
-    traffic = netweaver.Traffic(netweaver.IN)
-    traffic.add("pif", *block(*pif))
-    traffic.add("vif", *block(*vif))
-    window = window or netweaver.Window()
-    return netweaver.classify(netweaver.match(traffic, window), window)
+def block(*sightings: tuple[str, int]) -> tuple[list[bytes], list[int]]:
+    return [b"\0" + key.encode() for key, _ in sightings], [time for _, time in sightings]
+
+
+def sightings(
+    pif: Sequence[tuple[str, int]], vif: Sequence[tuple[str, int]]
+) -> netweaver.Sightings:
+    """Return sightings of packets that are known by a text, and their times."""
+    found = netweaver.Sightings(netweaver.IN)
+    found.add("pif", *block(*pif))
+    found.add("vif", *block(*vif))
+    return found
+
+
+def paired(
+    pif: Sequence[tuple[str, int]],
+    vif: Sequence[tuple[str, int]],
+    window: netweaver.Window = netweaver.ALWAYS,
+) -> netweaver.DirectionResult:
+    """Match packets that are known by a text, and their times."""
+    return netweaver.match(sightings(pif, vif), window)
 
 
 class SeededPath:
     """A path from pif to vif with seeded faults, and its truth."""
 
-    def __init__(self, packets: Packets, seed: int, loss: float = 0.03, duplicate: float = 0.02,
-                 jitter: int = 60_000) -> None:
+    def __init__(
+        self,
+        packets: Packets,
+        seed: int,
+        loss: float = 0.03,
+        duplicate: float = 0.02,
+        jitter: int = 60_000,
+    ) -> None:
         chance = random.Random(seed)
         arrived = []
         self.delays: dict[int, int] = {}
         self.duplicated = 0
+        last = len(packets) - 1
         for rank, (time, content) in enumerate(packets):
-            if chance.random() < loss:
+            # What is missing before the first arrival, or after the last one, is not lost.
+            watched = packets[0][0] + 1000 + jitter < time and rank < last
+            if chance.random() < loss and watched:
                 continue
             self.delays[rank] = delay = chance.randrange(1000, 1000 + jitter)
             arrived.append((time + delay, rank, content))
@@ -198,7 +382,9 @@ class SeededPath:
         self.vif = [(time, content) for time, _, content in arrived]
         self.pif = packets
         firsts = list(dict.fromkeys(rank for _, rank, _ in arrived))
-        self.extents: dict[int, int] = {}            # of packets which a later one of the same stream has overtaken
+        self.extents: dict[
+            int, int
+        ] = {}  # of packets which a later one of the same stream has overtaken
         for version in (4, 6):
             stream = [rank for rank in firsts if packets[rank][1][0] >> 4 == version]
             highest = -1
@@ -210,17 +396,34 @@ class SeededPath:
     def check(self, found: dict[str, Any]) -> None:
         delays = numpy.array(list(self.delays.values())) / 1000
         assert found["packets"] == {
-            "pif": len(self.pif), "vif": len(self.vif), "matched": len(delays), "ambiguous": 0,
-            "lost": len(self.pif) - len(delays), "undecided": 0, "duplicated": self.duplicated,
-            "reordered": len(self.extents), "vif_only": 0}
+            "pif": len(self.pif),
+            "vif": len(self.vif),
+            "matched": len(delays),
+            "ambiguous": 0,
+            "lost": len(self.pif) - len(delays),
+            "undecided": 0,
+            "duplicated": self.duplicated,
+            "reordered": len(self.extents),
+            "vif_only": 0,
+        }
         assert found["loss_ratio"] == (len(self.pif) - len(delays)) / len(self.pif)
-        assert found["reordering"] == {"ratio": len(self.extents) / len(delays),
-                                       "maximum_extent": max(self.extents.values(), default=0)}
-        steps = [abs(delay - self.delays[rank - 1]) / 1000 for rank, delay in self.delays.items()
-                 if rank - 1 in self.delays]
-        for name, value in (("average", delays.mean()), ("minimum", delays.min()), ("maximum", delays.max()),
-                            ("stdev", delays.std()), ("median", numpy.median(delays)),
-                            ("pdv", numpy.percentile(delays, 99) - delays.min())):
+        assert found["reordering"] == {
+            "ratio": len(self.extents) / len(delays),
+            "maximum_extent": max(self.extents.values(), default=0),
+        }
+        steps = [
+            abs(delay - self.delays[rank - 1]) / 1000
+            for rank, delay in self.delays.items()
+            if rank - 1 in self.delays
+        ]
+        for name, value in (
+            ("average", delays.mean()),
+            ("minimum", delays.min()),
+            ("maximum", delays.max()),
+            ("stdev", delays.std()),
+            ("median", numpy.median(delays)),
+            ("pdv", numpy.percentile(delays, 99) - delays.min()),
+        ):
             assert found[name] == pytest.approx(value, abs=1e-3), name
         assert found["ipdv"] == (pytest.approx(numpy.mean(steps), abs=1e-3) if steps else None)
         for percent, value in found["percentiles"].items():
@@ -228,12 +431,18 @@ class SeededPath:
 
 
 def traffic(count: int, seed: int = 1) -> Packets:
-    """A mixture of IP packets of many sizes, and their times."""
+    """Return a mixture of IP packets of many sizes, and their times."""
     chance = random.Random(seed)
     kinds: list[Callable[[int], bytes]] = [
-        lambda i: ipv4(tcp(1024 + i % 60000, 0, chance.getrandbits(32)), ident=chance.getrandbits(16)),
-        lambda i: ipv4(tcp(80, 9000, i, 7, 24, payload=bytes(chance.randrange(1400))), ident=i & 0xFFFF),
-        lambda i: ipv4(udp(53, 9000, chance.randbytes(chance.randrange(1200))), 17, ident=i & 0xFFFF),
+        lambda i: ipv4(
+            tcp(1024 + i % 60000, 0, chance.getrandbits(32)), ident=chance.getrandbits(16)
+        ),
+        lambda i: ipv4(
+            tcp(80, 9000, i, 7, 24, payload=bytes(chance.randrange(1400))), ident=i & 0xFFFF
+        ),
+        lambda i: ipv4(
+            udp(53, 9000, chance.randbytes(chance.randrange(1200))), 17, ident=i & 0xFFFF
+        ),
         lambda i: ipv4(icmp(8, 0, 77, i & 0xFFFF, bytes(56)), 1, ident=chance.getrandbits(16)),
         lambda i: ipv6(udp(53, 9000, chance.randbytes(16 + chance.randrange(1200))), 17),
         lambda i: ipv6(tcp(80, 9000, i, 7, 16, b"\1\1\x08\x0a" + i.to_bytes(8, "big"), bytes(100))),

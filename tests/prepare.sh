@@ -27,6 +27,7 @@ prepare() {
         command -v tcsh >/dev/null || packages="$packages tcsh"
         command -v fish >/dev/null || packages="$packages fish"
         command -v editcap >/dev/null || packages="$packages wireshark-common"
+        command -v prometheus-node-exporter >/dev/null || packages="$packages prometheus-node-exporter"
     fi
     if [ -n "$packages" ]; then
         if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then

@@ -9,7 +9,7 @@ if [ "$(id -u)" = 0 ] && [ "$(uname)" = Linux ]; then system=tests; fi
 prepare $system test
 
 # Most tests wait for something most of the time, so several run at once; those that measure come after, one by one, and
-# then those with a hypervisor, each of the two kinds on a processor of its own.
+# then those with a hypervisor, which is emulated and needs a processor of its own.
 run() {
     status=0
     NETWEAVER_PHASE=$1 && shift
@@ -18,7 +18,7 @@ run() {
     if [ $status = 5 ]; then none=$((none + 1)); elif [ $status != 0 ]; then exit $status; fi       # 5: none selected
 }
 none=0
-run together -n 6 "$@"
+run together -n 6 --dist worksteal "$@"
 run alone "$@"
-run hypervisor -n 2 --dist loadfile "$@"
+run hypervisor "$@"
 [ $none -lt 3 ] || exit 5

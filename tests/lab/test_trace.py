@@ -1,0 +1,265 @@
+"""The kernel's trace on this machine's kernel: real causes of delay and loss, and what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import Terminal, analyzed, failure, finished, offline, report, sending
+from laboratory import NETWEAVER, Lab, wait_until
+from openvswitch import OpenVSwitchLab
+
+NFT_RULE = (
+    "table bridge t { chain c { type filter hook forward priority 0; tcp dport 7 counter drop; }; }"
+)
+DROPPED_AND_PASSED = (
+    "hping3 -c 40 -S -p 7 -i u2000 {destination} & hping3 -c 60 -S -p 8 -i u2000 {destination} & "
+    "wait"
+)
+
+
+def trace_run(lab: Lab, *options: str, code: int = 0) -> dict[str, Any]:
+    """Return the report of a run with --stages."""
+    return report(lab.netweaver(*lab.arguments("--stages", *options)), code)
+
+
+def check_sum(part: dict[str, Any]) -> None:
+    """Check that the stages of all packets are known, and cover their delay."""
+    stages = part["stages"]
+    names = ("before_stack", "forwarding", "queueing")
+    total = sum(stages[name]["average"] for name in names)
+    assert part["average"] <= total
+    assert min(stages[name]["minimum"] for name in names) >= 0
+    assert stages["forwarding"]["packets"] >= 0.99 * part["packets"]["matched"]
+
+
+@contextlib.contextmanager
+def tracefs() -> Iterator[Path]:
+    """Mount the kernel's tracefs for a test, if it isn't mounted."""
+    path = Path("/sys/kernel/tracing")
+    mounted = (path / "instances").exists()
+    if not mounted:
+        subprocess.run(["mount", "-t", "tracefs", "nodev", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        if not mounted:
+            subprocess.run(["umount", str(path)], check=True)
+
+
+def instances(path: Path) -> list[str]:
+    """Return the names of netweaver's traces."""
+    return [name for name in os.listdir(path / "instances") if name.startswith("netweaver-")]
+
+
+@pytest.mark.lab
+@pytest.mark.alone
+def test_both_directions_of_a_bridge() -> None:
+    with Lab() as lab:
+        found = trace_run(lab, "--direction", "both", "-c", "1000", "--rate", "1000")
+        for part in (found, found["outbound"]):
+            check_sum(part)
+            assert list(part["stages"]) == ["before_stack", "forwarding", "queueing"]
+            assert part["lost_at"] == []
+            assert part["after_vif"] is None
+        assert found["config"]["backend"] == ""
+        errors = found["config"]["stamp_error"]
+        assert all(0 < error < 20 for error in errors.values())
+        lab.wait_clean()
+    with tracefs() as path:
+        wait_until(lambda: not instances(path), "the trace to go", 5)
+
+
+@pytest.mark.lab
+@pytest.mark.alone
+def test_loss_in_the_queue(tmp_path: Path) -> None:
+    with Lab() as lab:
+        lab.hv.run(*"tc qdisc add dev vif5.0 root tbf rate 1mbit burst 2000 limit 3000".split())
+        traffic = ("--traffic", "udp", "--size", "200", "--rate", "1000", "-c", "1500")
+        found = trace_run(lab, *traffic, "--save", str(tmp_path))
+        statistics = lab.hv.run("tc", "-s", "qdisc", "show", "dev", "vif5.0")
+        dropped = re.search(r"dropped (\d+)", statistics)
+        lab.wait_clean()
+    assert dropped
+    [loss] = found["lost_at"]
+    assert (loss["stage"], loss["reason"]) == ("queueing", "QDISC_DROP")
+    assert loss["packets"] == found["packets"]["lost"]
+    assert loss["packets"] <= int(dropped[1]) <= loss["packets"] + 20  # of ARP and the like
+    assert found["stages"]["queueing"]["median"] > 0.9 * found["median"]
+    # A timer's interrupt sends each packet on, which takes the machine some microseconds.
+    assert 0 < found["config"]["stamp_error"]["vif"] < 20
+    check_sum(found)
+    check_saved_run(found, tmp_path)
+
+
+def check_saved_run(found: dict[str, Any], directory: Path) -> None:
+    """Check that a saved run with stages gives them again, in each kind of output."""
+    saved = found["saved"]
+    again = analyzed("--pcaps", saved)
+    assert again["stages"] == found["stages"]
+    assert again["lost_at"] == found["lost_at"]
+    picture = directory / "x.png"
+    shown = Terminal(
+        sys.executable,
+        str(NETWEAVER),
+        "--pcaps",
+        saved,
+        "--plot",
+        str(picture),
+        environment=dict(os.environ),
+        columns=80,
+        whole=True,
+    )
+    [lost] = [line for line in shown.text.splitlines() if "QDISC_DROP" in line]
+    assert str(found["lost_at"][0]["packets"]) in lost
+    assert "tc -s qdisc show dev vif5.0" in lost
+    assert re.search(r"\n queueing .* ms .* █{35,40}\n", shown.text)
+    assert picture.exists()
+    for limit, code in (("queueing.p99>1ms", 7), ("forwarding.median>1s", 0), ("dropped>0", 7)):
+        assert offline("--pcaps", saved, "--fail-if", limit).returncode == code
+    series = offline("--pcaps", saved, "--format", "prometheus").stdout
+    queueing = [line for line in series.splitlines() if 'stage="queueing"' in line]
+    assert any('statistic="median"' in line for line in queueing)
+
+
+@pytest.mark.lab
+@pytest.mark.alone
+def test_loss_in_the_firewall() -> None:
+    with Lab() as lab:
+        lab.hv.run("nft", NFT_RULE)
+        found = trace_run(lab, "--source-command", DROPPED_AND_PASSED)
+        counter = re.search(r"counter packets (\d+)", lab.hv.run("nft", "list", "ruleset"))
+        assert counter
+        assert int(counter[1]) == 40
+        assert found["packets"]["matched"] == 60
+        [loss] = found["lost_at"]
+        assert loss == {
+            "stage": "forwarding",
+            "where": "nft_do_chain",
+            "reason": "NETFILTER_DROP",
+            "packets": 40,
+        }
+        options = ("--stages", "-c", "30", "--rate", "500", "--port", "7")
+        line = failure(lab.netweaver(*lab.arguments(*options)), 6)
+        assert "30 packets lost in nft_do_chain (NETFILTER_DROP)" in line
+        lab.hv.run("nft", NFT_RULE.replace("dport 7", "sport 8"))
+        command = f"hping3 -c 20 -S -p 9 -i u2000 {{destination}} & {DROPPED_AND_PASSED}"
+        found = trace_run(lab, "--direction", "both", "--source-command", command)
+        assert [place["packets"] for place in found["lost_at"]] == [40]
+        assert found["outbound"]["packets"]["lost"] == 60
+        assert found["outbound"]["lost_at"] == [{**loss, "packets": 60}]
+        lab.wait_clean()
+
+
+@pytest.mark.lab
+@pytest.mark.alone
+@pytest.mark.openvswitch
+def test_open_vswitch_in_userspace() -> None:
+    """Test a switch that copies each packet into another skb.
+
+    A busy machine lets it wait, and packets of one length that wait together can't be told apart.
+    """
+    with OpenVSwitchLab("patch ports") as lab:
+        found = trace_run(lab, "-c", "100", "--rate", "40", "--traffic", "flow")
+        matched = found["packets"]["matched"]
+        assert matched > 90
+        assert found["stages"]["forwarding"]["packets"] >= 0.98 * matched
+        assert 0.8 < found["stages"]["forwarding"]["median"] / found["median"] < 1.2
+        lab.wait_clean()
+
+
+@pytest.mark.lab
+@pytest.mark.alone
+@pytest.mark.parametrize("victim", ["netweaver.py", "keep /sys", "capture 1 ", "tcpdump"])
+def test_the_trace_is_removed_when_something_is_killed(victim: str) -> None:
+    with Lab() as lab, tracefs() as path:
+        process = lab.start(*lab.arguments("--stages", "--rate", "100", "-c", "3000"))
+        wait_until(lambda: sending(lab), "the traffic")
+        assert len(instances(path)) == 1
+        for host in lab.hosts:
+            for pid, line in host.processes().items():
+                if victim in line and "sshd" not in line:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, 9)
+        if victim == "netweaver.py":
+            process.kill()
+        begun = time.monotonic()
+        wait_until(lambda: not instances(path), "the trace to go", 15)
+        assert time.monotonic() - begun < 4
+        if process.poll() is None:
+            process.terminate()
+        finished(process)
+        lab.wait_clean()
+
+
+@pytest.mark.lab
+@pytest.mark.alone
+def test_the_next_run_removes_a_trace_that_was_left() -> None:
+    with Lab() as lab, tracefs() as path:
+        names = ("current_tracer", "trace_clock", "set_event")
+        before = [(path / name).read_text() for name in names]
+        (path / "instances" / "netweaver-99999999").mkdir()
+        lab.hv.run("mount", "-t", "tracefs", "netweaver", "/sys/kernel/tracing")
+        found = trace_run(lab, "-c", "20", "--rate", "1000")
+        assert found["stages"]["forwarding"]["packets"] == 20
+        assert instances(path) == []
+        assert "netweaver /sys/kernel/tracing" not in lab.hv.run("cat", "/proc/mounts")
+        assert [(path / name).read_text() for name in names] == before
+        lab.wait_clean()
+
+
+@pytest.mark.lab
+def test_a_host_that_forbids_tracing(own_lab: Lab) -> None:
+    for program in ("mount", "mkdir"):
+        path = own_lab.hv.directory / "bin" / program
+        path.write_text(
+            "#!/bin/sh\n"
+            f"case \"$*\" in *trac*) echo '{program}: not permitted' >&2; exit 32;; esac\n"
+            f'exec /bin/{program} "$@"\n'
+        )
+        path.chmod(0o755)
+    found = trace_run(own_lab, "-c", "600", "--rate", "1000")
+    assert found["packets"]["matched"] == 600
+    assert "stages" not in found
+    [warning] = [text for text in found["warnings"] if "trace" in text]
+    assert re.match(r"kernel trace unavailable: m\w+: not permitted", warning)
+    own_lab.wait_clean()
+
+
+@pytest.mark.lab
+@pytest.mark.alone
+def test_a_trace_that_fills_its_disk_space(own_lab: Lab) -> None:
+    """A trace that reaches its limit ends, and the result is there."""
+    own_lab.hv.run("mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", "/tmp")
+    options = ("--rate", "8000", "-c", "40000", "--traffic", "flow")
+    found = trace_run(own_lab, *options)
+    assert found["packets"]["matched"] > 0
+    assert 0 < found["stages"]["forwarding"]["packets"] < found["packets"]["matched"]
+    [warning] = [text for text in found["warnings"] if "without known stages" in text]
+    assert "ended early" in warning
+    own_lab.wait_clean()
+
+
+@pytest.mark.lab
+@pytest.mark.alone
+def test_two_sources_at_once() -> None:
+    """Packets of equal size that several processors forward at the same time."""
+    with Lab(sources=2) as lab:
+        found = trace_run(lab, "--traffic", "udp", "--rate", "5000", "-c", "10000")
+        lab.wait_clean()
+    stages = found["stages"]
+    matched = found["packets"]["matched"]
+    assert matched > 15_000
+    assert 0.9 * matched <= stages["forwarding"]["packets"] <= matched
+    for stage in stages.values():
+        assert stage["minimum"] >= 0
+    assert stages["before_stack"]["maximum"] <= found["maximum"]
+    assert stages["forwarding"]["maximum"] <= found["maximum"]

@@ -1,0 +1,195 @@
+"""Files that netweaver writes: regular ones, links, pipes, devices, and what can't be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import noisy, offline, pair, paired
+from laboratory import NETWEAVER
+
+import netweaver
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def usual_mode() -> int:
+    mask = os.umask(0o22)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def write(path: Path, text: bytes = b"new", append: bool = False) -> None:
+    netweaver.write_file(str(path), lambda file: file.write(text), append)
+
+
+def test_a_new_file_has_the_usual_mode(tmp_path: Path) -> None:
+    write(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert mode(tmp_path / "file") == usual_mode()
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    target.chmod(0o640)
+    write(target)
+    assert target.read_bytes() == b"new"
+    assert mode(target) == 0o640
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    seen = []
+
+    def write_slowly(file: object) -> None:
+        seen.append(target.read_text())
+
+    netweaver.write_file(str(target), write_slowly)
+    assert seen == ["old"]
+
+
+def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+
+    def fail(file: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(netweaver.UsageError, match="No space left"):
+        netweaver.write_file(str(target), fail)
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_appending(tmp_path: Path) -> None:
+    write(tmp_path / "file", b"one\n")
+    write(tmp_path / "file", b"two\n", append=True)
+    assert (tmp_path / "file").read_bytes() == b"one\ntwo\n"
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_a_run_that_could_not_be_written_leaves_no_old_results(kind: str, tmp_path: Path) -> None:
+    """The next run replaces the file, and doesn't add to what was there before."""
+    target = tmp_path / "new" / "file"
+    result = paired([("a", 1000)], [("a", 2000)])
+    output: netweaver.Output = netweaver.JsonOutput(str(target), None)
+    if kind == "csv":
+        output = netweaver.CsvOutput(str(target), several=False)
+    with pytest.raises(netweaver.UsageError):
+        output.add({}, [result])
+    target.parent.mkdir()
+    target.write_text("old\n")
+    output.add({}, [result])
+    output.add({}, [result])
+    lines = target.read_text().splitlines()
+    assert "old" not in lines
+    assert len(lines) == (3 if kind == "csv" else 2)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_links_are_followed(exists: bool, tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    link = tmp_path / "link"
+    (tmp_path / "hop").symlink_to("file")
+    link.symlink_to(tmp_path / "hop")
+    if exists:
+        target.write_text("old")
+    write(link)
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE) as reader:
+        write(pipe)
+        assert reader.communicate(timeout=20)[0] == b"new"
+    assert pipe.is_fifo()
+
+
+def test_a_full_device(tmp_path: Path) -> None:
+    done = offline("--pcaps", *pair(tmp_path, noisy(20, 1)), "--output", "/dev/full")
+    assert done.returncode == 2
+    assert "can't write /dev/full: No space left on device" in done.stderr
+
+
+def test_a_pipe_without_a_reader(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+
+    def write_after_the_reader(file: object) -> None:
+        os.close(reader)
+        raise BrokenPipeError
+
+    with pytest.raises(netweaver.ReaderGone):
+        netweaver.write_file(str(pipe), write_after_the_reader)
+
+
+@pytest.mark.parametrize("option", ["--output", "--csv"])
+def test_results_go_where_a_link_leads(option: str, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("file")
+    paths = pair(tmp_path, noisy(20, 1))
+    assert offline("--pcaps", *paths, option, str(tmp_path / "link")).returncode == 0
+    assert (tmp_path / "file").read_text().endswith("\n")
+
+
+def test_a_result_in_a_file_is_nowhere_else(tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    done = offline("--pcaps", *pair(tmp_path, noisy(600, 1)), "--output", str(target))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert json.loads(target.read_text())["packets"]["matched"] == 600
+
+
+@pytest.mark.parametrize("option", ["--output", "--csv", "--plot"])
+@pytest.mark.parametrize(
+    ("path", "words"), [("none/x.png", "no such directory"), ("directory.png", "a directory")]
+)
+def test_what_can_not_be_written_is_known_before(
+    option: str, path: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "directory.png").mkdir()
+    done = offline("--pcaps", "none.pcap", "none.pcap", option, str(tmp_path / path))
+    assert done.returncode == 2
+    assert f"can't write {tmp_path / path}: " in done.stderr
+    assert words in done.stderr
+
+
+def test_a_directory_that_may_not_be_written_to(tmp_path: Path) -> None:
+    """It is read-only by its mode or, as root may write everywhere, by its mount."""
+    tmp_path.chmod(0o500)
+    code = f"import netweaver; netweaver.check_writable({str(tmp_path / 'file')!r})"
+    command = [sys.executable, "-c", code]
+    if os.geteuid() == 0:
+        mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+        command = ["unshare", "-m", "sh", "-c", mount, str(tmp_path), *command]
+    done = subprocess.run(
+        command, cwd=NETWEAVER.parent, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert "UsageError" in done.stderr
+    assert "no permission" in done.stderr
+
+
+def test_a_fault_in_an_output_is_located(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("nothing to divide")
+
+    monkeypatch.setattr(netweaver.CsvOutput, "add", broken)
+    arguments = ["--pcaps", *pair(tmp_path, noisy(100, 1)), "--csv", str(tmp_path / "a.csv")]
+    for verbose in ([], ["-v"]):
+        assert netweaver.main(arguments + verbose) == 1
+        errors = capfd.readouterr().err
+        assert "unexpected ZeroDivisionError: nothing to divide" in errors
+        assert ("Traceback" in errors) == bool(verbose)

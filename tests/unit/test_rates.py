@@ -1,0 +1,92 @@
+"""The achieved rate of the probes, and warnings if they are too few or too many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from frames import ethernet, ipv4, pcap, udp
+from helpers import T, analyzed, save_runs
+
+from netweaver import Traffic
+
+# Saved runs have 600 packets, one each millisecond.
+RATE = 1000
+
+
+def analyzed_with(directory: Path, traffic: Traffic, **config: Any) -> dict[str, Any]:
+    """Return the document of a saved run with this traffic."""
+    config = {"sources": ["root@source"], "traffic": traffic.to_json(), **config}
+    save_runs(directory, "web1", runs=1, **config)
+    return analyzed("--pcaps", str(directory))
+
+
+def rate_of(found: dict[str, Any]) -> Any:
+    return found["config"]["traffic"]["achieved"]
+
+
+@pytest.mark.parametrize(("asked", "warns"), [(1000, False), (1050, False), (1053, True)])
+def test_a_rate_below_95_percent(tmp_path: Path, asked: int, warns: bool) -> None:
+    found = analyzed_with(tmp_path, Traffic(rate=asked))
+    assert rate_of(found) == RATE
+    assert (
+        any(f"less than 95 % of {asked} packets" in warning for warning in found["warnings"])
+        == warns
+    )
+
+
+def test_the_rate_of_each_of_two_sources(tmp_path: Path) -> None:
+    found = analyzed_with(tmp_path, Traffic(rate=500), sources=["one", "two"])
+    assert rate_of(found) == pytest.approx(RATE / 2, rel=0.01)
+    assert found["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "warns"), [("iperf3 -c {destination}", False), ("send {interval}", True)]
+)
+def test_a_command_without_an_interval_was_asked_for_no_rate(
+    tmp_path: Path, command: str, warns: bool
+) -> None:
+    found = analyzed_with(tmp_path, Traffic(rate=5000, command=command))
+    assert any("less than 95 %" in warning for warning in found["warnings"]) == warns
+
+
+def test_fragments_count_as_their_datagram(tmp_path: Path) -> None:
+    traffic = Traffic(pattern="udp", rate=RATE, load="sh load.sh")
+    save_runs(
+        tmp_path,
+        "web1",
+        runs=1,
+        sources=["root@source"],
+        traffic=traffic.to_json(),
+        duration=0.1,
+        selection={"probes": [17, None]},
+    )
+    whole = udp(payload=bytes(40))
+    for point, delay in (("pif", 0), ("vif", 5000)):
+        records = []
+        for number in range(100):
+            time = T + number * 10**9 // RATE + delay
+            records.append((time, ethernet(ipv4(whole[:24], 17, number, fragment=0x2000))))
+            records.append((time + 1, ethernet(ipv4(whole[24:], 17, number, fragment=3))))
+        [path] = tmp_path.glob(f"*/{point}*")
+        path.write_bytes(pcap(records))
+    found = analyzed("--pcaps", str(tmp_path))
+    assert rate_of(found) == RATE
+    assert found["warnings"] == []
+
+
+def test_traffic_of_others_has_no_rate(tmp_path: Path) -> None:
+    found = analyzed_with(tmp_path, Traffic(), sources=[])
+    assert rate_of(found) is None
+
+
+@pytest.mark.parametrize(("duration", "warns"), [(0.6, False), (0.55, False), (0.5, True)])
+def test_more_probes_than_the_sources_can_have_sent(
+    tmp_path: Path, duration: float, warns: bool
+) -> None:
+    traffic = Traffic(rate=RATE, load="sh load.sh")
+    selection = {"probes": [6, None]}
+    found = analyzed_with(tmp_path, traffic, duration=duration, selection=selection)
+    assert any("--load" in warning for warning in found["warnings"]) == warns

@@ -1,0 +1,381 @@
+"""The document on two captures: its warnings, and why there may be none."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from frames import ethernet, ipv4, ipv6, pcap, tcp, udp, write
+from helpers import Packets, T, analyzed, captures, distinct, failure, offline, paired, through
+from laboratory import NETWEAVER
+
+import netweaver
+
+UDP6 = ipv6(udp(payload=b"same"), 17)  # without an id, so that all are identical
+
+
+def document(directory: Path, pif: Packets, vif: Packets, *arguments: str) -> dict[str, Any]:
+    return analyzed("--pcaps", *captures(directory, pif, vif), *arguments)
+
+
+def error(directory: Path, pif: Packets, vif: Packets, *arguments: str) -> str:
+    return failure(offline("--pcaps", *captures(directory, pif, vif), *arguments), 6)
+
+
+def packets(count: int, gap: int, make: Callable[[int], bytes]) -> Packets:
+    """Return packets that a function makes by their number, `gap` nanoseconds apart."""
+    return [(T + number * gap, make(number)) for number in range(count)]
+
+
+def early(vif: Packets, by: int) -> Packets:
+    """Return packets of which the first one came earlier."""
+    time, content = vif[0]
+    return [(time - by, content), *vif[1:]]
+
+
+def last_is_late(vif: Packets) -> Packets:
+    time, content = vif[-1]
+    return [*vif[:-1], (time + 2_000_000_000, content)]
+
+
+def others_follow(vif: Packets) -> Packets:
+    """Return packets of which most are replaced by others."""
+    other = ipv4(tcp(seq=9), ident=9, source="10.9.9.9")
+    return [*vif[:100], *((time, other) for time, _ in vif[100:])]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda vif: early(vif, 9000), "1 delay is negative (down to -8 "),
+        (lambda vif: early(vif, 1000), "1 delay is exactly 0"),
+        (last_is_late, "1 packet was seen on the vif too long before or after the pif"),
+        (others_follow, "most packets of each interface were not seen on the other"),
+    ],
+)
+def test_warnings(change: Callable[[Packets], Packets], words: str, tmp_path: Path) -> None:
+    pif = distinct(600)
+    vif = through(pif, [1000] * 600)
+    assert words in " ".join(document(tmp_path, pif, change(vif))["warnings"])
+    assert document(tmp_path, pif, vif)["warnings"] == []
+
+
+PLURAL = re.compile(
+    r"(?<![\d.])1 (?:\w+ )?(?:packets|probes|delays|runs|bytes|records|events|places|sources)\b"
+)
+ONE = [(T, ipv4(tcp(seq=1), ident=1))]
+SAME = [(T + number, UDP6) for number in (1, 900_000_000)]
+
+
+@pytest.mark.parametrize(
+    ("pif", "vif", "arguments", "words"),
+    [
+        (ONE, ONE, ["--fail-if", "p99>1s"], "with 1 packet p99 is close"),
+        (ONE, ONE, ["--format", "text"], "1 on the pif"),
+        (ONE, early(ONE, 1000), [], "every delay is negative (1 packet, "),
+        (SAME, SAME[1:], [], "1 packet was seen on both interfaces"),
+        (SAME + ONE, SAME[1:] + ONE, [], "1 matched packet can't be told apart"),
+    ],
+)
+def test_one_is_no_plural(
+    pif: Packets, vif: Packets, arguments: list[str], words: str, tmp_path: Path
+) -> None:
+    done = offline("--pcaps", *captures(tmp_path, sorted(pif), sorted(vif)), *arguments)
+    shown = done.stdout + done.stderr
+    assert words in shown
+    assert not PLURAL.search(shown)
+
+
+def test_counts_are_written_by_the_function_for_them() -> None:
+    """A number before a plural noun in the source would also be written where it is 1."""
+    source = ast.unparse(ast.parse(NETWEAVER.read_text(encoding="utf-8")))
+    nouns = "packets|probes|delays|runs|bytes|records|events|keys"
+    found = re.findall(rf"{{([^{{}}!]+)}} (?:{nouns})\b", source)
+    # Constants above 1, and totals that are shown only if they are above 1.
+    assert {name for name in found if not name.isupper()} <= {"len(saved)", "total", "largest"}
+
+
+def test_a_packet_that_is_seen_much_later_is_lost(tmp_path: Path) -> None:
+    """It was sent again, and came by another way; RFC 7680 has a waiting time for this."""
+    pif = distinct(10_000)
+    delays: list[int | None] = [2000] * 10_000
+    delays[5000] = 4_000_000_000
+    found = document(tmp_path, pif, through(pif, delays))
+    assert found["packets"]["matched"] == 9999
+    assert found["packets"]["lost"] == 1
+    assert found["maximum"] == found["median"] == 2
+
+
+def test_identical_packets_are_counted_and_not_timed(tmp_path: Path) -> None:
+    pif = packets(1000, 2_000_000, lambda number: UDP6)
+    pif += distinct(600, source="10.0.0.7")
+    delays: list[int | None] = [1_900_000] * 1600
+    delays[300] = None
+    delays[700] = None
+    found = document(tmp_path, sorted(pif), through(pif, delays))
+    assert found["packets"]["matched"] == 1598
+    assert found["packets"]["lost"] == 2
+    assert found["packets"]["ambiguous"] == 998
+    assert found["minimum"] == found["maximum"] == 1900
+    assert found["loss_ratio"] == 2 / 1600
+    [warning] = [text for text in found["warnings"] if "998 matched packets" in text]
+    assert "Capture packets that differ" in warning
+
+
+def test_only_identical_packets_are_an_error(tmp_path: Path) -> None:
+    pif = packets(100, 2_000_000, lambda number: UDP6)
+    line = error(tmp_path, pif, through(pif, [None] + [2_000_000] * 99))
+    assert "98 packets were seen on both interfaces, but no delay is certain" in line
+    assert "Capture packets that differ" in line
+
+
+def test_equal_packets_of_two_sources_behind_a_translation(tmp_path: Path) -> None:
+    """Two hping3 of the same second send the same; without addresses they can't be told apart."""
+
+    def syn(number: int, source: str) -> bytes:
+        return ipv4(tcp(seq=number // 2), ident=number // 2, source=source)
+
+    pif = packets(1200, 1000, lambda number: syn(number, f"192.0.2.{number % 2}"))
+    vif = packets(1200, 1000, lambda number: syn(number, "10.0.0.9"))
+    pif.append((T + 2_000_000, syn(10_000, "192.0.2.3")))
+    vif.append((T + 2_000_000, syn(10_000, "10.0.0.9")))
+    arrived = through(vif, [500] * 100 + [None] + [500] * 1100)
+    found = document(tmp_path, pif, arrived, "--match-nat")
+    assert found["packets"]["matched"] == 1200
+    assert found["packets"]["lost"] == 1
+    assert found["packets"]["ambiguous"] == 1199
+    assert found["minimum"] == found["maximum"] == 0.5
+
+
+def test_packets_of_other_streams_overtake_nobody(tmp_path: Path) -> None:
+    """RFC 4737 knows reordering within a stream only; here one of three sources is slow."""
+    streams = [f"10.0.0.{number}" for number in (2, 3, 4)]
+    pif = packets(900, 1000, lambda i: ipv4(tcp(seq=i), ident=i, source=streams[i % 3]))
+    slow = through(pif, [90_000, 50_000, 50_000] * 300)
+    assert document(tmp_path, pif, slow)["packets"]["reordered"] == 0
+    delays: list[int | None] = [50_000] * 900
+    delays[300] = 90_000
+    found = document(tmp_path, pif, through(pif, delays))
+    assert found["packets"]["reordered"] == 1
+    assert found["reordering"]["maximum_extent"] == 13
+
+
+def segment(number: int, size: int, flags: int = 0) -> bytes:
+    """Return a TCP segment with a time stamp option."""
+    option = b"\1\1\x08\x0a" + bytes(8)
+    header = tcp(80, 9000, number * 1000, 7, 0x10 | flags, option, bytes(size))
+    return ipv4(header, ident=number)
+
+
+@pytest.mark.parametrize("flags", [0x18, 0x10, 0x11, 0x90])
+def test_merged_segments_are_recognised(flags: int, tmp_path: Path) -> None:
+    """GRO gives ten segments the first one's number, and the last one's PSH or FIN."""
+    pif = [(T - 10_000, segment(5000, 10))]
+    vif = [(T - 5000, segment(5000, 10))]
+    for number in range(0, 3000, 10):
+        time = T + number * 10_000
+        pif.append((time, segment(number, 10_000, flags)))
+        for part in range(10):
+            last = 0x18 if part == 9 else 0
+            vif.append((time + part * 10_000 + 5000, segment(number + part, 1000, last)))
+    for number in range(3000, 3040, 10):
+        time = T + number * 10_000
+        pif.append((time, segment(number, 10)))
+        vif.append((time + 5000, segment(number, 10)))
+    found = document(tmp_path, pif, vif)
+    assert found["packets"]["lost"] == 300
+    assert found["packets"]["matched"] == 5
+    warnings = " ".join(found["warnings"])
+    assert "300 packets are not matched" in warnings
+    assert "GRO, TSO" in warnings
+    assert "--match-nat" not in warnings
+
+
+@pytest.mark.parametrize("coarse", ["pif", "vif"])
+def test_stamps_of_two_precisions(coarse: str, tmp_path: Path) -> None:
+    """A warning names both units."""
+    paths = []
+    units = []
+    for side, shift in (("pif", 0), ("vif", 200)):
+        records = [(time + shift, ethernet(ip)) for time, ip in distinct(600, 1_000_007)]
+        data = pcap(records, nanoseconds=side != coarse)
+        paths.append(write(tmp_path / side, data))
+        units.append("microseconds" if side == coarse else "nanoseconds")
+    found = analyzed("--pcaps", *paths)
+    assert found["packets"]["matched"] == 600
+    [warning] = [text for text in found["warnings"] if "time stamps of the pif" in text]
+    assert warning.index(units[0]) < warning.index(units[1])
+
+
+def test_swapped_captures(tmp_path: Path) -> None:
+    pif = distinct(50)
+    line = error(tmp_path, through(pif, [1000] * 50), pif)
+    assert "every delay is negative (50 packets, -1 to -1 µs)" in line
+    assert "swapped" in line
+
+
+@pytest.mark.parametrize("direction", ["in", "both"])
+def test_source_and_destination_are_swapped(direction: str) -> None:
+    result = paired([("a", 5000), ("b", 9000)], [("a", 1000), ("b", 2000)])
+    selection = netweaver.Selection(netweaver.DIRECTIONS[direction])
+    info = netweaver.RunInfo("eth0", "vif5.0", selection, measured=True, sources=["10.0.0.1"])
+    analysis = netweaver.Analysis([result], {"pif": {}, "vif": {}}, [], None)
+    with pytest.raises(netweaver.NoMatchError, match="-s and -d swapped") as failure:
+        netweaver.build_report(analysis, info, {"pif": {}, "vif": {}})
+    assert ("--direction out" in str(failure.value)) == (direction == "in")
+
+
+@pytest.mark.parametrize(
+    ("count", "percentile", "words"),
+    [
+        (49, "p99", "with 49 packets p99 is close to the maximum"),
+        (49, "p95", ""),
+        (400, "p99.9", "with 400 packets p99.9 is close to the maximum"),
+        (500, "p99.9", ""),
+    ],
+)
+def test_percentiles_of_few_packets(
+    count: int, percentile: str, words: str, tmp_path: Path
+) -> None:
+    """Only users who ask for a percentile are told."""
+    paths = captures(tmp_path, distinct(count), through(distinct(count), [1000] * count))
+    assert offline("--pcaps", *paths).stderr == ""
+    errors = offline("--pcaps", *paths, "--fail-if", f"{percentile}>1s").stderr
+    assert words in errors
+    assert errors.count("\n") == bool(words)
+    assert "-c" not in errors
+
+
+def alone(tmp_path: Path, side: str) -> list[str]:
+    """Return the paths of two captures, of which only one has packets."""
+    packets = distinct(20)
+    return captures(tmp_path, packets if side == "pif" else [], packets if side == "vif" else [])
+
+
+@pytest.mark.parametrize("side", ["pif", "vif", ""])
+@pytest.mark.parametrize("selection", [(), ("-d", "10.0.0.1"), ("-d", "10.9.9.9")])
+def test_advice_on_files_is_accepted(side: str, selection: tuple[str, ...], tmp_path: Path) -> None:
+    line = failure(offline("--pcaps", *alone(tmp_path, side), *selection), 6)
+    for option in ("-i", "--overlay", "--num", "--vif", "-c", "--wait"):
+        assert f"{option} " not in f"{line} ".replace(",", " ").replace(")", " ")
+
+
+def test_advice_leaves_out_what_is_in_use(tmp_path: Path) -> None:
+    packets = distinct(20)
+    others = distinct(20, source="10.9.9.9", destination="10.9.9.8", gap=2_000_000)
+    paths = captures(tmp_path, packets, [(time, ip[:4] + b"xx" + ip[6:]) for time, ip in others])
+    assert "--match-nat" in failure(offline("--pcaps", *paths), 6)
+    assert "--match-nat" not in failure(offline("--pcaps", *paths, "--match-nat"), 6)
+
+
+@pytest.mark.parametrize(("times", "words"), [(2, "twice"), (3, "3 times")])
+@pytest.mark.parametrize("lost", [0, 2])
+def test_each_packet_was_captured_several_times_on_the_pif(
+    lost: int, times: int, words: str, tmp_path: Path
+) -> None:
+    packets = distinct(50)
+    pif = [(time + 5000 * copy, content) for time, content in packets for copy in range(times)]
+    paths = captures(tmp_path, pif, through(packets[lost:], [19_000] * 50))
+    line = failure(offline("--pcaps", *paths), 6)
+    assert f"captured {words} on the pif" in line
+    for cause in ("SPAN", "-i any", "bridge"):
+        assert cause in line
+
+
+def test_most_packets_were_captured_twice_on_the_pif(tmp_path: Path) -> None:
+    packets = distinct(600)
+    copies = [(time + 5000, content) for time, content in packets[:590]]
+    paths = captures(tmp_path, sorted([*packets, *copies]), through(packets, [9000] * 600))
+    found = analyzed("--pcaps", *paths)
+    assert found["packets"]["matched"] - found["packets"]["ambiguous"] == 10
+    assert "captured twice on the pif" in " ".join(found["warnings"])
+
+
+def test_answers_were_captured_twice_on_the_pif(tmp_path: Path) -> None:
+    packets = distinct(60)
+    copies = [(time + 12_000, content) for time, content in packets]
+    arrived = through(packets, [9000] * 60)
+    paths = captures(tmp_path, sorted([*arrived, *copies]), packets)
+    found = analyzed("--pcaps", *paths, "--direction", "out")
+    assert "captured twice on the pif" in " ".join(found["warnings"])
+
+
+def test_retransmissions_were_not_captured_twice(tmp_path: Path) -> None:
+    packets = distinct(50)
+    again = sorted([*packets, *((time + 10**9, content) for time, content in packets)])
+    line = failure(offline("--pcaps", *captures(tmp_path, again, through(again, [9000] * 100))), 6)
+    assert "twice" not in line
+    assert "told apart" in line
+
+
+def test_the_document_has_a_value_for_each_figure(tmp_path: Path) -> None:
+    pif = distinct(1000)
+    found = document(tmp_path, pif, through(pif, [1000 + number for number in range(1000)]))
+    missing = [figure.name for figure in netweaver.FIGURES if figure.find(found) is None]
+    assert missing == ["dropped"]  # known only of captures that netweaver makes
+
+
+@pytest.mark.parametrize(
+    ("direction", "toolstack", "vif", "wanted", "unwanted"),
+    [
+        ("in", "xe", "vif5.0", ("--num", "--vif tap5.0", "(--match-nat)"), ()),
+        ("in", "xl", "vif5.0", ("--num", "--vif vif5.0-emu"), ()),
+        ("in", None, "vif5.0-emu", (), ("--num", "--vif")),
+        ("in", "virsh", "vnet3", ("--num",), ("--vif",)),
+        ("both", "xe", "vif5.0", ("--match-nat with --direction in",), ("(--match-nat)",)),
+    ],
+)
+def test_advice_on_a_measurement_can_be_followed(
+    direction: str,
+    toolstack: str | None,
+    vif: str,
+    wanted: Sequence[str],
+    unwanted: Sequence[str],
+) -> None:
+    """It names no option that is in use, and none that the command would refuse."""
+    info = netweaver.RunInfo(
+        pif="eth0",
+        vif=vif,
+        selection=netweaver.Selection(netweaver.DIRECTIONS[direction]),
+        toolstack=toolstack,
+    )
+    advice = netweaver.measuring_advice(info)
+    text = f"{advice.other_vif} {advice.other_pif} {advice.translation}"
+    assert [words for words in wanted if words not in text] == []
+    assert [words for words in unwanted if words in text] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted", "unwanted"),
+    [
+        ({}, "TCP SYNs", "--filter"),
+        ({"filter": "tcp"}, "does --filter match", "--overlay"),
+        ({"traffic": netweaver.Traffic("syn")}, "another run", "TCP SYNs"),
+        ({"traffic": netweaver.Traffic(command="x")}, "TCP SYNs", "another run"),
+        ({"selection": netweaver.Selection(translated=True)}, "one source at a time", "TCP SYNs"),
+        ({"overlay": True}, "(ESP)", "--overlay"),
+        ({"route": netweaver.RouteKind.ROUTED}, "translated (--match-nat)?", "--filter"),
+        ({"selection": netweaver.Selection(translated=True)}, "give --filter", "--match-nat)?"),
+    ],
+)
+def test_advice_leaves_out_what_would_not_help(
+    changes: dict[str, Any], wanted: str, unwanted: str
+) -> None:
+    info = netweaver.RunInfo(**{"pif": "eth0", "vif": "vif5.0", **changes})
+    advice = netweaver.measuring_advice(info)
+    text = f"{advice.other_vif} {advice.other_pif} {advice.distinct}"
+    assert wanted in text
+    assert unwanted not in text
+
+
+def test_advice_on_files_leaves_out_the_address_that_is_given() -> None:
+    for destinations, is_advised in (([], True), (["10.0.0.1"], False)):
+        selection = netweaver.Selection(destinations=destinations)
+        info = netweaver.RunInfo(pif="a", vif="b", selection=selection)
+        advice = netweaver.file_advice(info)
+        assert ("with -d" in advice.other_pif) == is_advised
+        assert ("with -d" in advice.other_vif) == is_advised

@@ -1,0 +1,87 @@
+"""Packets that are selected by address, and inside of tunnels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from frames import ethernet, ipv4, tcp, udp, vxlan
+from helpers import T, analyzed, captures, offline, through
+
+
+def test_selecting_by_address(tmp_path: Path) -> None:
+    flows = [(T + i, ipv4(tcp(seq=i), source=f"10.0.0.{2 + i % 3}")) for i in range(90)]
+    arguments = (
+        "--pcaps",
+        *captures(tmp_path, flows, [(time + 5000, content) for time, content in flows]),
+    )
+    assert analyzed(*arguments)["packets"]["matched"] == 90
+    assert analyzed(*arguments, "-s", "10.0.0.2")["packets"]["matched"] == 30
+    assert analyzed(*arguments, "-s", "10.0.0.2", "-s", "root@10.0.0.3")["packets"]["matched"] == 60
+    assert analyzed(*arguments, "-d", "10.0.0.1")["packets"]["matched"] == 90
+    assert offline(*arguments, "-d", "10.0.0.2").returncode == 6
+    assert offline(*arguments, "-d", "10.0.0").returncode == 2
+
+
+def test_translated_addresses(tmp_path: Path) -> None:
+    pif = [(T + i * 1000, ipv4(tcp(seq=i), destination="192.0.2.1")) for i in range(60)]
+    vif = [(T + i * 1000 + 5, ipv4(tcp(seq=i), destination="10.0.0.1")) for i in range(60)]
+    arguments = "--pcaps", *captures(tmp_path, pif, vif)
+    done = offline(*arguments)
+    assert done.returncode == 6
+    assert "--match-nat" in done.stderr
+    assert analyzed(*arguments, "--match-nat")["packets"]["matched"] == 60
+
+
+def test_sources_that_send_the_same_numbers_are_not_taken_for_copies(tmp_path: Path) -> None:
+    """If addresses are ignored, their packets are identical, although each was captured once."""
+    pif: list[tuple[int, bytes]] = []
+    for number in range(60):
+        for source in ("10.0.0.2", "10.0.0.3"):
+            time = T + number * 1_000_000 + len(pif) % 2
+            pif.append((time, ipv4(tcp(seq=number), source=source, destination="192.0.2.1")))
+    vif = [(time + 5000, content) for time, content in pif]
+    done = offline("--pcaps", *captures(tmp_path, pif, vif), "--match-nat")
+    assert done.returncode == 6
+    assert "no delay is certain" in done.stderr
+    assert "twice" not in done.stderr
+
+
+@pytest.mark.parametrize("port", [4789, 8472, 6081])
+@pytest.mark.parametrize(
+    "payload", [bytes(64), b"\x08" * 64, b"\xff" * 64, b"\x08" + bytes(7), b"x"], ids=len
+)
+def test_udp_to_a_tunnels_port_that_is_no_tunnel(port: int, payload: bytes, tmp_path: Path) -> None:
+    packets = [(T + i * 1000, ipv4(udp(1024 + i, port, payload), 17, ident=i)) for i in range(100)]
+    found = analyzed("--pcaps", *captures(tmp_path, packets, through(packets, [700] * 100)))
+    assert (found["packets"]["matched"], found["capture"]["pif"]["other"]) == (100, 0)
+
+
+@pytest.mark.parametrize("direction", ["in", "both"])
+def test_a_tunnel_that_the_guest_terminates(direction: str, tmp_path: Path) -> None:
+    """The innermost packet that has the addresses counts: here that is the tunnel's own."""
+
+    def outer(i: int, source: str, destination: str) -> bytes:
+        inner = ethernet(ipv4(tcp(seq=i), source="172.16.0.1", destination="172.16.0.2"))
+        return ipv4(udp(*vxlan(inner)), 17, ident=i, source=source, destination=destination)
+
+    inward = [(T + i * 1000, outer(i, "10.0.0.2", "10.0.0.1")) for i in range(100)]
+    outward = [(T + i * 1000 + 300, outer(i, "10.0.0.1", "10.0.0.2")) for i in range(100)]
+    vif = [
+        *((when + 100, content) for when, content in inward),
+        *((when - 50, content) for when, content in outward),
+    ]
+    found = analyzed(
+        "--pcaps",
+        *captures(tmp_path, sorted([*inward, *outward]), sorted(vif)),
+        "-d",
+        "10.0.0.1",
+        "--direction",
+        direction,
+    )
+    assert (found["packets"]["matched"], found["minimum"], found["maximum"]) == (100, 0.1, 0.1)
+    if direction == "both":
+        assert (found["outbound"]["packets"]["matched"], found["outbound"]["maximum"]) == (
+            100,
+            0.05,
+        )
