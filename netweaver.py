@@ -10597,7 +10597,6 @@ def comparison_lines(report: Report, subject: str) -> list[str]:
         return []
     before, now = comparison["runs"]
     runs = f"({counted(before, 'run')} before, {now} now)"
-    heading = f"{subject} against {comparison['path']}"
     changes = []
     differences = []
     for name in COMPARED:
@@ -10612,8 +10611,9 @@ def comparison_lines(report: Report, subject: str) -> list[str]:
             differences.append(f"{label} is {word}")
     if comparison["distinguishable"] is None:
         shifts = ", ".join(" ".join(change.split()) for change in changes)
-        too_few = f"too few runs for a verdict, which takes {FEWEST_RUNS} before and now"
-        return [f"{heading}: {too_few}", f" {shifts} {runs}"]
+        too_few = f"too few runs for a verdict (it takes {FEWEST_RUNS} on each side)"
+        return [f"{subject}: {too_few}, against {comparison['path']}", f" {shifts} {runs}"]
+    heading = f"{subject} against {comparison['path']}"
     verdict = "no significant difference; within run-to-run variation"
     if differences:
         verdict = f"significant difference: {', '.join(differences)}"

@@ -11,6 +11,7 @@ from helpers import analyzed, failure, noisy, offline, pair, save_runs
 
 
 def test_two_runs_are_compared_without_a_verdict(tmp_path: Path) -> None:
+    """The path, which may be long, is wrapped behind all else."""
     before = pair(tmp_path, noisy(1000, 1), "before-")
     after = pair(tmp_path, noisy(1000, 2, 1.5), "after-")
     baseline = ",".join(before)
