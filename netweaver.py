@@ -52,7 +52,7 @@ To add              change                                               guarded
                     DELAY_COLUMNS shows it; README's table
     ... to compare  COMPARED, run_figures, STUDENT_T, CHANGE_LIMITS      unit/test_comparison.py
     an output       a subclass of Output, Outcome._make_outputs,         unit/test_options.py
-                    FORMATS; what is asked about "prometheus"
+                    FORMATS
     an option       a field of Options (with_pcaps=True, or a field of   unit/test_options.py
                     Settings and new_weaver if it is for measuring)
     a time-out      the others in Times follow it; README names          unit/test_readme.py
@@ -112,6 +112,9 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn, Protocol, TypeVar
 # paramiko and matplotlib take long to import, and are not needed by every run.
 if TYPE_CHECKING:
     import paramiko
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure as Picture
 
 Report = Mapping[str, Any]
 Term = Callable[[str], str]  # an address in, a part of a pcap-filter(7) expression out
@@ -1316,13 +1319,13 @@ class Capture:
         warnings = []
         if self._incomplete:
             warnings.append(
-                f"the last record of {name} is incomplete ({counted(self._incomplete, 'byte')}), "
-                f"left out after {counted(self.records, 'complete record')}"
+                f"the last record of {name} is incomplete ({counted(self._incomplete, 'byte')}) "
+                f"and ignored, after {counted(self.records, 'complete record')}"
             )
         if self._zeros:
             warnings.append(
-                f"{name} ends with {counted(self._zeros, 'byte')} of zeros, left out after "
-                f"{counted(self.records, 'complete record')}"
+                f"{name} ends with {counted(self._zeros, 'byte')} of zeros, which are ignored, "
+                f"after {counted(self.records, 'complete record')}"
             )
         if self._untimed:
             warnings.append(
@@ -3494,7 +3497,7 @@ def trace_warnings(
     warnings = []
     if causes:
         warnings.append(
-            f"{unattached} of {counted(packets, 'packet')} without known stages or place of loss: "
+            f"{unattached} of {counted(packets, 'packet')} have no known stages or place of loss: "
             f"{'; '.join(causes)}"
         )
     if trace.clock_set:
@@ -3542,7 +3545,7 @@ def stages_warnings(account: TraceAccount) -> list[str]:
     ]
 
 
-def stages_report(account: TraceAccount) -> dict[str, Any]:
+def stages_report(account: TraceAccount) -> Report:
     """Return the part of a direction's report that comes from the kernel's trace."""
     stages = {}
     for name in STAGES:
@@ -3648,7 +3651,7 @@ def loss_lines(name: str, part: Report, info: RunInfo, most: int | None = None) 
     if own:
         median = duration_text(own["median"])
         p99 = duration_text(own["percentiles"]["99"])
-        texts.append(f" without the way into it: median {median}, p99 {p99}")
+        texts.append(f" excluding delivery to it: median {median}, p99 {p99}")
     return [f" {name:<4}{text}" for text in texts]
 
 
@@ -4219,7 +4222,7 @@ class Host:
 
     def _failure(self, job: Job) -> str:
         if not job.ended:
-            return "did not answer in time"
+            return "timed out"
         if job.flooded:
             return f"its output is larger than {LARGEST_ANSWER} bytes"
         return f"could not be run: {last_line(job.errors)}{sudo_hint(job.errors)}"
@@ -4325,16 +4328,16 @@ class SftpFiles:
                 yield block
 
 
-def in_parallel(*calls: Callable[[], Any], seconds: float | None = None) -> list[Any]:
+def in_parallel(*calls: Callable[[], object], seconds: float | None = None) -> list[Any]:
     """Make calls in threads of their own, and return their results in the order of the calls.
 
     Raises the first error once all have ended, or NoAnswerError if that takes so many seconds.
     """
     deadline = time.monotonic() + (seconds or threading.TIMEOUT_MAX / 2)
-    results: dict[int, Any] = {}
+    results: dict[int, object] = {}
     errors: list[BaseException] = []
 
-    def run(index: int, call: Callable[[], Any]) -> None:
+    def run(index: int, call: Callable[[], object]) -> None:
         try:
             results[index] = call()
         except BaseException as error:
@@ -4352,7 +4355,8 @@ def in_parallel(*calls: Callable[[], Any], seconds: float | None = None) -> list
         raise errors[0]
     if len(results) < len(calls):
         raise NoAnswerError(
-            f"no answer after {seconds} s: check addresses, name resolution and network"
+            f"a host did not answer within {seconds} s: "
+            "check addresses, name resolution and network"
         )
     return [results[index] for index in range(len(calls))]
 
@@ -4402,7 +4406,7 @@ OLD_SERVER_ADVICE = (
 KEY_ADVICE = {
     "": "it is in PKCS#8 format: convert it with ssh-keygen -p -f FILE",
     "ENCRYPTED": "it is in PKCS#8 format: convert it with ssh-keygen -p -f FILE",
-    "PuTTY": "it is PuTTY's: convert it with puttygen FILE -O private-openssh -o NEWFILE",
+    "PuTTY": "it is in PuTTY's format: convert it with puttygen FILE -O private-openssh -o NEWFILE",
     "DSA": "DSA keys are not supported: use an ed25519 key",
     "ssh-dss": "DSA keys are not supported: use an ed25519 key",
     "sk-ssh-ed25519@openssh.com": f"it is a security key: {USE_AGENT}",
@@ -4631,8 +4635,8 @@ def check_options(name: str, options: SshOptions) -> None:
         value = options.text(keyword)
         if not set(value.split(",")) & set(harmless):
             raise HostConnectionError(
-                f"{name}: ssh_config sets {keyword} {value}, which netweaver can't honour: it "
-                "logs in by public keys and runs commands"
+                f"{name}: ssh_config sets {keyword} {value}, which is not supported: "
+                "netweaver needs public-key login and a shell. Override it with -o"
             )
     for jump in options.text("proxyjump").split(","):
         with naming(f"{name}: ProxyJump"):
@@ -4644,7 +4648,9 @@ def expand_tokens(name: str, text: str, tokens: Mapping[str, str]) -> str:
 
     def replacement(match: re.Match[str]) -> str:
         if match[1] not in tokens:
-            raise HostConnectionError(f"{name}: {text} has an unknown token {match[0]}")
+            raise HostConnectionError(
+                f"{name}: ProxyCommand or ProxyJump {text!r} has the unknown token {match[0]}"
+            )
         return tokens[match[1]]
 
     return re.sub(r"%(.?)", replacement, text)
@@ -5058,7 +5064,8 @@ def identify_private_key(data: bytes) -> tuple[str, bool]:
         )
     if cipher not in PRIVATE_KEY_CIPHERS:
         raise ValueError(
-            f"paramiko lacks {cipher}: change it by ssh-keygen -p -Z aes256-ctr -f FILE"
+            f"it is encrypted with {cipher}, which paramiko lacks: "
+            "convert it with ssh-keygen -p -Z aes256-ctr -f FILE"
         )
     return kind, is_encrypted
 
@@ -5373,7 +5380,9 @@ def open_socket(settings: HostSettings) -> socket.socket:
     raise failure
 
 
-def connect_socket(sock: socket.socket, settings: HostSettings, address: Any) -> None:
+def connect_socket(
+    sock: socket.socket, settings: HostSettings, address: tuple[object, ...]
+) -> None:
     """Connect a socket to an address; raise OSError if that fails."""
     sock.settimeout(settings.connect_seconds)
     if bind_address := settings.options.text("bindaddress"):
@@ -5494,9 +5503,10 @@ class SshConnection:
     def _explain_failure(self, error: Exception, proxy_words: str) -> str:
         place = self._settings.place
         if proxy_words:
-            return f"{self.name}: can't reach {place} by {self._settings.proxy}: {proxy_words}"
-        reason = str(error) or self.transport.farewell or "it hung up"
-        return f"{self.name}: no SSH session with {place}: {reason}: is sshd listening there?"
+            return f"{self.name}: can't reach {place} through {self._settings.proxy}: {proxy_words}"
+        reason = str(error) or self.transport.farewell or "connection closed"
+        problem = f"{self.name}: can't start an SSH session on {place}: {reason}"
+        return f"{problem}: is sshd listening there?"
 
     def _proxy_words(self) -> str:
         """Return what the process that carries the connection reported."""
@@ -5925,7 +5935,9 @@ def find_key(path: str) -> str:
     if not os.path.exists(path):
         raise HostConnectionError(f"can't use the key {path}: No such file or directory")
     if re.search(r'[\n"]|\$\{', path):
-        raise UsageError("ssh_config can't name a file with a line break, a quote or ${ (-k)")
+        raise UsageError(
+            f"-k {path}: ssh_config can't express a name with a line break, a quote or ${{"
+        )
     return path
 
 
@@ -6043,7 +6055,10 @@ class Authentication:
         methods = login.methods
         reasons = []
         if login.is_partial:
-            reasons = [f"requires {' and '.join(methods)} as well as a key of {user}"]
+            reasons = [
+                f"requires {' and '.join(methods)} in addition to the key of {user}, which is not "
+                "supported: let sshd accept publickey alone"
+            ]
         elif methods and "publickey" not in methods:
             reasons = [
                 f"accepts no keys for {user}, only {', '.join(methods)}: its sshd_config needs "
@@ -6058,7 +6073,7 @@ class Authentication:
 
     def _explain_end(self) -> str:
         """Return why the server ended the connection."""
-        farewell = self._connection.transport.farewell or "it hung up"
+        farewell = self._connection.transport.farewell or "connection closed"
         if not self._refused:
             return f"the server ended the login: {farewell}"
         advice = "name the right key with -k, or set IdentitiesOnly"
@@ -6168,7 +6183,7 @@ def _split_dom_ids(line: str) -> list[str]:
 
 def xl_vif(run: RunCommand, name: str, number: int) -> str:
     """Return a domain's interface on Xen without xapi, by the domain's name or UUID."""
-    hint = "it isn't running, or has another name: xl list shows the running domains"
+    hint = "the VM isn't running, or has another name: xl list shows the running domains"
     domain = ""
     if re.fullmatch(UUID, name):
         domain = parse_xl_vm_list(run("xl vm-list", hint), name)
@@ -6240,7 +6255,7 @@ def parse_virsh_domiflist(answer: str, name: str, number: int) -> str:
     if number >= len(rows):
         names = ", ".join(row[0] for row in rows) or "none"
         raise RemoteCommandError(
-            f"the domain {name!r} has {counted(len(rows), 'interface')}, but no number {number} "
+            f"the domain {name!r} has {counted(len(rows), 'interface')}, none of number {number} "
             f"(--num counts from 0; there are: {names})"
         )
     interface, *others = rows[number]
@@ -6598,7 +6613,7 @@ class Links:
         except (ValueError, KeyError, TypeError, RecursionError):
             return
 
-    def _add_setting(self, row: Mapping[str, Any]) -> None:
+    def _add_setting(self, row: Report) -> None:
         link = self.get(str(row["name"]))
         kind = str(row["type"])
         options = {name: str(value) for name, value in row["options"][1]}
@@ -6749,7 +6764,7 @@ def find_uplinks(
     problem = ""
     if not pifs:
         reason = _why_no_uplink(vif, links, ways, kind)
-        problem = f"can't find the physical interface behind {vif}: {reason}. Give it with -i"
+        problem = f"can't find the physical interface: {reason}"
     elif len(pifs) > MOST_INTERFACES:
         problem = f"{len(pifs)} interfaces lead to {vif}: give those that the traffic uses with -i"
     if problem:
@@ -6759,13 +6774,14 @@ def find_uplinks(
 
 def _why_no_uplink(vif: str, links: Links, ways: Ways, kind: RouteKind) -> str:
     if vif not in links.by_name:
-        return "there is no such interface"
+        return f"{vif} doesn't exist. Check --num or --vif"
     switches = links.switches(vif)
-    reason = "it is in no bridge"
+    reason = f"{vif} is in no bridge"
     if switches:
-        reason = f"its bridge {switches[0].removeprefix('ovs ')} has no physical interface"
+        bridge = switches[0].removeprefix("ovs ")
+        reason = f"the bridge {bridge} of {vif} has no physical interface"
     if ways.dpdk:
-        reason = f"its bridge uses DPDK ({shortened(ways.dpdk)}), which tcpdump can't see"
+        reason = f"the bridge of {vif} uses DPDK ({shortened(ways.dpdk)}), which tcpdump can't see"
     elif ways.tunnels:
         names = [tunnel.name for tunnel in ways.tunnels]
         reason = f"the interface that carries the tunnel {shortened(names)} isn't known"
@@ -6774,7 +6790,7 @@ def _why_no_uplink(vif: str, links: Links, ways: Ways, kind: RouteKind) -> str:
     if ways.guests:
         names = [guest.name for guest in ways.guests]
         reason += f" (if the source is a VM of this host, give its interface: {shortened(names)})"
-    return reason
+    return f"{reason}. Give the physical interface with -i"
 
 
 def neighbours(run: RunCommand, sources: Mapping[str, str]) -> dict[str, str]:
@@ -6965,7 +6981,7 @@ class Facts:
             kib = whole_number(table[-3])
             self.free_bytes = None if kib is None else kib * 1024
 
-    def platform(self, vif: str) -> dict[str, Any]:
+    def platform(self, vif: str) -> dict[str, object]:
         """Return what is known of the platform (RFC 8172), for the report."""
         version = re.search(r"^tcpdump version (\S+)", self.tcpdump, re.MULTILINE)
         known = {
@@ -6991,10 +7007,10 @@ class Facts:
             return f"Open vSwitch {version[1]}" if version else "Open vSwitch"
         return "bridge" if master or backend else ""
 
-    def _queue(self, vif: str) -> dict[str, Any]:
+    def _queue(self, vif: str) -> dict[str, object]:
         """Return the queue of a VM's interface, and what it has dropped before the run."""
         link = self.links.get(vif, Link(vif))
-        known: dict[str, Any] = {
+        known: dict[str, object] = {
             "qdisc": link.qdisc or None,
             "queue_length": link.queue_length,
             "queues": link.queues,
@@ -7156,7 +7172,9 @@ class Traffic:
         if self.port is not None and "{port}" not in template:
             unused.append("--port")
         if unused:
-            raise UsageError(f"{unused[0]} has no effect with {chosen}: {template}")
+            raise UsageError(
+                f"{unused[0]} has no effect with {chosen}, which has no place for it: {template}"
+            )
 
     def _check_bounds(self, template: str, destination: str) -> None:
         """Raise UsageError if the pattern's program or protocol can't do what is asked for."""
@@ -7187,7 +7205,7 @@ class Traffic:
         sent = protocol_and_port(load)
         return sent is not None and sent[0] == protocol and (protocol == ICMP or sent[1] == port)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Report:
         """Return the traffic for the document, in which a command has no pattern."""
         document = asdict(self)
         if self.command:
@@ -7195,7 +7213,7 @@ class Traffic:
         return document
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Traffic:
+    def from_json(cls, document: Report) -> Traffic:
         """Return the traffic that a document describes; ValueError if it describes none."""
         return cls(
             pattern=json_value(document, "pattern", str, None) or "syn",
@@ -7266,7 +7284,7 @@ def has_ipv4_address(sources: Iterable[str]) -> bool:
     return False
 
 
-def json_value(document: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
+def json_value(document: Report, name: str, kind: type, default: Any) -> Any:
     """Return a value of a JSON document, or the default; ValueError if it is of another kind.
 
     A float may be an integer, and a list is one of strings.
@@ -7378,7 +7396,7 @@ class RunInfo:
     capture_limit: int | None = in_config(int)  # packets in each capture
     wait: float = in_config(float, 0.0)  # seconds for the last packets
     timeout: float = in_config(float, 0.0)  # seconds for the traffic
-    platform: dict[str, Any] = in_config(dict, {})
+    platform: Report = in_config(dict, {})
     # In ns since 1970:
     started: int | None = in_config(str, optional=True, encode=iso_time, decode=parse_time)
     duration: float | None = in_config(float, optional=True)  # of the traffic, in seconds
@@ -7419,9 +7437,9 @@ class RunInfo:
         """The properties that runs compared with this one must share."""
         return RunKind(self.subject, self.direction, self.traffic)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Report:
         """Return the document's `config`."""
-        document = _selection_to_json(self.selection)
+        document = dict(_selection_to_json(self.selection))
         for row in fields(self):
             value = getattr(self, row.name)
             about = row.metadata
@@ -7436,7 +7454,7 @@ class RunInfo:
         return document
 
     @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> RunInfo:
+    def from_json(cls, config: Report) -> RunInfo:
         """Return the run that a document's `config` describes; ValueError if it doesn't."""
         values = {}
         for row in fields(cls):
@@ -7446,7 +7464,7 @@ class RunInfo:
         selection = _selection_from_json(config)
         info = cls(**values, selection=selection, measured="traffic" in config)
         if not all(isinstance(value, str) for value in info.labels.values()):
-            raise ValueError("labels are not texts")
+            raise ValueError("labels are not strings")
         if info.traffic:
             info.achieved_rate = json_value(config["traffic"], "achieved", float, None)
         if info.window:
@@ -7454,7 +7472,7 @@ class RunInfo:
         return info
 
 
-def _selection_to_json(selection: Selection) -> dict[str, Any]:
+def _selection_to_json(selection: Selection) -> Report:
     probes = selection.probes
     return {
         "direction": selection.direction,
@@ -7468,7 +7486,7 @@ def _selection_to_json(selection: Selection) -> dict[str, Any]:
     }
 
 
-def _selection_from_json(config: Mapping[str, Any]) -> Selection:
+def _selection_from_json(config: Report) -> Selection:
     document = json_value(config, "selection", dict, {})
     direction = json_value(config, "direction", str, "in")
     if direction not in DIRECTIONS:
@@ -7756,7 +7774,7 @@ def without_absent_vif(plan: Plan, settings: Settings) -> tuple[Plan, list[str]]
     if settings.vif != vif or not links or vif in links:
         return plan, []
     names = ", ".join(sorted(links)[:40])
-    warning = f"{vif} doesn't exist now (there are: {names}). Start the VM before a run"
+    warning = f"{vif} doesn't exist yet (there are: {names}). Start the VM, or check --vif"
     captures = tuple(capture for capture in plan.captures if capture.point == "pif")
     return replace(plan, captures=captures), [warning]
 
@@ -8036,7 +8054,7 @@ class RunningCaptures:
         outdated = re.search(r"libpcap version (0\.\d|1\.[0-8])\b", self._plan.facts.tcpdump)
         if outdated and re.search(r"\bvlan\b", commands):
             incidents.append(
-                f"with libpcap {outdated[1]} the keyword vlan matches no outgoing "
+                f"with libpcap {outdated[1]} the keyword vlan of --filter matches no outgoing "
                 "frames: test their bytes instead, such as ether[12:2] = 0x8100"
             )
         return incidents
@@ -8080,7 +8098,7 @@ def capture_hint(
         siblings = [name for name in names if _stem(name) == _stem(capture.interface)]
         if siblings:
             return f" (the VM has: {', '.join(siblings)})"
-        advice = "a VM's interface that is an SR-IOV function has no device here"
+        advice = "an SR-IOV function that a VM has is no interface of the hypervisor"
     return f" (there are: {shorten(', '.join(names), 400, placeholder=' ...')}): {advice}"
 
 
@@ -8234,8 +8252,8 @@ def missing_packets(info: RunInfo, expected: int | None, sources: int) -> list[s
     warning = f"the sources sent only {sent} of {counted(expected * sources, 'packet')}"
     if "hping3" in (info.source_command or ""):
         warning += (
-            ". Does another run use the same source (two hping3s take each other's answers)? "
-            "Make one run at a time"
+            ". Does another run use the same source (two hping3s count each other's replies)? "
+            "Run one at a time"
         )
     return [warning]
 
@@ -8288,7 +8306,9 @@ def measured_window(
         return None
     rounding = 0
     if not (start.exact and end.exact and stop.exact):
-        info.incidents.append(f"the hypervisor's date has no nanoseconds (busybox?): {effect}")
+        info.incidents.append(
+            f"the hypervisor's date command prints no nanoseconds (busybox?): {effect}"
+        )
         rounding = NANOSECONDS
     step = (stop.wall - start.wall) - (stop.monotonic - start.monotonic)
     if abs(step) > NANOSECONDS + rounding:
@@ -8326,7 +8346,8 @@ def make_recording(
     end = read_clock_again(captures.job, start)
     drained = time.monotonic() + HANDED_OVER_SECONDS + max(info.wait, SHORTEST_WAIT)
     link = check_interface(hypervisor, plan, find_vif)
-    info.platform.setdefault("vif", {})["after"] = drop_counters(link)
+    queue = {**info.platform.get("vif", {}), "after": drop_counters(link)}
+    info.platform = {**info.platform, "vif": queue}
     files = hypervisor.open_files()
     control.wait_until(lambda: captures.job.ended, drained - time.monotonic())
     captures.check()
@@ -8356,7 +8377,9 @@ def check_interface(host: Host, plan: Plan, find_vif: Callable[[], str]) -> Link
     try:
         vif_now = find_vif()
     except RemoteCommandError as error:
-        raise RemoteCommandError(f"{error}: {advice}") from None
+        raise RemoteCommandError(
+            f"{error}. Was the VM moved, restarted or unplugged during the run? Measure again"
+        ) from None
     if vif_now != vif:
         raise RemoteCommandError(f"{host.name}: {vif} is now {vif_now}: {advice}")
     before = plan.facts.links.get(vif, Link(vif))
@@ -8584,7 +8607,7 @@ def analyze_text(
         sightings.end(side)
     result = match(sightings)
     warnings = [
-        f"{side}: {counted(capture.skipped, 'line')} without a sequence number or time left out"
+        f"{side}: left out {counted(capture.skipped, 'line')} without a sequence number or time"
         for side, capture in captures.items()
         if capture.skipped
     ]
@@ -8616,14 +8639,13 @@ SAVED_FILE = r"report\.json|(pif|vif)\d*\.pcap|trace-\w+"  # in it
 class SavedRun:
     """A run that --save has saved."""
 
-    report: dict[str, Any]
+    report: Report
     info: RunInfo
     files: CaptureFiles
 
 
 def load_run(directory: str) -> SavedRun:
     """Return the run that `save_run` has saved in a directory; UsageError if there is none."""
-    problem = f"{directory}: not a directory that --save made: report.json"
     try:
         with open(os.path.join(directory, "report.json"), encoding="utf-8") as file:
             report = json.load(file)
@@ -8633,9 +8655,11 @@ def load_run(directory: str) -> SavedRun:
             json_value(report["capture"], point, dict, {})
         names = sorted(os.listdir(directory))
     except OSError as error:
-        raise UsageError(f"{problem}: {error.strerror}") from None
+        raise UsageError(f"{directory}: not a saved run: report.json: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{problem} is damaged: {error}") from None
+        raise UsageError(
+            f"{directory}: can't read the saved run: report.json is damaged: {error}"
+        ) from None
     files = CaptureFiles(directory)
     for name in names:
         capture = re.fullmatch(r"(pif|vif)\d*\.pcap", name)
@@ -8798,9 +8822,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.toolstack not in ("auto", *TOOLSTACKS):
-            raise UsageError(f"toolstack must be auto, {', '.join(TOOLSTACKS)}")
+            raise UsageError(f"toolstack must be one of auto, {', '.join(TOOLSTACKS)}")
         if self.direction not in DIRECTIONS:
-            raise UsageError(f"direction must be {', '.join(DIRECTIONS)}")
+            raise UsageError(f"direction must be one of {', '.join(DIRECTIONS)}")
         if self.direction == "both" and self.match_nat:
             raise UsageError(
                 "--direction both can't be used with --match-nat: translated addresses don't tell "
@@ -9052,9 +9076,8 @@ class NetWeaver:
         self.results = analysis.results
         if any(map(resized, analysis.results)):
             plan = recording.plan
-            info.platform["offloads"] = {
-                pif: plan.facts.offloads(pif) for pif in plan.interfaces.pifs
-            }
+            offloads = {pif: plan.facts.offloads(pif) for pif in plan.interfaces.pifs}
+            info.platform = {**info.platform, "offloads": offloads}
         capture = {
             point: {"interface": getattr(info, point), **counts}
             for point, counts in recording.counts.items()
@@ -9106,7 +9129,7 @@ class NetWeaver:
         for name in hosts.sources:
             lines += [f"{name}: {command}" for command in dict.fromkeys(commands)]
         lines += [f"warning: {warning}" for warning in warnings]
-        found = "everything needed" if tried is plan else f"all but {info.vif}"
+        found = "everything needed" if tried is plan else f"everything needed but {info.vif}"
         lines.append(f"Dry run: {found} was found; no traffic was sent.")
         return lines
 
@@ -9122,7 +9145,7 @@ class NetWeaver:
         if job.status == 127:
             hint = f"is it installed there? If it runs in a container, {NAME_THE_VIF}"
             if self.settings.toolstack != "auto":
-                hint += "; --toolstack auto finds the right one"
+                hint += "; --toolstack auto takes one that is installed"
         if job.status:
             name = short_name(command)
             error = f"{host.name}: {name}: exit status {job.status}: {last_line(job.errors)}"
@@ -9457,7 +9480,7 @@ def direction_report(
 
 def outbound_report(
     outbound: DirectionResult, info: RunInfo, advice: Advice, warnings: list[str]
-) -> dict[str, Any] | None:
+) -> Report | None:
     """Return the report of the way out, None if no packet has a delay; add to the warnings."""
     problem = no_delay(outbound, info, advice)
     if problem:
@@ -9485,9 +9508,9 @@ def packets_report(result: DirectionResult, reordered: int) -> dict[str, int]:
     }
 
 
-def flows_report(by_flow: FlowDelays) -> dict[str, Any]:
+def flows_report(by_flow: FlowDelays) -> Report:
     """Return the number of flows, and how the delays of first and later packets differ."""
-    report: dict[str, Any] = {"count": by_flow.flows}
+    report: dict[str, object] = {"count": by_flow.flows}
     later = by_flow.later
     if by_flow.first and later:
         report["first"] = asdict(delay_statistics(by_flow.first))
@@ -9495,9 +9518,9 @@ def flows_report(by_flow: FlowDelays) -> dict[str, Any]:
     return report
 
 
-def guest_report(guest: GuestTimes, inbound: DirectionResult) -> dict[str, Any]:
+def guest_report(guest: GuestTimes, inbound: DirectionResult) -> Report:
     """Return the report on the time that the VM took to answer."""
-    report: dict[str, Any] = {}
+    report: dict[str, object] = {}
     if guest.times:
         report = {**asdict(delay_statistics(guest.times.values())), "unit": "microseconds"}
     report["packets"] = {
@@ -9677,8 +9700,9 @@ def matching_warnings(result: DirectionResult, advice: Advice) -> list[str]:
 def _stray_arrivals(result: DirectionResult, advice: Advice) -> str:
     return (
         f"{counted(result.counts.strays, 'packet was', 'packets were')} seen on the "
-        f"{result.direction.second} too long before or after the {result.direction.first} to "
-        "match. Were packets sent again, did they take another path, or was the clock set?"
+        f"{result.direction.second} too long before or after passing the "
+        f"{result.direction.first} to be matched. Were packets sent again, did they take another "
+        "path, or was the clock set?"
         f"{advice.late}"
     )
 
@@ -9729,8 +9753,8 @@ def delay_warnings(result: DirectionResult, delays: DelayStatistics) -> list[str
     if delays.zero:
         warnings.append(
             f"{counted(delays.zero, 'delay is', 'delays are')} exactly 0: the time stamps are too "
-            "coarse, or the clock stood still between two CPUs (as Xen's does where dom0 has "
-            "several)"
+            "coarse, or the clock did not advance from one CPU to the next (as on Xen with "
+            "several CPUs of dom0)"
         )
     if delays.maximum * 1000 > LONGEST_WAIT:
         outliers = [delay for delay in result.delays if delay > LONGEST_WAIT]
@@ -9775,8 +9799,8 @@ def rate_warnings(result: DirectionResult, info: RunInfo) -> list[str]:
     paced = not traffic.command or "{interval}" in traffic.command
     if paced and info.achieved_rate and info.achieved_rate < 0.95 * traffic.rate:
         warnings.append(
-            f"each source sent less than 95 % of {counted(traffic.rate, 'packet')} a second. Use a "
-            "lower --rate, or more sources"
+            f"each source reached less than 95 % of --rate {traffic.rate}. Use a lower one, "
+            "or more sources"
         )
     if traffic.load and info.duration:
         most = 1.1 * traffic.rate * info.duration * len(info.sources)
@@ -9798,7 +9822,7 @@ def traffic_warnings(
     under_way = result.counts.undecided.under_way
     if under_way and info.sources:
         warnings.append(
-            f"{counted(under_way, 'packet')} at the end left out of all counts (undecided): the "
+            f"{counted(under_way, 'packet')} at the end are counted as undecided only: the "
             f"captures may have stopped before all of them reached the {result.direction.second}. "
             f"{advice.undecided}"
         )
@@ -9838,8 +9862,9 @@ def capture_warnings(
         uncaptured = result.counts.undecided.uncaptured
         if uncaptured:
             warnings.append(
-                f"{counted(uncaptured, 'packet')} may or may not be lost, since the capture on the "
-                f"{result.direction.second} missed or truncated as many: left out of all counts"
+                f"{counted(uncaptured, 'packet')} may be lost or not, since the capture on the "
+                f"{result.direction.second} missed or truncated that many: they are counted as "
+                "undecided only"
             )
     return warnings
 
@@ -9849,8 +9874,8 @@ def guest_warnings(guest: GuestTimes) -> list[str]:
     if not guest.ambiguous:
         return []
     return [
-        f"guest: {counted(guest.ambiguous, 'probe')} sent more than once (retransmissions?) left "
-        "out, since it isn't clear which copy was answered"
+        f"guest: left out {counted(guest.ambiguous, 'probe')} that were sent more than once "
+        "(retransmissions?), since it isn't clear which copy was answered"
     ]
 
 
@@ -10005,7 +10030,7 @@ class ChangeLimit:
         if comparison is None:  # only the last run of its kind has one
             return None
         if comparison["distinguishable"] is None:
-            return f"{self.text} is not known: it requires {FEWEST_RUNS} runs on each side"
+            return f"{self.text!r} can't be decided: it requires {FEWEST_RUNS} runs on each side"
         changes = [
             self._show(name, comparison[name])
             for name in self.figures
@@ -10191,14 +10216,23 @@ def check_writable(path: str) -> None:
         raise UsageError(f"can't write {path}: no permission to write there")
 
 
-RunResult = tuple[dict[str, Any], Sequence[DirectionResult]]  # report, and each direction
-FORMATS = ("text", "json", "prometheus")  # of the result
+RunResult = tuple[Report, Sequence[DirectionResult]]  # report, and each direction
 
 
 class Output:
     """A form in which the results of runs are published."""
 
-    def add(self, report: dict[str, Any], results: Sequence[DirectionResult]) -> None:
+    takes_several_runs = True
+
+    @staticmethod
+    def check(labels: Iterable[str]) -> None:
+        """Raise UsageError if results with these --label names can't be published."""
+
+    @staticmethod
+    def write_failure(path: str, describe: Callable[[], RunInfo], exit_code: int) -> None:
+        """Publish that the run that `describe` returns has failed, if this form has a place."""
+
+    def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
         """Take the result of the next run."""
         raise NotImplementedError
 
@@ -10214,7 +10248,7 @@ class JsonOutput(Output):
         self._indent = indent
         self._written = False
 
-    def add(self, report: dict[str, Any], results: Sequence[DirectionResult]) -> None:
+    def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
         """Write the document on the next run, so that it is there whatever happens later."""
         text = json.dumps(report, indent=self._indent)
         write_text(self._path, f"{text}\n", append=self._written)
@@ -10611,9 +10645,9 @@ def comparison_lines(report: Report, subject: str) -> list[str]:
             differences.append(f"{label} is {word}")
     if comparison["distinguishable"] is None:
         shifts = ", ".join(" ".join(change.split()) for change in changes)
-        too_few = f"too few runs for a verdict (it takes {FEWEST_RUNS} on each side)"
-        return [f"{subject}: {too_few}, against {comparison['path']}", f" {shifts} {runs}"]
-    heading = f"{subject} against {comparison['path']}"
+        too_few = f"too few runs for a verdict ({FEWEST_RUNS} needed on each side)"
+        return [f"{subject}: {too_few}, compared with {comparison['path']}", f" {shifts} {runs}"]
+    heading = f"{subject} compared with {comparison['path']}"
     verdict = "no significant difference; within run-to-run variation"
     if differences:
         verdict = f"significant difference: {', '.join(differences)}"
@@ -10639,10 +10673,10 @@ class TextOutput(Output):
     def __init__(self, screen: Screen, path: str | None) -> None:
         self._screen = screen
         self._path = path  # None: stderr
-        self._reports: list[dict[str, Any]] = []
+        self._reports: list[Report] = []
         self._delays: Counter[int] = Counter()
 
-    def add(self, report: dict[str, Any], results: Sequence[DirectionResult]) -> None:
+    def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
         """Take the report of the next run."""
         self._reports.append(report)
         if len(self._reports) == 1:
@@ -10726,7 +10760,7 @@ class CsvOutput(Output):
 # ---- Outputs: Prometheus ---------------------------------------------------------------------
 
 PROMETHEUS_HELP = {
-    "success": "1 if something was measured, else 0.",
+    "success": "1 if the measurement succeeded, else 0.",
     "exit_code": "Exit code of netweaver.",
     "info": "The measurement, described by labels.",
     "warnings": "Number of warnings.",
@@ -10862,6 +10896,18 @@ def _label_text(labels: Mapping[str, str]) -> str:
 class PrometheusOutput(Output):
     """A file of series for node_exporter's textfile collector, on one run."""
 
+    takes_several_runs = False
+
+    @staticmethod
+    def check(labels: Iterable[str]) -> None:
+        """Raise UsageError if these --label names can't be those of a series."""
+        check_labels(labels)
+
+    @staticmethod
+    def write_failure(path: str, describe: Callable[[], RunInfo], exit_code: int) -> None:
+        """Write the series of a run that has failed."""
+        write_text(path, prometheus(describe(), exit_code))
+
     def __init__(self, path: str, exit_code: Callable[[], int]) -> None:
         self._path = path
         self._exit_code = exit_code
@@ -10910,7 +10956,7 @@ def check_picture(path: str) -> None:
     new_figure()
 
 
-def new_figure() -> Any:
+def new_figure() -> Picture:
     """Return a new figure of matplotlib; UsageError if that isn't installed."""
     try:
         from matplotlib.figure import Figure
@@ -10919,7 +10965,7 @@ def new_figure() -> Any:
     return Figure(figsize=(10, 5.4), layout="constrained")
 
 
-def save_figure(figure: Any, path: str, *title: str) -> None:
+def save_figure(figure: Picture, path: str, *title: str) -> None:
     """Write a figure with a title of several lines in the format that the path's ending names."""
     from matplotlib.text import Text
 
@@ -10970,10 +11016,10 @@ def _picture_heading(report: Report, first_packet: int) -> str:
     if info.traffic:
         traffic += f" at {rate_text(info)}"
     directions = " and ".join(direction.name for direction in info.selection.directions)
-    return f"{traffic}, {directions}, {date_text(first_packet)}"
+    return f"{traffic}, direction {directions}, {date_text(first_packet)}"
 
 
-def _label_plainly(axis: Any) -> None:
+def _label_plainly(axis: Axis) -> None:
     """Label a logarithmic axis with numbers such as 200 or 0.1, not as powers of ten."""
     from matplotlib.ticker import LogFormatter
 
@@ -10990,7 +11036,7 @@ def _seconds(result: DirectionResult, ranks: Iterable[int], start: int) -> list[
     return [(result.sent[rank] - start) / NANOSECONDS for rank in ranks]
 
 
-def _draw_stages(axes: Any, result: DirectionResult, start: int, logarithmic: bool) -> None:
+def _draw_stages(axes: Axes, result: DirectionResult, start: int, logarithmic: bool) -> None:
     """Draw how long each stage took: stacked, but on a logarithmic axis side by side."""
     if not result.trace:
         return
@@ -11010,7 +11056,7 @@ def _draw_stages(axes: Any, result: DirectionResult, start: int, logarithmic: bo
         )
 
 
-def _draw_delays(axes: Any, result: DirectionResult, start: int, names: Mapping[str, str]) -> None:
+def _draw_delays(axes: Axes, result: DirectionResult, start: int, names: Mapping[str, str]) -> None:
     """Draw the delay of each packet over time, and at the lower edge the lost ones."""
     direction = result.direction
     colour = PART_COLOURS[direction.name]
@@ -11040,7 +11086,7 @@ def _draw_delays(axes: Any, result: DirectionResult, start: int, names: Mapping[
         )
 
 
-def _draw_distribution(axes: Any, result: DirectionResult) -> None:
+def _draw_distribution(axes: Axes, result: DirectionResult) -> None:
     """Draw the share of packets that took no longer than a delay.
 
     The axis shows 1 / (1 - share), which on a logarithmic scale puts p99 and p99.9 apart.
@@ -11056,12 +11102,12 @@ def _draw_distribution(axes: Any, result: DirectionResult) -> None:
     )
 
 
-def _label_percentiles(axes: Any, size: int) -> None:
+def _label_percentiles(axes: Axes, size: int) -> None:
     """Label the axis of a distribution of at most so many packets in percent, up to p99.9."""
     end = max(size, 1000)
     labels = {1: "0", 2: "50", 10: "90", 100: "99", 1000: "99.9", 10_000: "99.99"}
     positions = [position for position in labels if position <= end]
-    axes.set(xscale="log", xlabel="packets that took no longer (%)", xlim=(1, end))
+    axes.set(xscale="log", xlabel="packets within this delay (%)", xlim=(1, end))
     axes.set_xticks(positions, [labels[position] for position in positions])
     axes.minorticks_off()
 
@@ -11134,7 +11180,7 @@ def _runs_title(reports: Sequence[Report]) -> list[str]:
     return [heading, f"{shorten(names, 100)}; {', '.join(directions)}"]
 
 
-def _draw_curve(axes: Any, points: Sequence[RunPoint], name: str, colour: str) -> None:
+def _draw_curve(axes: Axes, points: Sequence[RunPoint], name: str, colour: str) -> None:
     """Draw a figure of each run, and a line through the means of its groups."""
     groups: defaultdict[float, list[tuple[float, float]]] = defaultdict(list)
     for point in points:
@@ -11170,6 +11216,13 @@ class PictureOutput(Output):
 
 # ---- Outputs: all of them --------------------------------------------------------------------
 
+# Those that --format chooses from; a table and pictures have options of their own.
+FORMATS: dict[str, type[Output]] = {
+    "text": TextOutput,
+    "json": JsonOutput,
+    "prometheus": PrometheusOutput,
+}
+
 
 class Outcome:
     """The outputs of all runs, the limits that they break, and the messages at the end.
@@ -11200,7 +11253,7 @@ class Outcome:
         elif "{count}" not in (options.source_command or "{count}"):
             self._advice = "send more"
         self._outputs = self._make_outputs(options)
-        self._reports: list[dict[str, Any]] = []
+        self._reports: list[Report] = []
         self._breaches: list[str] = []
         self._problems: list[NetWeaverError] = []
 
@@ -11224,7 +11277,7 @@ class Outcome:
             outputs.append(PrometheusOutput(path, lambda: self.exit_code))
         return outputs
 
-    def attempt(self, step: Callable[..., Any], *arguments: object) -> Any:
+    def attempt(self, step: Callable[..., T], *arguments: object) -> T | None:
         """Return what a step returns, or None if it fails; its error is reported at the end."""
         try:
             with naming(self._subject):
@@ -11239,15 +11292,15 @@ class Outcome:
     @property
     def exit_code(self) -> int:
         """The exit code that signals, problems and limits have led to so far."""
-        if self._signals.number:
-            return 128 + self._signals.number
+        if self._signals.exit_code:
+            return self._signals.exit_code
         if self._problems:
             return self._problems[0].exit_code
         if self._breaches:
             return 7
         return 0
 
-    def add(self, report: dict[str, Any], results: Sequence[DirectionResult]) -> None:
+    def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
         """Check and publish the result of the next run."""
         self._reports.append(report)
         label = self._label(run_name(info_of(report)), [len(self._reports)])
@@ -11451,12 +11504,12 @@ class Options:
     )
     hypervisor: str | None = target_option(
         "--hv HOST",
-        "its hypervisor, as [user@]host[:port], or local: this machine, without SSH",
+        "its hypervisor, as [user@]host[:port], or 'local' for this machine, without SSH",
     )
     sources: Sequence[str] = target_option(
         "-s,--source SOURCE",
-        "a VM that generates traffic, as [user@]host[:port], or local: this machine; may be "
-        "repeated",
+        "a VM that generates traffic, as [user@]host[:port], or 'local' for this machine; "
+        "may be repeated",
         action="extend",
         type=list_of(str),
         default=(),
@@ -11542,7 +11595,8 @@ class Options:
     load: str | None = traffic_option(
         "--load COMMAND",
         "a shell command that the sources run during the measured traffic, which then lasts for "
-        "COUNT / RATE seconds; its packets must use another protocol or port, and are not counted",
+        "COUNT / RATE seconds; the load's packets must use another protocol or port, and are not "
+        "counted",
     )
     runs: int = traffic_option(
         "--runs N",
@@ -11591,9 +11645,9 @@ class Options:
 
     limits: Sequence[str] = judging_option(
         "--fail-if EXPR",
-        "exit with status 7 if this holds: a limit, such as 'p99>200us' or 'loss>0.1%', or a "
-        "change from the baseline: changed, slower or lossier (requires three runs on each side); "
-        "may be repeated",
+        "exit with status 7 if this is met: a figure beyond a limit, such as 'p99>200us' or "
+        "'loss>0.1%', or a change from the baseline: changed, slower or lossier (requires three "
+        "runs on each side); may be repeated",
         action="append",
         default=(),
         with_pcaps=True,
@@ -11612,8 +11666,8 @@ class Options:
     ssh_options: Sequence[str] = login_option(
         "-o,--ssh-option OPTION",
         "an option in the form of ssh_config, such as StrictHostKeyChecking=yes or "
-        "UserKnownHostsFile=FILE (default: ssh_config's; new hosts' keys are recorded); may be "
-        "repeated",
+        "UserKnownHostsFile=FILE (default: as in ssh_config, but new hosts' keys are "
+        "accepted and recorded); may be repeated",
         action="append",
         default=(),
     )
@@ -11659,6 +11713,11 @@ class Options:
     )
     quiet: bool = output_option("-q,--quiet", "no progress on stderr", with_pcaps=True)
     verbose: bool = output_option("-v,--verbose", "show the commands that are run", with_pcaps=True)
+
+    @property
+    def result_format(self) -> type[Output]:
+        """The class of the format of the result; without --format it is text or JSON."""
+        return FORMATS[self.format or "json"]
 
 
 REMOVED_OPTIONS = {
@@ -11723,7 +11782,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_option(group: argparse._ActionsContainer, row: Field[Any]) -> None:
+def add_option(group: argparse._ActionsContainer, row: Field[object]) -> None:
     """Add the option of a field of Options to a parser, or to a group of it."""
     group.add_argument(*row.metadata["flags"], dest=row.name, **row.metadata["details"])
 
@@ -11757,7 +11816,7 @@ def parse_options(argv: Sequence[str] | None) -> Options:
     return options
 
 
-def _check_empty(given: Mapping[str, Any]) -> None:
+def _check_empty(given: Mapping[str, object]) -> None:
     """Raise UsageError for a value without text, such as that of a shell's unset variable."""
     for row in fields(Options):
         values = given.get(row.name)
@@ -11776,8 +11835,8 @@ def _check_pcaps(options: Options, given: Container[str]) -> None:
         raise UsageError("--pcaps takes one directory: give the one that holds the runs")
     if len(options.pcaps) > 2:
         raise UsageError(
-            "--pcaps takes a directory of --save, or two captures: several files of one interface "
-            "are separated by commas"
+            "--pcaps takes a directory made by --save, or two captures; separate several files of "
+            "one interface by commas"
         )
 
 
@@ -11842,8 +11901,7 @@ def _check_traffic(options: Options) -> None:
 
 def _check_requirements(options: Options) -> None:
     """Raise UsageError for options that require others."""
-    if len(sweep(options)) > 1 and options.format == "prometheus":
-        raise UsageError("--format prometheus can't be used with several runs")
+    check_number_of_runs(options, len(sweep(options)))
     if options.keep and not options.save:
         raise UsageError("--keep requires --save")
     compared = [text for text in options.limits if text.strip().lower() in CHANGE_LIMITS]
@@ -11851,12 +11909,17 @@ def _check_requirements(options: Options) -> None:
         raise UsageError(f"--fail-if {compared[0]} requires --baseline")
 
 
+def check_number_of_runs(options: Options, number: int) -> None:
+    """Raise UsageError if there are more runs than the format of the result takes."""
+    if number > 1 and not options.result_format.takes_several_runs:
+        raise UsageError(f"--format {options.format} can't be used with several runs")
+
+
 def _check_outputs(options: Options) -> None:
     """Raise UsageError for files that can't be written, as far as that is known in advance."""
     if options.plot:
         check_picture(options.plot)
-    if options.format == "prometheus":
-        check_labels(key for key, _ in options.labels)
+    options.result_format.check(key for key, _ in options.labels)
     flags: dict[str, str] = {}
     outputs = {"--output": options.output, "--csv": options.csv, "--plot": options.plot}
     for flag, path in outputs.items():
@@ -11942,7 +12005,8 @@ def saved_runs(paths: Sequence[str], warn: Callable[[str], None]) -> list[SavedR
             raise UsageError(f"{paths[0]}: no such directory")
         if not os.path.isdir(paths[0]):
             raise UsageError(
-                f"{paths[0]}: give a directory of --save, or the captures of the pif and of the vif"
+                f"{paths[0]}: give a directory made by --save, or the captures of the pif and of "
+                "the vif"
             )
         return load_runs(paths[0], warn)
     pif, vif = paths
@@ -12039,9 +12103,9 @@ class Baseline:
     runs: list[dict[str, float]]  # COMPARED figures
     starts: list[int] = field(default_factory=list)  # of the runs (ns), as far as they are known
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Report:
         """Return the document's description of the baseline."""
-        taken: dict[str, Any] = {"runs": len(self.runs)}
+        taken: dict[str, object] = {"runs": len(self.runs)}
         if self.starts:
             taken |= {"first": iso_time(min(self.starts)), "last": iso_time(max(self.starts))}
         return {"path": self.path, "taken": taken, "left_out": self.left_out}
@@ -12070,7 +12134,8 @@ def load_baseline(
         return _baseline_of_runs(path, direction, kind, warn)
     if path.count(",") != 1:
         raise UsageError(
-            f"--baseline {path}: give a directory of --save, or two captures as PIF.pcap,VIF.pcap"
+            f"--baseline {path}: give a directory made by --save, or two captures as "
+            "PIF.pcap,VIF.pcap"
         )
     selection = Selection([direction])
     if destination:
@@ -12118,7 +12183,7 @@ def _baseline_figures(
         if result.direction is not direction:
             continue
         if not result.counts.timed:
-            raise UsageError(f"--baseline {path}: its two captures have no packet in common")
+            raise UsageError(f"--baseline {path}: in its captures no packet has a delay")
         figures.append(run_figures(result))
     return figures
 
@@ -12139,6 +12204,11 @@ class Signals:
         self.interrupt: Callable[[], bool] = lambda: False
         self._previous: dict[int, Any] = {}
 
+    @property
+    def exit_code(self) -> int:
+        """The exit code for the first signal, as a shell has it; 0 without a signal."""
+        return 128 + self.number if self.number else 0
+
     def __enter__(self) -> Signals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
@@ -12157,7 +12227,7 @@ class Signals:
             raise KeyboardInterrupt
         if os.isatty(2):
             # Not by sys.stderr, which may be in the middle of a line.
-            quietly(os.write, 2, b"\nstopping (interrupt again to give up)\n")
+            quietly(os.write, 2, b"\nstopping, report follows (interrupt again to quit at once)\n")
 
 
 class Screen:
@@ -12326,7 +12396,7 @@ class Comparer:
         self._figures: list[dict[str, float]] = []  # of the runs so far
         self._baselines: dict[RunKind | None, Baseline] = {}
         self._advice = f"Use --runs {FEWEST_RUNS}"
-        if options.format == "prometheus":
+        if not options.result_format.takes_several_runs:
             self._advice += " and another --format"
         if options.pcaps:
             self._advice = "Give more saved runs"
@@ -12357,22 +12427,23 @@ class Comparer:
             else:
                 continue
             raise UsageError(
-                f"--fail-if {', '.join(CHANGE_LIMITS)} require {FEWEST_RUNS} runs on each side: "
+                f"--fail-if {' or '.join(CHANGE_LIMITS)} requires {FEWEST_RUNS} runs on each side: "
                 f"the baseline has {before}, this measurement {now}. {advice}"
             )
 
-    def add(self, report: dict[str, Any], results: Sequence[DirectionResult]) -> None:
-        """Take the next run; add the comparison to the report of the last run of its kind."""
+    def compared(self, report: Report, results: Sequence[DirectionResult]) -> Report:
+        """Take the next run; return its report, that of the last of its kind with a comparison."""
         if not self._baselines:
-            return
+            return report
         position = len(self._figures)
         kind = self._kinds[position]
         self._figures.append(run_figures(results[0]))
         if kind in self._kinds[position + 1 :]:
-            return
+            return report
         current = [figures for figures, other in zip(self._figures, self._kinds) if other == kind]
         baseline = self._baselines[kind]
-        report["comparison"] = {**baseline.to_json(), **compare_runs(baseline.runs, current)}
+        comparison = {**baseline.to_json(), **compare_runs(baseline.runs, current)}
+        return {**report, "comparison": comparison}
 
 
 def run(options: Options, signals: Signals, screen: Screen) -> int:
@@ -12397,8 +12468,7 @@ def run_analysis(options: Options, signals: Signals, screen: Screen) -> int:
         direction = options.direction or saved[0].info.direction
         kinds = [replace(each.info.kind, direction=direction) for each in saved]
     limits = [parse_limit(text, direction, stages=True) for text in options.limits]
-    if len(saved) > 1 and options.format == "prometheus":
-        raise UsageError("--format prometheus can't be used with several runs")
+    check_number_of_runs(options, len(saved))
     outcome = Outcome(options, limits, screen, signals, several=len(saved) > 1)
     comparer = Comparer(options, direction, kinds, screen)
     comparer.check(limits)
@@ -12415,8 +12485,7 @@ def run_analysis(options: Options, signals: Signals, screen: Screen) -> int:
 def publish(runs: Iterable[RunResult], comparer: Comparer, outcome: Outcome) -> None:
     """Compare and publish runs as they come, until nobody reads the result any more."""
     for report, results in runs:
-        comparer.add(report, results)
-        outcome.add(report, results)
+        outcome.add(comparer.compared(report, results), results)
         if outcome.exit_code == ReaderGone.exit_code:
             break
 
@@ -12477,7 +12546,7 @@ def print_lines(lines: Iterable[str]) -> None:
 def unexpected(error: Exception) -> NetWeaverError:
     """Return the error that a user sees of a fault in this program."""
     return NetWeaverError(
-        f"unexpected {type(error).__name__}: {error} (please report it, with what -v shows)"
+        f"unexpected {type(error).__name__}: {error} (please report it, with the output of -v)"
     )
 
 
@@ -12499,7 +12568,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = parse_options(argv)
             screen = Screen(options.quiet, options.verbose)
             code = run(options, signals, screen)
-            return 128 + signals.number if signals.number else code
+            return signals.exit_code or code
         except KeyboardInterrupt:
             error = NetWeaverError("interrupted")
         except NetWeaverError as raised:
@@ -12508,30 +12577,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options and options.verbose:
                 raise
             error = unexpected(unknown)
-        known = options or valid_options(argv)
-        subject = known.name_label or ""
+        exit_code = signals.exit_code or error.exit_code
         if options:
-            subject = planned_subject(options)
-        name_error(error, subject)
-        screen.error(error)
-        code = error.exit_code
-        if signals.number:
-            code = 128 + signals.number
-        if options or known.output != "-":
-            write_failure(known, code)
-        return code
+            name_error(error, planned_subject(options))
+            screen.error(error)
+            publish_failure(options, exit_code)
+        else:  # the command line is wrong
+            valid = valid_options(argv)
+            name_error(error, valid.name_label or "")
+            screen.error(error)
+            if valid.output != "-":
+                publish_failure(valid, exit_code)
+        return exit_code
 
 
-def write_failure(options: Options, code: int) -> None:
-    """Write the series of a run that has failed; an error of this is not the one that matters."""
-    if options.format != "prometheus":
-        return
+def publish_failure(options: Options, exit_code: int) -> None:
+    """Publish that a run has failed, where its result would be published."""
+    with suppress(NetWeaverError):  # the first error is the one that matters
+        options.result_format.write_failure(
+            options.output, partial(describe_failed, options), exit_code
+        )
+
+
+def describe_failed(options: Options) -> RunInfo:
+    """Return the description of a run that has failed, perhaps before it was planned."""
     destination = options.destination or ""
     with suppress(UsageError):  # as in the series of a run that succeeds
         destination = resolve_destination(destination, options.sources, sweep(options))
-    info = RunInfo(
-        pif="",
-        vif="",
+    return RunInfo(
         selection=Selection(DIRECTIONS[options.direction or "in"]),
         sources=list(options.sources),
         destination=destination,
@@ -12541,8 +12614,6 @@ def write_failure(options: Options, code: int) -> None:
         name_label=options.name_label,
         traffic=sweep(options)[0] if options.sources else None,
     )
-    with suppress(NetWeaverError):
-        write_text(options.output, prometheus(info, code))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_queue_of_the_vif(kvm: KvmLab) -> None:
     [
         (("-n", "halted"), "the domain 'halted' is shut off"),
         (("-n", "none"), "failed to get domain 'none'"),
-        (("-i", "auto", "--num", "1"), "its bridge br1 has no physical interface"),
+        (("-i", "auto", "--num", "1"), "the bridge br1 of vnet"),
         (("--num", "2"), "(--num counts from 0; there are: vnet0, vnet1)"),
     ],
 )

@@ -233,7 +233,7 @@ def rename(xen: XenLab) -> None:
     ("act", "seconds", "code", "words"),
     [
         (save_and_restore, 60, 5, "the capture on vif{}.0 ended with status"),
-        (rename, 6, 4, "the VM was moved, restarted or unplugged during the run"),
+        (rename, 6, 4, "VM moved, restarted or unplugged during the run"),
         (detach, 60, 5, "the capture on vif{}.0 ended with status"),
     ],
 )

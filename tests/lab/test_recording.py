@@ -218,7 +218,7 @@ def test_a_dry_run_finds_what_a_run_would_find(lab: Lab) -> None:
 def test_a_dry_run_before_the_vm_is_started(lab: Lab) -> None:
     done = lab.netweaver(*one_source(lab, "--dry-run", "--vif", "vif9.9", "-i", "eth0"))
     assert done.returncode == 0
-    assert "warning: vif9.9 doesn't exist now" in done.stdout
+    assert "warning: vif9.9 doesn't exist yet" in done.stdout
     assert "everything needed was found" not in done.stdout
 
 

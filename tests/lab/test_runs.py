@@ -368,7 +368,7 @@ def test_a_reader_that_goes_away_ends_all_runs(lab: Lab) -> None:
     process.stdout.close()
     assert process.wait(20) == 141
     lines = process.stderr.read().splitlines()
-    assert all("each source sent less than" in line for line in lines)  # on a busy machine
+    assert all("each source reached less than 95 %" in line for line in lines)  # on a busy machine
     process.stderr.close()
 
 

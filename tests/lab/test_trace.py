@@ -243,7 +243,7 @@ def test_a_trace_that_fills_its_disk_space(own_lab: Lab) -> None:
     found = trace_run(own_lab, *options)
     assert found["packets"]["matched"] > 0
     assert 0 < found["stages"]["forwarding"]["packets"] < found["packets"]["matched"]
-    [warning] = [text for text in found["warnings"] if "without known stages" in text]
+    [warning] = [text for text in found["warnings"] if "no known stages" in text]
     assert "ended early" in warning
     own_lab.wait_clean()
 

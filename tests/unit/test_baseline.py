@@ -51,10 +51,10 @@ def test_a_verdict_on_too_few_runs_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("baseline", "code", "words"),
     [
-        ("{0}", 2, "not a directory that --save made"),
-        ("nothing", 2, "give a directory of --save, or two captures"),
+        ("{0}", 2, "not a saved run"),
+        ("nothing", 2, "give a directory made by --save, or two captures"),
         ("{0}/none.pcap,{0}/vif.pcap", 5, "none.pcap: can't read it"),
-        ("{0}/pif.pcap,{0}/empty.pcap", 2, "no packet in common"),
+        ("{0}/pif.pcap,{0}/empty.pcap", 2, "no packet has a delay"),
     ],
 )
 def test_baselines_that_are_none(tmp_path: Path, baseline: str, code: int, words: str) -> None:

@@ -231,7 +231,7 @@ def test_an_incomplete_last_record_is_left_out(missing: int) -> None:
     assert len(identities) == 99
     (warning,) = capture.warnings()
     assert f"incomplete ({76 - missing} byte" in warning
-    assert "left out after 99 complete records" in warning
+    assert "ignored, after 99 complete records" in warning
 
 
 def test_an_incomplete_last_block_is_left_out() -> None:

@@ -147,7 +147,7 @@ def test_output_without_end(host: netweaver.Host) -> None:
 
 
 def test_a_command_that_takes_too_long(host: netweaver.Host) -> None:
-    with pytest.raises(netweaver.RemoteCommandError, match="sleep 60: did not answer in time"):
+    with pytest.raises(netweaver.RemoteCommandError, match="sleep 60: timed out"):
         host.run("sleep 60", 0.5)
 
 
@@ -156,7 +156,7 @@ def test_a_script_is_never_printed(host: netweaver.Host) -> None:
     with pytest.raises(netweaver.RemoteCommandError) as caught:
         host.run(script, 0.5)
     assert "secret" not in str(caught.value)
-    with pytest.raises(netweaver.RemoteCommandError, match="local: the search: did not"):
+    with pytest.raises(netweaver.RemoteCommandError, match="local: the search: timed out"):
         host.run(script, 0.5, name="the search")
 
 

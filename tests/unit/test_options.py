@@ -70,7 +70,7 @@ def usage_error(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
         ([*COMPLETE, "--filter", " "], "--filter is empty"),
         ([*COMPLETE, "-d", ""], "--destination is empty"),
         ([*COMPLETE, "--output", "/tmp/a", "--csv", "/tmp/../tmp/a"], "can't both be written"),
-        (["--pcaps", "a", "b", "c"], "--pcaps takes a directory of --save, or two captures"),
+        (["--pcaps", "a", "b", "c"], "--pcaps takes a directory made by --save, or two captures"),
         (["--pcaps", "/", "/"], "--pcaps takes one directory"),
         (["--pcaps", "a"], "a: no such directory"),
         ([*COMPLETE, "--save", "/dev/null"], "/dev/null: Not a directory"),

@@ -35,7 +35,7 @@ def test_each_packet_is_drawn(tmp_path: Path) -> None:
     assert offline("--pcaps", *paths, "-d", "10.0.0.1", "--plot", str(target)).returncode == 0
     assert target.read_text().count("<use xlink:href") > 500
     text = " ".join(words(target))
-    assert "10.0.0.1, in, 2023-11-14 22:13 UTC" in text
+    assert "10.0.0.1, direction in, 2023-11-14 22:13 UTC" in text
     assert "lost" in text
     assert {"99", "99.9"} <= set(words(target))
 

@@ -31,7 +31,7 @@ def test_a_rate_below_95_percent(tmp_path: Path, asked: int, warns: bool) -> Non
     found = analyzed_with(tmp_path, Traffic(rate=asked))
     assert rate_of(found) == RATE
     assert (
-        any(f"less than 95 % of {asked} packets" in warning for warning in found["warnings"])
+        any(f"less than 95 % of --rate {asked}" in warning for warning in found["warnings"])
         == warns
     )
 

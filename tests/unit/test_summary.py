@@ -266,7 +266,7 @@ def test_a_difference_is_told_in_percentage_points(tmp_path: Path) -> None:
     now = [{"median": 300.0 + run, "p99": 400.0 - run, "loss_ratio": 0.02} for run in range(5)]
     found["comparison"] = {"path": "old", **netweaver.compare_runs(before, now)}
     lines = netweaver.comparison_lines(found, "web1 syn-100")
-    assert lines[0] == "web1 syn-100 against old"
+    assert lines[0] == "web1 syn-100 compared with old"
     assert lines[1].startswith(" significant difference: median is higher, p99 is higher (")
     found["comparison"] = {"path": "old", **netweaver.compare_runs(now, before)}
     assert "median is lower" in netweaver.comparison_lines(found, "web1")[1]

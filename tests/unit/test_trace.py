@@ -480,7 +480,7 @@ def test_events_that_are_missing(tmp_path: Path, stats: str, words: str) -> None
     run = with_others(SavedTrace())
     run.stats = stats
     found = analyzed("--pcaps", run.save(tmp_path / "run"))
-    [warning] = [warning for warning in found["warnings"] if "without known stages" in warning]
+    [warning] = [warning for warning in found["warnings"] if "no known stages" in warning]
     assert words in warning
 
 
@@ -511,7 +511,7 @@ def test_causes_of_an_empty_trace(tmp_path: Path) -> None:
             run.sent(0, 900_000_002, 1)
         directory = tmp_path / "-".join(("run", *packets))
         found = analyzed("--pcaps", run.save(directory))
-        [warning] = [text for text in found["warnings"] if "without known stages" in text]
+        [warning] = [text for text in found["warnings"] if "no known stages" in text]
         assert words in warning
         assert "buffer" not in warning
 

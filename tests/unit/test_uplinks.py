@@ -434,7 +434,7 @@ def test_isolated_bridge(tmp_path: Path) -> None:
     link_local = "fe80::/64 proto kernel metric 256 pref medium"
     answers["ip -6 -o route show table all dev virbr0"] = link_local
     del answers["ip -4 -o route show table all dev virbr0"]
-    with pytest.raises(RemoteCommandError, match="virbr0 has no physical interface"):
+    with pytest.raises(RemoteCommandError, match="virbr0 of vnet0 has no physical interface"):
         Host(tmp_path, LIBVIRT_NAT, answers).find("vnet0")
 
 
@@ -526,9 +526,9 @@ def test_one_of_two_sources_on_the_same_host(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("vif", "reason"),
     [
-        ("vif9.0", "there is no such interface"),
-        ("eth1", "it is in no bridge"),
-        ("vif5.1", "its bridge br1 has no physical"),
+        ("vif9.0", "vif9.0 doesn't exist"),
+        ("eth1", "eth1 is in no bridge"),
+        ("vif5.1", "the bridge br1 of vif5.1 has no physical"),
     ],
 )
 def test_vif_without_an_uplink(tmp_path: Path, vif: str, reason: str) -> None:
