@@ -5589,10 +5589,11 @@ class SshConnection:
 
 
 class LocalChannel:
-    """A shell on this machine."""
+    """A shell on this machine, which one thread may close while another reads."""
 
     def __init__(self, command: str) -> None:
         self.closed = False
+        self._reading = threading.Lock()  # held while the descriptors must stay open
         try:
             self._process = subprocess.Popen(
                 ["/bin/sh", "-c", command],
@@ -5638,22 +5639,27 @@ class LocalChannel:
         return self._receive(self._errors, size)
 
     def _is_ready(self, stream: IO[bytes]) -> bool:
-        if self.closed or stream not in self._open:
-            return False
-        return any(key.fileobj is stream for key, _ in self._selector.select(0))
+        with self._reading:
+            if self.closed or stream not in self._open:
+                return False
+            return any(key.fileobj is stream for key, _ in self._selector.select(0))
 
     def _receive(self, stream: IO[bytes], size: int) -> bytes:
-        data = os.read(stream.fileno(), size)
+        with self._reading:
+            if self.closed:
+                return b""
+            data = os.read(stream.fileno(), size)
         if not data:
             self._open.discard(stream)
         return data
 
     def close(self) -> None:
         """End the lease by closing the shell's input, and free everything."""
-        self.closed = True
-        for stream in (self._input, self._output, self._errors):
-            quietly(stream.close)
-        self._selector.close()
+        with self._reading:
+            self.closed = True
+            for stream in (self._input, self._output, self._errors):
+                quietly(stream.close)
+            self._selector.close()
         self._process.poll()
 
 

@@ -151,6 +151,19 @@ def test_a_command_that_takes_too_long(host: netweaver.Host) -> None:
         host.run("sleep 60", 0.5)
 
 
+def test_a_command_that_takes_too_long_and_prints(
+    host: netweaver.Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its output is read while its channel is closed, which is an error in neither thread."""
+    errors: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    for _ in range(30):
+        with pytest.raises(netweaver.RemoteCommandError, match="timed out"):
+            host.run("while :; do echo x; done", 0.02)
+    host.leave()
+    assert errors == []
+
+
 def test_a_script_is_never_printed(host: netweaver.Host) -> None:
     script = "{\necho secret\nsleep 60\n}"
     with pytest.raises(netweaver.RemoteCommandError) as caught:
