@@ -431,7 +431,7 @@ class Counts:
     lost: int
     duplicated: int  # further arrivals of packets that had arrived already
     second_only: int
-    strays: int  # arrivals too long before or after the packet was sent: not taken for its own
+    strays: int  # packets with an arrival too long before or after they were sent
     undecided: Undecided
 
     @property
@@ -1309,7 +1309,7 @@ class Capture:
                 break
             data += chunk
         if self._untimed > self._packets:
-            raise self.error(f"most packets have impossible times: {VARIANT}")
+            raise self.error(f"most packets have no time, or an impossible one: {VARIANT}")
         if self._unsupported and not self._packets:
             raise self.error(_unsupported_link_type(next(iter(self._unsupported))))
 
@@ -1329,7 +1329,8 @@ class Capture:
             )
         if self._untimed:
             warnings.append(
-                f"{counted(self._untimed, 'packet')} of {name} left out: impossible time stamps"
+                f"{counted(self._untimed, 'packet')} of {name} left out: no time stamp, or an "
+                "impossible one"
             )
         units = [resolution_unit(resolution) for resolution in sorted(self.resolutions)]
         if len(set(units)) > 1:
@@ -1907,9 +1908,9 @@ class _Arrivals:
         del self.delays[size:]
         del self.missing[size:]
         self.ranks = array("I", [rank for rank in self.ranks if rank < size])
-        for further in (self.duplicates, self.surplus):
-            for rank in [rank for rank in further if rank >= size]:
-                del further[rank]
+        for by_rank in (self.duplicates, self.surplus, self.strays):
+            for rank in [rank for rank in by_rank if rank >= size]:
+                del by_rank[rank]
 
 
 def _find_arrivals(
@@ -2049,8 +2050,10 @@ def _explain_missing(counts: Counts, classes: bytearray, uncaptured: int) -> Non
     unwatched = min(counts.undecided.unwatched, uncaptured - explained)
     counts.undecided.unwatched -= unwatched
     counts.undecided.uncaptured = explained + unwatched
+    last = len(classes)
     for _ in range(min(explained, classes.count(PacketClass.LOST))):
-        classes[classes.rindex(PacketClass.LOST)] = PacketClass.UNDECIDED
+        last = classes.rindex(PacketClass.LOST, 0, last)
+        classes[last] = PacketClass.UNDECIDED
 
 
 # ---- Statistics ------------------------------------------------------------------------------
@@ -2502,7 +2505,9 @@ def _shift(baseline: Sequence[float], current: Sequence[float], decimals: int) -
         low = round(after - before - margin, decimals)
         high = round(after - before + margin, decimals)
         shift.interval = [low, high]
-        shift.distinguishable = low < high and (low > 0 or high < 0)
+        # Runs that are all equal don't show how much equal runs vary: they decide nothing.
+        has_width = low < high
+        shift.distinguishable = has_width and (low > 0 or high < 0)
         run_to_run = math.sqrt((_variance(baseline) + _variance(current)) / 2)
         shift.run_to_run = round(run_to_run, decimals)
     return shift
@@ -5370,28 +5375,31 @@ def open_socket(settings: HostSettings) -> socket.socket:
         ) from error
     failure = OSError("it has no address")
     for family, _, _, _, address in answers:
-        sock = socket.socket(family, socket.SOCK_STREAM)
         try:
-            connect_socket(sock, settings, address)
-            return sock
+            return connect_socket(settings, family, address)
         except OSError as error:
             failure = error
-            sock.close()
     raise failure
 
 
 def connect_socket(
-    sock: socket.socket, settings: HostSettings, address: tuple[object, ...]
-) -> None:
-    """Connect a socket to an address; raise OSError if that fails."""
-    sock.settimeout(settings.connect_seconds)
-    if bind_address := settings.options.text("bindaddress"):
-        answers = socket.getaddrinfo(bind_address, 0, sock.family, socket.SOCK_STREAM)
-        sock.bind(answers[0][4])
-    sock.connect(address)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # else a dead peer is noticed after 15 minutes
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
+    settings: HostSettings, family: int, address: tuple[object, ...]
+) -> socket.socket:
+    """Return a socket that is connected to an address; raise OSError if that fails."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(settings.connect_seconds)
+        if bind_address := settings.options.text("bindaddress"):
+            answers = socket.getaddrinfo(bind_address, 0, family, socket.SOCK_STREAM)
+            sock.bind(answers[0][4])
+        sock.connect(address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # else a dead peer is noticed after 15 minutes
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_PEER_SECONDS * 1000)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 class DroppedConnectionError(HostConnectionError):
@@ -8658,7 +8666,8 @@ def load_run(directory: str) -> SavedRun:
         check_schema(directory, report.get("schema_version", OLDEST_SCHEMA))
         info = RunInfo.from_json(report["config"])
         for point in ("pif", "vif"):
-            json_value(report["capture"], point, dict, {})
+            if not isinstance(report["capture"][point], dict):
+                raise ValueError(f"capture.{point} is no object")
         names = sorted(os.listdir(directory))
     except OSError as error:
         raise UsageError(f"{directory}: not a saved run: report.json: {error.strerror}") from None
@@ -9730,17 +9739,18 @@ def _times_on_pif(result: DirectionResult) -> int:
     """Return how often the pif has seen most packets at about the same time."""
     counts = result.counts
     if result.direction.second == "pif":
-        if counts.duplicated < MOST * counts.matched:
+        if counts.duplicated < MOST * counts.matched or not result.duplicates:
             return 1
-        return 1 + max(result.duplicates.values())
+        [(further, _)] = Counter(result.duplicates.values()).most_common(1)
+        return 1 + further
     if counts.ambiguous < counts.matched / 2 or not counts.matched or result.translated:
         return 1
-    sightings: defaultdict[int, list[int]] = defaultdict(list)
-    for identity, sent in zip(result.ids, result.sent):
-        sightings[identity].append(sent)
-    [(times, _)] = Counter(map(len, sightings.values())).most_common(1)
+    sent_times: defaultdict[int, list[int]] = defaultdict(list)  # by id
+    for packet_id, sent in zip(result.ids, result.sent):
+        sent_times[packet_id].append(sent)
+    [(times, _)] = Counter(map(len, sent_times.values())).most_common(1)
     copied = 0
-    for sent_at in sightings.values():
+    for sent_at in sent_times.values():
         if len(sent_at) == times and sent_at[-1] - sent_at[0] < COPY_GAP:
             copied += times
     if times > MOST_COPIES or copied < MOST * counts.first:
@@ -11087,7 +11097,7 @@ def _draw_delays(axes: Axes, result: DirectionResult, start: int, names: Mapping
             "x",
             markersize=6,
             color=colour,
-            label=f"{direction.name}: {len(lost)} lost",
+            label=f"{direction.name}: {result.counts.lost} lost",
             transform=axes.get_xaxis_transform(),
         )
 

@@ -455,6 +455,19 @@ class FakeAgent(threading.Thread):
             client.close()
 
 
+def test_an_address_that_this_machine_has_no_sockets_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next address of the name is tried, as where the kernel has no IPv6."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        answers = [(family, socket.SOCK_STREAM, 0, "", address) for family in (99, socket.AF_INET)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: answers)
+        with netweaver.open_socket(read_settings("hv")) as client:
+            assert client.getpeername() == address
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: answers[:1])
+        with pytest.raises(OSError, match="not supported"):
+            netweaver.open_socket(read_settings("hv"))
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -86,6 +86,13 @@ def test_the_set_ends_before_the_first_packet_that_may_have_been_under_way() -> 
     assert len(result.sent) == len(result.classes) == 3
 
 
+def test_a_stray_arrival_of_a_packet_that_does_not_count_is_in_no_count() -> None:
+    pif = [("a", 0), ("late", 800), ("stray", 900)]
+    vif = [("a", 300), ("stray", 3 * SECOND)]
+    counts = paired(pif, vif, netweaver.Window(0, 900, 1000)).counts
+    assert (counts.first, counts.undecided.under_way, counts.strays) == (1, 2, 0)
+
+
 @pytest.mark.parametrize(("wait", "matched", "undecided"), [(0, 1, 0), (4 * SECOND, 2, 2)])
 def test_a_late_arrival_is_of_another_packet(wait: int, matched: int, undecided: int) -> None:
     """A packet is waited for one second, or as long as the user wants."""

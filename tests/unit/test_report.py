@@ -304,6 +304,26 @@ def test_answers_were_captured_twice_on_the_pif(tmp_path: Path) -> None:
     assert "captured twice on the pif" in " ".join(found["warnings"])
 
 
+def test_most_answers_were_captured_twice_and_one_more_often(tmp_path: Path) -> None:
+    packets = distinct(60)
+    copies = [(time + 12_000, content) for time, content in packets]
+    copies += [(packets[7][0] + 13_000 + number, packets[7][1]) for number in range(11)]
+    paths = captures(tmp_path, sorted([*through(packets, [9000] * 60), *copies]), packets)
+    found = analyzed("--pcaps", *paths, "--direction", "out")
+    assert "captured twice on the pif" in " ".join(found["warnings"])
+
+
+def test_identical_answers_were_captured_twice_on_the_pif(tmp_path: Path) -> None:
+    """Copies of identical packets are nobody's duplicates."""
+    same, other, last = ipv4(udp(), 17, ident=0), ipv4(tcp(seq=1)), ipv4(tcp(seq=2))
+    vif = [(T, same), (T + 10_000, same), (T + 20_000, other), (T + 30_000, last)]
+    pif = [(T + 5_000 + number, same) for number in range(8)]
+    pif += [(T + 25_000, other), (T + 35_000, last)]
+    found = analyzed("--pcaps", *captures(tmp_path, pif, vif), "--direction", "out")
+    assert found["packets"]["matched"] == 4
+    assert found["packets"]["duplicated"] == 6
+
+
 def test_retransmissions_were_not_captured_twice(tmp_path: Path) -> None:
     packets = distinct(50)
     again = sorted([*packets, *((time + 10**9, content) for time, content in packets)])

@@ -66,6 +66,9 @@ def test_the_advice_for_version_1_works(run: Path) -> None:
         '{"config": {"selection": {"sources": ["x"]}}}',
         '{"config": {"traffic": {"rate": "fast"}}}',
         '{"config": {}}',
+        '{"config": {}, "capture": {}}',
+        '{"config": {}, "capture": {"pif": {}}}',
+        '{"config": {}, "capture": {"pif": {}, "vif": []}}',
         "[" * 100_000,
     ],
 )
