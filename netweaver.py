@@ -233,6 +233,7 @@ GRACE_SECONDS = 0.5  # for a call to remove its files, when a signal ends the pr
 # ---- Model -----------------------------------------------------------------------------------
 # The values that the phases of an analysis exchange.  All times and delays are integer nanoseconds.
 
+FOREVER = 1 << 62  # ns, and before 0 as well
 NO_DELAY = -(1 << 63)
 
 
@@ -258,11 +259,11 @@ class Window:
     under way then are undecided, and so is all that was sent after the first of them.
     """
 
-    start: int = -(1 << 62)  # earlier packets and arrivals are in no count
-    end: int = 1 << 62  # of the traffic, or of the first point's capture
-    watched_until: int = 1 << 62  # the second point; later packets are not certainly captured
+    start: int = -FOREVER  # earlier packets and arrivals are in no count
+    end: int = FOREVER  # of the traffic, or of the first point's capture
+    watched_until: int = FOREVER  # the second point; later packets are not certainly captured
     wait: int = 0  # how long the user is willing to wait for a packet
-    watched_from: int = -(1 << 62)  # the second point
+    watched_from: int = -FOREVER  # the second point
     is_live: bool = True
 
     def decided(self, longest: int) -> tuple[int, int]:
@@ -398,7 +399,7 @@ class PacketClass(IntEnum):
     AMBIGUOUS = 1  # shares its identity with other packets sent: counted, but never timed
     LOST = 2
     UNDECIDED = 3  # missing at the second point, which may not have been watched: not counted
-    # While packets are matched: as many of those that share an identity are LOST or UNDECIDED.
+    # While packets are matched: so many of those that share an identity are missing.
     AMBIGUOUS_LOST = 4
     AMBIGUOUS_UNDECIDED = 5
 
@@ -535,7 +536,7 @@ ADDRESSES = 6  # offset of the addresses in an identity
 PAYLOAD = 32  # bytes of payload in an identity
 MOST_HEADERS = 32  # in one frame; real traffic has fewer
 
-# Ethertypes, and two values that no frame contains.
+# Ethertypes, and two values that are none.
 UNKNOWN = 0  # no IP packet follows
 ANY_IP = -1  # an IP header follows, which has the version
 IPV4 = 0x0800
@@ -623,8 +624,8 @@ PLAIN_FRAME = (
     "xB"  # protocol
     "2x22s"  # addresses; transport header up to TCP's flags
 )
-PLAIN_FRAME_SIZE = 48
-PLAIN_SIZE = 54  # of a whole TCP header
+PLAIN_FIELDS_SIZE = 48  # up to TCP's flags
+PLAIN_SIZE = 54  # up to the end of TCP's header without options
 TAGGED = b"\x81\x00"
 PLAIN_IPV4 = b"\x08\x00\x45"
 UNFRAGMENTED = (b"\0\0", b"\x40\0")  # without and with the flag "don't fragment"
@@ -645,7 +646,8 @@ def identify(
 ) -> list[bytes]:
     """Return the identities of the IP packets in a frame, the outermost first.
 
-    A frame that carries ARP has none.  `tunnel_ports` are the kinds of UDP tunnels by port.
+    A frame with ARP has none, even if that is in a tunnel.  `tunnel_ports` are the kinds of UDP
+    tunnels by port.
     Raises one of TOO_SHORT if the frame ends before the innermost packet is identified, unless the
     packet around it is whole: then its content is malformed.
     """
@@ -665,7 +667,7 @@ def _dissect(frame: bytes, linktype: int, tunnel_ports: Mapping[int, str]) -> li
         for _ in range(MOST_HEADERS):
             if ethertype in (IPV4, IPV6, ANY_IP):
                 version = frame[offset] >> 4
-                if version == 4 and frame[offset] >= 0x45:
+                if version == 4 and frame[offset] >= 0x45:  # whose header has 20 bytes or more
                     identity, transport, size = _identify_ipv4(frame, offset)
                 elif version == 6:
                     identity, transport, size = _identify_ipv6(frame, offset)
@@ -715,7 +717,10 @@ def _identify_plain(data: bytes, start: int, end: int, tunnel_ports: Mapping[int
 def _identify_plain_udp(
     data: bytes, start: int, end: int, headers: bytes, tunnel_ports: Mapping[int, str]
 ) -> bytes:
-    """Do so for a UDP datagram, given the part of its identity that comes from the headers."""
+    """Return the identity of a plain UDP datagram, or b"" if it needs full dissection.
+
+    `headers` is the part of the identity that comes from the headers.
+    """
     ip_length, port, udp_length = _plain_udp_fields(data, start + 16)
     payload = start + 42
     payload_end = payload + udp_length - 8
@@ -862,7 +867,10 @@ def _identify_ipv6(frame: bytes, offset: int) -> tuple[bytes, int, int]:
 
 
 def _transport_identity(frame: bytes, protocol: int, offset: int, size: int) -> bytes:
-    """Return the part of an identity that comes from the payload of the IP packet."""
+    """Return the part of an identity that comes from the payload of the IP packet.
+
+    `_identify_plain` and `_read_equal_records` make the same of plain frames, only faster.
+    """
     if protocol == TCP:
         header = _part(frame, offset, 14)  # ports, numbers, size of the header, flags
         if header[13] & SYN:  # routers edit its options
@@ -1015,7 +1023,7 @@ class Selection:
     translated: bool = False  # addresses change on the way, so that matching has to ignore them
     probes: ProbeFilter | None = None
     tunnel_ports: Mapping[int, str] = field(default_factory=TUNNEL_PORTS.copy)
-    captures_either: bool = False  # capture a packet that has one of its two addresses
+    captures_either: bool = False  # one of the two addresses suffices in a filter
 
     def __post_init__(self) -> None:
         self._sources = frozenset(map(_packed, self.sources))
@@ -1053,8 +1061,8 @@ class Selection:
     def vif_filter(self, ethernet: bool) -> str:
         """Return the pcap-filter(7) expression that captures the packets on the vif.
 
-        A guest that is a VLAN trunk tags its frames itself.  Of addresses that are translated, one
-        is still the one that the sources know.
+        A guest that is a VLAN trunk tags its frames itself.  If addresses are translated, one of
+        the two is on the vif as the sources know it: either suffices.
         """
         selection = replace(self, captures_either=self.translated)
         return selection.pif_filter(ethernet, overlay=False)
@@ -1137,12 +1145,12 @@ class Selection:
         ports = " or ".join(f"udp dst port {port}" for port in self.tunnel_ports)
         geneve = [port for port, kind in self.tunnel_ports.items() if kind == GENEVE]
         geneve_ports = " or ".join(f"udp dst port {port}" for port in geneve)
-        variable = f"(({geneve_ports}) and udp[8] & 0x3f != 0)"
+        geneve_with_options = f"(({geneve_ports}) and udp[8] & 0x3f != 0)"
         # Headers of UDP and of the tunnel (8 bytes each), addresses (12), ethertype, IP packet.
-        tagged = f"udp[28:2] != {self._ethertype}"
+        not_plain = f"udp[28:2] != {self._ethertype}"
         carried = f"({self._bytes_expression('udp', 30)})"
         return (
-            f"(ip and ({ports}) and ({variable} or {tagged} or {carried}))"
+            f"(ip and ({ports}) and ({geneve_with_options} or {not_plain} or {carried}))"
             f" or (ip6 and ({ports})) or ip proto {GRE} or ip6 proto {GRE}"
         )
 
@@ -1503,7 +1511,7 @@ class _PcapReader:
         if size < PLAIN_SIZE:
             return 0
         skipped = self._header_size - 12
-        record = Struct(f"{self._order}3I{skipped}x{PLAIN_FRAME}{size - PLAIN_FRAME_SIZE}x")
+        record = Struct(f"{self._order}3I{skipped}x{PLAIN_FRAME}{size - PLAIN_FIELDS_SIZE}x")
         whole_records = memoryview(data)[: len(data) // record.size * record.size]
         resolution = self._resolution
         tick = self._tick
@@ -1622,14 +1630,19 @@ class _PcapngReader:
             capture.add_frame(block, frame, length, interface.linktype, time_ns)
 
 
+PRECISIONS = {  # of time stamps, and their sizes in nanoseconds
+    "nanoseconds": 1,
+    "microseconds": 1_000,
+    "milliseconds": 1_000_000,
+    "seconds": NANOSECONDS,
+}
+
+
 def resolution_unit(resolution: int) -> str:
     """Return the name of the coarsest unit that time stamps have, given their ticks per second."""
-    if resolution >= NANOSECONDS:
-        return "nanoseconds"
-    if resolution >= 1_000_000:
-        return "microseconds"
-    if resolution >= 1_000:
-        return "milliseconds"
+    for name, size in PRECISIONS.items():
+        if resolution * size >= NANOSECONDS:
+            return name
     return "seconds"
 
 
@@ -1701,47 +1714,50 @@ def _time_of_day(text: str) -> int:
 # RFC 7679 and its relatives: the one-way delay of a packet between two points, its loss (RFC 7680)
 # and its duplication (RFC 5560).
 
+# In nanoseconds:
 LONGEST_WAIT = NANOSECONDS  # later arrivals are of another packet, unless the user waits longer
 CLOCK_ERROR = 10_000  # by so much the clocks of two processors may disagree
-UNSENT = -1  # in place of a rank: the first point has not seen the packet
-REPEATED = -2  # in place of a rank: the first point has seen several packets of this identity
-EARLY = -3  # in place of a rank: the packet was sent before the period that is measured
+
+# In place of a rank:
+UNSENT = -1  # the first point has not seen the packet
+REPEATED = -2  # the first point has seen several packets of this identity
+EARLY = -3  # the packet was sent before the period that is measured
 
 
 def collect(captures: Mapping[str, Sequence[Capture]], selection: Selection) -> list[Sightings]:
     """Read the captures of each point, once, and return the sightings of each direction."""
     sightings = [Sightings(direction, selection.translated) for direction in selection.directions]
-    sorter = _Sorter(selection)
+    selector = _Selector(selection)
     for point, files in captures.items():
         for capture in files:
             for block in capture:
                 if selection.selects_everything:
                     sightings[0].add(point, block.identities, block.times)
                     continue
-                capture.filtered += sorter.sort(block)
+                capture.filtered += selector.select(block)
                 for one_direction in sightings:
-                    part = sorter.parts[one_direction.direction]
+                    part = selector.parts[one_direction.direction]
                     one_direction.add(point, part.identities, part.times)
         for one_direction in sightings:
             one_direction.end(point)
     return sightings
 
 
-class _Sorter:
-    """The selected packets of a block, by direction."""
+class _Selector:
+    """Selects packets, one block after the other: `parts` has those of the last block."""
 
     def __init__(self, selection: Selection) -> None:
         self.parts = {direction: Block() for direction in selection.directions}
         self._selection = selection
         self._part_of: dict[bytes, Block | None] = {}  # by addresses, of which there are few
 
-    def sort(self, block: Block) -> int:
-        """Take the packets of a block, and return how many frames contain none."""
+    def select(self, block: Block) -> int:
+        """Select the packets of a block, and return how many frames have none of them."""
         for part in self.parts.values():
             part.identities.clear()
             part.times.clear()
         if block.outer or self._selection.probes:
-            return self._sort_each(block)
+            return self._select_each(block)
         rejected = 0
         part_of = self._part_of
         for identity, time_ns in zip(block.identities, block.times):
@@ -1759,8 +1775,8 @@ class _Sorter:
                 selected.times.append(time_ns)
         return rejected
 
-    def _sort_each(self, block: Block) -> int:
-        """Take packets one by one, where tunnels or probes must be looked at."""
+    def _select_each(self, block: Block) -> int:
+        """Select packets one by one, where tunnels or probes must be looked at."""
         rejected = 0
         for index, identity in enumerate(block.identities):
             for packet in (identity, *reversed(block.outer.get(index, ()))):
@@ -1838,13 +1854,13 @@ def match(sightings: Sightings, window: Window = ALWAYS, uncaptured: int = 0) ->
     under_way = 0
     if window.is_live:
         until = window.watched_until
-        size = _find_undecided(classes)
-        if size < len(classes):
-            until = min(until, sent.times[size] - 1)
-            under_way = len(classes) - size
-            sent.truncate(size)
-            arrivals.truncate(size)
-            del classes[size:]
+        first_undecided = _find_undecided(classes)
+        if first_undecided < len(classes):
+            until = min(until, sent.times[first_undecided] - 1)
+            under_way = len(classes) - first_undecided
+            sent.truncate(first_undecided)
+            arrivals.truncate(first_undecided)
+            del classes[first_undecided:]
     counts = _count(classes, arrivals)
     counts.undecided.under_way = under_way
     _count_unsent(counts, arrivals, window, until, longest)
@@ -1879,11 +1895,12 @@ def _index_ranks(
             rank_of[packet_id] = rank
         elif known == REPEATED:
             copies[packet_id].append(rank)
-        else:
+        elif known == EARLY:
             rank_of[packet_id] = REPEATED
             copies[packet_id] = [rank]
-            if known != EARLY:
-                copies[packet_id].insert(0, known)
+        else:
+            rank_of[packet_id] = REPEATED
+            copies[packet_id] = [known, rank]
     return rank_of, copies
 
 
@@ -1898,8 +1915,9 @@ class _Arrivals:
     repeated: defaultdict[int, list[int]] = field(
         default_factory=lambda: defaultdict(list)
     )  # times, by id
-    surplus: Counter[int] = field(default_factory=Counter)  # of those, by the first one's rank
-    unwatched: int = 0  # of those, of packets that were sent after the first point's capture
+    # More arrivals of a repeated identity than packets sent, by the rank of the first of these:
+    surplus: Counter[int] = field(default_factory=Counter)
+    unwatched: int = 0  # arrivals of repeated identities after the first point's capture had ended
     unsent: PointSightings = field(default_factory=PointSightings)
     strays: dict[int, int] = field(default_factory=dict)  # delays that can't be true, by rank
 
@@ -1918,7 +1936,7 @@ def _find_arrivals(
 ) -> _Arrivals:
     earliest = -LONGEST_WAIT
     latest = max(LONGEST_WAIT, window.wait)
-    last_duplicate = window.watched_until if window.is_live else 1 << 62
+    last_duplicate = window.watched_until if window.is_live else FOREVER
     sent_times = sent.times
     delays = array("q", [NO_DELAY]) * len(sent_times)
     missing = bytearray([True]) * len(sent_times)
@@ -1972,7 +1990,7 @@ def _classify_copies(
     Which of them are missing is unknown: first those that may be undecided, then the last ones.
     """
     decided_from, decided_until = window.decided(longest)
-    # Copies that were sent shortly before may have been seen, since some of them have arrived.
+    # Copies that were sent shortly before the second point was watched may have been seen, too.
     decided = sent.ranks_between(decided_from - longest, decided_until)
     for packet_id, times in arrivals.repeated.items():
         ranks = copies[packet_id]
@@ -1982,7 +2000,11 @@ def _classify_copies(
             arrivals.unwatched += len(times) - arrived
         if not arrived:
             continue
-        for position, rank in enumerate(sorted(ranks, key=lambda rank: rank not in decided)):
+        certain = [rank for rank in ranks if rank in decided]
+        uncertain = [rank for rank in ranks if rank not in decided]
+        for position, rank in enumerate(
+            certain + uncertain
+        ):  # as if they had arrived in this order
             if position < arrived:
                 classes[rank] = PacketClass.AMBIGUOUS
             elif rank in decided:
@@ -2156,7 +2178,7 @@ def reordering(result: DirectionResult) -> dict[int, int]:
 
     Only packets of one stream, from one address to another, can overtake each other.
     """
-    if all(map(le, result.arrivals, islice(result.arrivals, 1, None))):
+    if all(map(le, result.arrivals, islice(result.arrivals, 1, None))):  # all in order
         return {}
     ends = {
         kind: ADDRESSES + len(addresses_of(identity)) for kind, identity in result.kinds.items()
@@ -2231,20 +2253,21 @@ def delays_by_flow(result: DirectionResult) -> FlowDelays:
     del whole[NO_DELAY]
     if result.identities[0][0] == TEXT:
         return FlowDelays(0, whole, Counter())
-    first: dict[bytes, int] = {}  # delay of the first packet, by flow
+    delay_of_first: dict[bytes, int] = {}  # packet, by flow
     for flow, delay, kind in zip(_flows(result), result.delays, result.classes):
-        if flow not in first and kind != PacketClass.UNDECIDED:
-            first[flow] = delay
-    first.pop(b"", None)  # fragments of unknown flows
-    first_delays = Counter(first.values())
-    del first_delays[NO_DELAY]
-    return FlowDelays(len(first), whole, first_delays)
+        if flow not in delay_of_first and kind != PacketClass.UNDECIDED:
+            delay_of_first[flow] = delay
+    delay_of_first.pop(b"", None)  # fragments of unknown flows
+    first = Counter(delay_of_first.values())
+    del first[NO_DELAY]
+    return FlowDelays(len(delay_of_first), whole, first)
 
 
 def _flows(result: DirectionResult) -> Iterable[bytes]:
     """Return the flow of each packet, by rank; a fragment has that of its datagram.
 
-    It is b"" if the datagram's first fragment, which has the ports, was not captured.
+    Without the datagram's first fragment, which has the ports, it is b"", unless there are only
+    later fragments.
     """
     ends = {kind: _flow_end(identity) for kind, identity in result.kinds.items()}
     slices = _from_addresses(result, ends)
@@ -2252,12 +2275,12 @@ def _flows(result: DirectionResult) -> Iterable[bytes]:
         return slices
     datagrams = _fragmented_flows(result)
     flows = []
-    for packet_id, ports in zip(result.ids, slices):
+    for packet_id, addresses_and_ports in zip(result.ids, slices):
         identity = result.identities[packet_id]
         if identity[0] & NOT_FIRST:
             flows.append(datagrams.get(_datagram_of(identity), b""))
         else:
-            flows.append(identity[:2] + ports)
+            flows.append(identity[:2] + addresses_and_ports)
     return flows
 
 
@@ -2316,7 +2339,7 @@ def sent_datagrams(result: DirectionResult) -> int:
     return len(result.ids) - fragments
 
 
-def closing_resets(result: DirectionResult) -> int:
+def resets_of_own_syns(result: DirectionResult) -> int:
     """Return how many packets are RSTs by which a source rejects the answers to its own SYNs."""
     opened: set[bytes] = set()  # flows
     resets = 0
@@ -2324,7 +2347,7 @@ def closing_resets(result: DirectionResult) -> int:
         identity = result.identities[packet_id]
         if not _is_tcp(identity):
             continue
-        flags = _transport_of(identity)[13] & (FIN | SYN | RST | ACK)
+        flags = _transport_of(identity)[13] & HANDSHAKE_FLAGS
         if flags == SYN:
             opened.add(flow_of(identity))
         elif flags == RST and flow_of(identity) in opened:
@@ -2343,7 +2366,7 @@ def guest_times(inbound: DirectionResult, outbound: DirectionResult) -> GuestTim
     asked: list[int] = []
     ambiguous: set[int] = set()
     for rank in inbound.ranks(PacketClass.MATCHED, PacketClass.AMBIGUOUS):
-        answers = _expected_answers(inbound.identities[inbound.ids[rank]])
+        answers = _expected_answer_keys(inbound.identity(rank))
         if not answers:
             continue
         asked.append(rank)
@@ -2372,7 +2395,7 @@ def _answer_times(
     """Return how long after the arrival of a probe its first answer was sent, by rank."""
     times: dict[int, int] = {}
     for packet_id, time_ns in zip(outbound.ids, outbound.sent):
-        rank = probes.get(_answer(outbound.identities[packet_id]))
+        rank = probes.get(_answer_key(outbound.identities[packet_id]))
         if rank is None or rank in ambiguous or rank in times:
             continue
         guest_time = time_ns - inbound.sent[rank] - inbound.delays[rank]
@@ -2391,8 +2414,8 @@ ECHO_REQUESTS = (bytes((ICMP, 8)), bytes((ICMPV6, 128)))
 ECHO_REPLIES = (bytes((ICMP, 0)), bytes((ICMPV6, 129)))
 
 
-def _expected_answers(identity: bytes) -> list[bytes]:
-    """Return the keys that `_answer` may return for a probe's answer; none for other packets."""
+def _expected_answer_keys(identity: bytes) -> list[bytes]:
+    """Return the keys that `_answer_key` may return for the answer to a probe; none for others."""
     at = TRANSPORT_AT.get(identity[0])
     if at is None:
         return []
@@ -2416,14 +2439,14 @@ def _expected_answers(identity: bytes) -> list[bytes]:
     return [answer, fields.pack(destination, source, port, source_port, sequence % (1 << 32))]
 
 
-def _answer(identity: bytes) -> bytes:
+def _answer_key(identity: bytes) -> bytes:
     """Return the key that links an answer to its probe; b"" for a packet that answers no probe."""
     at = TRANSPORT_AT.get(identity[0])
     if at is None:
         return b""
     if identity[1] == TCP:
         flags = identity[at + 13]
-        if flags & (RST | ACK) and flags & (SYN | RST):
+        if flags & RST or flags & (SYN | ACK) == SYN | ACK:
             return identity[ADDRESSES : at + 4] + identity[at + 8 : at + 12]
     elif identity[1:2] + identity[at : at + 1] in ECHO_REPLIES:
         return identity[ADDRESSES:at] + identity[at + 2 : at + 6]
@@ -3217,7 +3240,7 @@ class Attachment:
             free = [rank for rank in candidates if rank not in attached]
             if len(free) == 1:
                 attached[free[0]] = passage
-            else:
+            else:  # several fit, or the only ones have a passage already: none is certain
                 contested.update(free or candidates)
         for rank in contested:
             attached.pop(rank, None)
@@ -3403,10 +3426,10 @@ class TraceAccount:
         """Return the known times of a stage (ns)."""
         return [time_ns for time_ns in self.stages[stage] if time_ns != NOT_TRACED]
 
-    def complete(self) -> tuple[list[int], dict[str, list[int]]]:
-        """Return the ranks of the packets whose way is known, and their times by stage.
+    def traced_packets(self) -> tuple[list[int], dict[str, list[int]]]:
+        """Return the ranks of the packets with stages, and their times (ns) by stage.
 
-        The time until the guest had them is 0 where it isn't known.
+        A time is 0 where it isn't known, as may be that until the guest had the packet.
         """
         ranks = [
             rank for rank, time_ns in enumerate(self.stages["forwarding"]) if time_ns != NOT_TRACED
@@ -3480,8 +3503,7 @@ def _add_stages(
 
 def attach_stages(analysis: Analysis, trace: KernelTrace, info: RunInfo) -> None:
     """Add the kernel trace's account of the packets to the analysis of a run."""
-    units = {"nanoseconds": 1, "microseconds": 1_000, "milliseconds": 1_000_000}
-    unit = max(units.get(counts["precision"], NANOSECONDS) for counts in analysis.counts.values())
+    unit = max(PRECISIONS[counts["precision"]] for counts in analysis.counts.values())
     for result in analysis.results:
         backend_of_second = ""
         if result.direction is IN:
@@ -3844,7 +3866,7 @@ SUDO_SHELL = (
     """exec sh -c 'if [ "$(id -u)" = 0 ]; then exec sh; """
     "elif sudo -n sh </dev/null; then exec sudo -n sh; else read line; exit 1; fi'"
 )
-LARGEST_ANSWER = 1 << 20  # bytes of a command's output
+LARGEST_ANSWER = 1 << 20  # bytes of a command's output, or of a file of ssh
 SFTP_BLOCK = 32768  # bytes which one answer of every SFTP server may have
 
 
@@ -4196,7 +4218,7 @@ class Host:
         return results[0]
 
     def check_job(self, job: Job) -> None:
-        """Raise HostConnectionError if a job has ended because the connection has."""
+        """Raise HostConnectionError if a job could not run to its end, but for its own fault."""
         if not job.ended or job.status is not None or job.flooded:
             return
         self.check()
@@ -5012,8 +5034,9 @@ def parse_openssh_key(data: bytes) -> tuple[str, bytes]:
 def load_key(path: str, ask: Callable[[str], str] | None) -> paramiko.PKey:
     """Return the private key in a file.
 
-    `ask` gets its passphrase from a person, if it has one.  Raises HostConnectionError if the key
-    can't be used.
+    `ask` gets the passphrase of an encrypted key from a person; None: nobody is there.
+
+    Raises HostConnectionError if the key can't be used.
     """
     import paramiko
 
@@ -8646,7 +8669,8 @@ def analyze_text(
 
 OLDEST_SCHEMA = 2  # schema_version of the oldest runs that can be read
 SAVED_NAME = r"\d{8}T\d{6}Z-.+"  # of the directory of a run
-SAVED_FILE = r"report\.json|(pif|vif)\d*\.pcap|trace-\w+"  # in it
+SAVED_CAPTURE = r"(pif|vif)\d*\.pcap"  # in it
+SAVED_FILE = rf"report\.json|{SAVED_CAPTURE}|trace-\w+"
 
 
 @dataclass
@@ -8677,7 +8701,7 @@ def load_run(directory: str) -> SavedRun:
         ) from None
     files = CaptureFiles(directory)
     for name in names:
-        capture = re.fullmatch(r"(pif|vif)\d*\.pcap", name)
+        capture = re.fullmatch(SAVED_CAPTURE, name)
         if capture:
             files.paths[capture[1]].append(os.path.join(directory, name))
     captures = files.paths["pif"] + files.paths["vif"]
@@ -8687,7 +8711,10 @@ def load_run(directory: str) -> SavedRun:
 
 
 def check_schema(directory: str, version: object) -> None:
-    """Raise UsageError if a saved run's document is of a version that can't be read."""
+    """Raise UsageError if a saved run's document is of a version that can't be read.
+
+    Raises ValueError for what is no version.
+    """
     if version == 1:
         captures = [os.path.join(directory, name) for name in ("pif.pcap", "vif.pcap")]
         raise UsageError(f"{directory}: saved by version 1. Give {' '.join(captures)}")
@@ -9620,6 +9647,11 @@ def measuring_advice(info: RunInfo) -> Advice:
         distinct = "Use one source at a time (because of --match-nat)"
     elif info.traffic and not info.traffic.command:
         distinct = "Are they retransmissions, or packets of another run?"
+    backwards = "Is -d the VM's address"
+    if info.sources:
+        backwards = "Are -s and -d swapped"
+    if info.direction == "in":
+        backwards += ", or is --direction out wanted"
     return Advice(
         distinct=distinct,
         undecided="Increase --wait",
@@ -9627,9 +9659,7 @@ def measuring_advice(info: RunInfo) -> Advice:
         translation=translation_advice(info),
         other_pif=other_pif,
         other_vif=_other_vif_advice(info),
-        backwards=("Are -s and -d swapped" if info.sources else "Is -d the VM's address")
-        + _if(info.direction == "in", ", or is --direction out wanted")
-        + "?",
+        backwards=f"{backwards}?",
         no_traffic="Is the destination the address of this VM? Do the packets have the source's "
         "address? Does a firewall drop them earlier?",
         no_answers="Is the destination the VM's address? Does it answer this traffic?",
@@ -9670,11 +9700,6 @@ def translation_advice(info: RunInfo) -> str:
     if info.selection.translated:
         return ""
     return f"address translation ({match_nat_option(info)}), "
-
-
-def _if(condition: object, text: str) -> str:
-    """Return a part of a message that depends on a condition."""
-    return text if condition else ""
 
 
 # With fewer delays than these a percentile is hardly more than the maximum by another name.
@@ -9737,12 +9762,9 @@ def captured_twice(result: DirectionResult) -> str:
 
 def _times_on_pif(result: DirectionResult) -> int:
     """Return how often the pif has seen most packets at about the same time."""
-    counts = result.counts
     if result.direction.second == "pif":
-        if counts.duplicated < MOST * counts.matched or not result.duplicates:
-            return 1
-        [(further, _)] = Counter(result.duplicates.values()).most_common(1)
-        return 1 + further
+        return _usual_arrivals(result)
+    counts = result.counts
     if counts.ambiguous < counts.matched / 2 or not counts.matched or result.translated:
         return 1
     sent_times: defaultdict[int, list[int]] = defaultdict(list)  # by id
@@ -9756,6 +9778,14 @@ def _times_on_pif(result: DirectionResult) -> int:
     if times > MOST_COPIES or copied < MOST * counts.first:
         return 1
     return times
+
+
+def _usual_arrivals(result: DirectionResult) -> int:
+    """Return how often the second point has seen most packets."""
+    if result.counts.duplicated < MOST * result.counts.matched or not result.duplicates:
+        return 1
+    [(further, _)] = Counter(result.duplicates.values()).most_common(1)
+    return 1 + further
 
 
 def delay_warnings(result: DirectionResult, delays: DelayStatistics) -> list[str]:
@@ -9789,7 +9819,7 @@ def captured_probes(result: DirectionResult, info: RunInfo) -> int:
     packets = sent_datagrams(result)
     if info.transmitted is not None:
         return min(packets, info.transmitted)
-    return packets - closing_resets(result)
+    return packets - resets_of_own_syns(result)
 
 
 def measure_rate(result: DirectionResult, info: RunInfo) -> float | None:
@@ -9847,7 +9877,7 @@ def traffic_warnings(
         return warnings
     seen = sent_datagrams(result) + under_way
     if seen > sent:
-        seen -= closing_resets(result)
+        seen -= resets_of_own_syns(result)
     if seen > sent:
         warnings.append(
             f"{counted(seen, 'packet was', 'packets were')} captured on the pif, but this run sent "
@@ -11056,7 +11086,7 @@ def _draw_stages(axes: Axes, result: DirectionResult, start: int, logarithmic: b
     """Draw how long each stage took: stacked, but on a logarithmic axis side by side."""
     if not result.trace:
         return
-    ranks, stages = result.trace.complete()
+    ranks, stages = result.trace.traced_packets()
     seconds = _seconds(result, ranks, start)
     durations = {name: [time_ns / 1000 for time_ns in times] for name, times in stages.items()}
     if logarithmic:
@@ -11093,7 +11123,7 @@ def _draw_delays(axes: Axes, result: DirectionResult, start: int, names: Mapping
     if lost:
         axes.plot(
             _seconds(result, lost, start),
-            [0.02] * len(lost),
+            [0.02] * len(lost),  # of the height of the axes
             "x",
             markersize=6,
             color=colour,
@@ -11240,6 +11270,9 @@ FORMATS: dict[str, type[Output]] = {
 }
 
 
+LIMIT_EXCEEDED = 7  # exit code, beside those of errors
+
+
 class Outcome:
     """The outputs of all runs, the limits that they break, and the messages at the end.
 
@@ -11313,7 +11346,7 @@ class Outcome:
         if self._problems:
             return self._problems[0].exit_code
         if self._breaches:
-            return 7
+            return LIMIT_EXCEEDED
         return 0
 
     def add(self, report: Report, results: Sequence[DirectionResult]) -> None:

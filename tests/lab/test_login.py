@@ -752,7 +752,10 @@ def test_a_passphrase_that_takes_longer_than_the_server_waits(own_server: Loopba
         (["ForceCommand /bin/false"], "can't run commands"),
         (["PubkeyAuthentication no", "KbdInteractiveAuthentication yes"], "accepts no keys"),
         (["PubkeyAuthentication no", "PasswordAuthentication yes"], "only password"),
-        (["AuthenticationMethods publickey,password", "PasswordAuthentication yes"], "password as"),
+        (
+            ["AuthenticationMethods publickey,password", "PasswordAuthentication yes"],
+            "password in addition",
+        ),
         (["AuthorizedKeysFile none"], "add the public key to root's"),
         (["DenyUsers root"], "add the public key to root's"),
         (["Ciphers chacha20-poly1305@openssh.com"], "offers only chacha20-poly1305"),
@@ -896,7 +899,7 @@ def test_jumps_and_proxies(own_lab: Lab) -> None:
     assert report(lab.netweaver(*arguments))["packets"]["matched"] == 5
     config.write_text(text.replace("ProxyJump vm", "ProxyCommand echo no way >&2; false"))
     line = failure(lab.netweaver(*arguments, seconds=20), 3)
-    assert "by ProxyCommand echo no way >&2; false: no way" in line
+    assert "through ProxyCommand echo no way >&2; false: no way" in line
 
 
 def test_several_jumps() -> None:

@@ -413,7 +413,7 @@ def test_events_of_equal_packets(options: dict[str, Any], share: float) -> None:
         model = KernelModel(seed, **options)
         result = model.match()
         account = netweaver.account_for(result, model.trace(), "netback", 1)
-        ranks, times = account.complete()
+        ranks, times = account.traced_packets()
         for row, rank in enumerate(ranks):
             found = [stage[row] for stage in list(times.values())[:3]]
             packet = result.identity(rank)[14:].decode()
