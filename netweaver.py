@@ -7592,6 +7592,14 @@ class Plan:
     load: str | None  # a shell command that the sources run beside the source command
     ends_itself: bool  # the source command ends, rather than being stopped
 
+    def lines(self) -> list[str]:
+        """Return lines for people on what would run on the hypervisor."""
+        lines = [f"hypervisor: {self.info.hypervisor}"]
+        if self.info.toolstack:
+            lines.append(f"toolstack: {self.info.toolstack}")
+        lines += [f"vif: {self.info.vif}", f"pif: {self.info.pif}"]
+        return lines + [f"{self.info.hypervisor}: {capture.command}" for capture in self.captures]
+
 
 def make_captures(
     facts: Facts,
@@ -7603,18 +7611,8 @@ def make_captures(
 ) -> tuple[tuple[CaptureCommand, ...], int | None, int]:
     """Return the capture commands, their packet limit, and the size of the largest file.
 
-    `expression` replaces the filter, and `commands`, by point, whole commands.  Raises CaptureError
-    if the hypervisor can't capture.
+    `expression` replaces the filter, and `commands`, by point, whole commands.
     """
-    if interfaces.vif in interfaces.pifs:
-        advice = "Give the physical one with -i"
-        if interfaces.route is RouteKind.GIVEN:
-            advice = "Give the physical one, or -i auto"
-        raise UsageError(f"-i {interfaces.vif}: this is the VM's interface. {advice}")
-    if not facts.has_tcpdump:
-        raise CaptureError(
-            f"can't run tcpdump: {last_line(facts.tcpdump)}. Install it: apt-get install tcpdump"
-        )
     points = [("pif", pif) for pif in interfaces.pifs]
     if commands["pif"]:
         del points[1:]
@@ -7635,6 +7633,19 @@ def make_captures(
     if any(commands.values()):
         return tuple(captures), None, wanted
     return tuple(captures), packet_limit, PCAP_HEADER + room
+
+
+def check_can_capture(facts: Facts, interfaces: Interfaces) -> None:
+    """Raise CaptureError if the hypervisor can't capture, UsageError for one interface only."""
+    if interfaces.vif in interfaces.pifs:
+        advice = "Give the physical one with -i"
+        if interfaces.route is RouteKind.GIVEN:
+            advice = "Give the physical one, or -i auto"
+        raise UsageError(f"-i {interfaces.vif}: this is the VM's interface. {advice}")
+    if not facts.has_tcpdump:
+        raise CaptureError(
+            f"can't run tcpdump: {last_line(facts.tcpdump)}. Install it: apt-get install tcpdump"
+        )
 
 
 def capture_room(facts: Facts, wanted: int, captures: int) -> int:
@@ -7852,6 +7863,7 @@ def make_plan(
     """
     selection = info.selection
     count = settings.packets(traffic)
+    check_can_capture(facts, interfaces)
     captures, packet_limit, largest_file = make_captures(
         facts, interfaces, selection, settings.capture_filter, commands, count
     )
@@ -8262,10 +8274,7 @@ def generate(
     )
     captures.check()
     probes.check()
-    if load:
-        for job in load.ended:
-            why = last_line(job.errors)
-            info.incidents.append(f"{job.name}: the load ended before the probes: {why}")
+    info.incidents += load_warnings(load)
     if plan.ends_itself and not in_time:
         info.incidents.append(
             f"the source command was stopped after {info.timeout:g} s. Use --duration to measure "
@@ -8279,6 +8288,16 @@ def generate(
     if ended and not hosts.failed:
         info.transmitted = probes.transmitted_packets()
         info.incidents += missing_packets(info, plan.expected, len(probes.jobs))
+
+
+def load_warnings(load: RunningCommand | None) -> list[str]:
+    """Return warnings on sources where the load has ended, while the probes have only just."""
+    if load is None:
+        return []
+    return [
+        f"{job.name}: the load ended before the probes: {last_line(job.errors)}"
+        for job in load.ended
+    ]
 
 
 def missing_packets(info: RunInfo, expected: int | None, sources: int) -> list[str]:
@@ -9149,12 +9168,11 @@ class NetWeaver:
         leaves them.  Raises a NetWeaverError for what is missing.
         """
         plan = self.plan(probes=probes[0])
-        info = plan.info
         hosts = self._connected()
         destination = self.destination_ip
         has_hping3 = all(self._has_hping3(traffic) for traffic in probes)
         tried, warnings = without_absent_vif(plan, self.settings)
-        warnings += info.incidents + try_captures(hosts.hypervisor, tried, self._control)
+        warnings += plan.info.incidents + try_captures(hosts.hypervisor, tried, self._control)
         commands: list[str] = []
         for traffic in dict.fromkeys(probes):
             hosts.on_sources(partial(try_traffic, traffic, destination, has_hping3))
@@ -9163,15 +9181,13 @@ class NetWeaver:
             commands.append(self.settings.source_command(traffic, destination, has_hping3))
         for error in hosts.failed.values():
             raise error
-        lines = [f"hypervisor: {info.hypervisor}"]
-        if info.toolstack:
-            lines.append(f"toolstack: {info.toolstack}")
-        lines += [f"vif: {info.vif}", f"pif: {info.pif}"]
-        lines += [f"{info.hypervisor}: {capture.command}" for capture in plan.captures]
+        lines = plan.lines()
         for name in hosts.sources:
             lines += [f"{name}: {command}" for command in dict.fromkeys(commands)]
         lines += [f"warning: {warning}" for warning in warnings]
-        found = "everything needed" if tried is plan else f"everything needed but {info.vif}"
+        found = "everything needed"
+        if tried is not plan:
+            found += f" but {plan.info.vif}"
         lines.append(f"Dry run: {found} was found; no traffic was sent.")
         return lines
 
@@ -9612,6 +9628,18 @@ ROUTE_ADVICE = {
 }
 
 
+def _other_pif_advice(info: RunInfo) -> str:
+    """Return advice on a measurement where the pif has no packets."""
+    other_pif = ROUTE_ADVICE[info.route or RouteKind.GIVEN]
+    if info.route is RouteKind.ROUTED and not info.selection.translated:
+        other_pif += f", and {match_nat_option(info)} if it translates addresses"
+    if info.filter:
+        return f"{other_pif}; does --filter match the packets there?"
+    if info.overlay:
+        return f"{other_pif}; traffic inside an encrypted tunnel (ESP) can't be found"
+    return f"{other_pif}; traffic inside a tunnel is found with --overlay, unless it is encrypted"
+
+
 def _other_vif_advice(info: RunInfo) -> str:
     """Return advice on a measurement where the vif has no packets."""
     other_vif = "Does a firewall drop them?"
@@ -9633,15 +9661,6 @@ def _other_vif_advice(info: RunInfo) -> str:
 
 def measuring_advice(info: RunInfo) -> Advice:
     """Return advice on a measurement; it leaves out the options that are in use."""
-    other_pif = ROUTE_ADVICE[info.route or RouteKind.GIVEN]
-    if info.route is RouteKind.ROUTED and not info.selection.translated:
-        other_pif += f", and {match_nat_option(info)} if it translates addresses"
-    if info.filter:
-        other_pif += "; does --filter match the packets there?"
-    elif info.overlay:
-        other_pif += "; traffic inside an encrypted tunnel (ESP) can't be found"
-    else:
-        other_pif += "; traffic inside a tunnel is found with --overlay, unless it is encrypted"
     distinct = "Send TCP SYNs or pings, or vary the payload"
     if info.selection.translated:
         distinct = "Use one source at a time (because of --match-nat)"
@@ -9657,7 +9676,7 @@ def measuring_advice(info: RunInfo) -> Advice:
         undecided="Increase --wait",
         late=" netweaver waits for a packet for at least 1 s; --wait extends that",
         translation=translation_advice(info),
-        other_pif=other_pif,
+        other_pif=_other_pif_advice(info),
         other_vif=_other_vif_advice(info),
         backwards=f"{backwards}?",
         no_traffic="Is the destination the address of this VM? Do the packets have the source's "
@@ -9771,10 +9790,8 @@ def _times_on_pif(result: DirectionResult) -> int:
     for packet_id, sent in zip(result.ids, result.sent):
         sent_times[packet_id].append(sent)
     [(times, _)] = Counter(map(len, sent_times.values())).most_common(1)
-    copied = 0
-    for sent_at in sent_times.values():
-        if len(sent_at) == times and sent_at[-1] - sent_at[0] < COPY_GAP:
-            copied += times
+    usual = [sent_at for sent_at in sent_times.values() if len(sent_at) == times]
+    copied = times * sum(sent_at[-1] - sent_at[0] < COPY_GAP for sent_at in usual)
     if times > MOST_COPIES or copied < MOST * counts.first:
         return 1
     return times
@@ -10260,6 +10277,11 @@ def check_writable(path: str) -> None:
         raise UsageError(f"can't write {path}: no such directory")
     if not os.access(needed, os.W_OK):
         raise UsageError(f"can't write {path}: no permission to write there")
+
+
+def is_terminal(stream: IO[str] | None) -> bool:
+    """Return whether a standard stream is a terminal; it is None if it was closed at the start."""
+    return stream is not None and stream.isatty()
 
 
 RunResult = tuple[Report, Sequence[DirectionResult]]  # report, and each direction
@@ -11310,7 +11332,7 @@ class Outcome:
         """Return the outputs that are asked for, in the order in which they are written."""
         path = options.output
         outputs: list[Output] = []
-        terminal = path == "-" and sys.stdout is not None and sys.stdout.isatty()
+        terminal = path == "-" and is_terminal(sys.stdout)
         format_name = options.format or ("text" if terminal else "json")
         if format_name == "json":
             outputs.append(JsonOutput(path, indent=2 if terminal else None))
@@ -11990,7 +12012,7 @@ def new_weaver(options: Options, screen: Screen, progress: Progress) -> NetWeave
     if not options.verbose:
         # paramiko's threads print tracebacks when a connection ends.
         threading.excepthook = lambda _: None
-    on_terminal = sys.stdin is not None and sys.stdin.isatty()
+    on_terminal = is_terminal(sys.stdin)
     weaver = NetWeaver(
         options.sources,
         options.name_label or "",
@@ -12286,7 +12308,7 @@ class Screen:
     """
 
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
-        terminal = sys.stderr is not None and sys.stderr.isatty()
+        terminal = is_terminal(sys.stderr)
         dumb = os.environ.get("TERM") == "dumb"
         encoding = getattr(sys.stderr, "encoding", None) or ""
         self.unicode = "utf" in encoding.lower()
