@@ -3557,7 +3557,7 @@ def _cause_of_no_fit(trace: KernelTrace, vif: str, pif: str) -> str:
     if vif.encode() not in trace.devices:
         return f"the kernel's trace has no events from {vif}"
     return (
-        "no events match (is the switch in userspace?), or packets of one length can't be told "
+        "no events match (is the switch in userspace?), or packets of equal length can't be told "
         "apart"
     )
 
@@ -3568,7 +3568,7 @@ def stages_warnings(account: TraceAccount) -> list[str]:
         return []
     return [
         f"{account.after_vif.dropped} of the packets that reached the vif never reached the guest: "
-        "it accepted them too late, or not at all"
+        "it was too slow to accept packets, or accepted none"
     ]
 
 
@@ -6292,7 +6292,7 @@ def parse_virsh_domiflist(answer: str, name: str, number: int) -> str:
     if number >= len(rows):
         names = ", ".join(row[0] for row in rows) or "none"
         raise RemoteCommandError(
-            f"the domain {name!r} has {counted(len(rows), 'interface')}, none of number {number} "
+            f"the domain {name!r} has {counted(len(rows), 'interface')}, but no number {number} "
             f"(--num counts from 0; there are: {names})"
         )
     interface, *others = rows[number]
@@ -8147,7 +8147,7 @@ def capture_hint(
         siblings = [name for name in names if _stem(name) == _stem(capture.interface)]
         if siblings:
             return f" (the VM has: {', '.join(siblings)})"
-        advice = "an SR-IOV function that a VM has is no interface of the hypervisor"
+        advice = "the hypervisor can't see an SR-IOV function that was given to a VM"
     return f" (there are: {shorten(', '.join(names), 400, placeholder=' ...')}): {advice}"
 
 
@@ -8594,7 +8594,7 @@ def _overlap_warnings(
     vif_seconds = (vif[1] - vif[0]) / NANOSECONDS
     return [
         f"{counted(unwatched, 'packet')} passed one interface while the other was not captured: "
-        f"left out of all counts. The captures last {pif_seconds:.6g} s (pif) and "
+        f"counted as undecided only. The captures last {pif_seconds:.6g} s (pif) and "
         f"{vif_seconds:.6g} s (vif), and overlap for {overlap:.6g} s"
     ]
 
@@ -8736,7 +8736,9 @@ def check_schema(directory: str, version: object) -> None:
     """
     if version == 1:
         captures = [os.path.join(directory, name) for name in ("pif.pcap", "vif.pcap")]
-        raise UsageError(f"{directory}: saved by version 1. Give {' '.join(captures)}")
+        raise UsageError(
+            f"{directory}: saved by version 1. Give its captures instead: {' '.join(captures)}"
+        )
     if not isinstance(version, int) or version < OLDEST_SCHEMA:
         raise ValueError(f"schema_version is {version!r}")
     if version > SCHEMA_VERSION:
@@ -9758,10 +9760,9 @@ def matching_warnings(result: DirectionResult, advice: Advice) -> list[str]:
 
 def _stray_arrivals(result: DirectionResult, advice: Advice) -> str:
     return (
-        f"{counted(result.counts.strays, 'packet was', 'packets were')} seen on the "
-        f"{result.direction.second} too long before or after passing the "
-        f"{result.direction.first} to be matched. Were packets sent again, did they take another "
-        "path, or was the clock set?"
+        f"{counted(result.counts.strays, 'packet is', 'packets are')} not matched: seen on the "
+        f"{result.direction.second} too long before or after the {result.direction.first}. Were "
+        "packets sent again, did they take another path, or was the clock set?"
         f"{advice.late}"
     )
 
@@ -9954,8 +9955,10 @@ def percentile_warning(reports: Iterable[Report], percentiles: Iterable[str]) ->
     close = [name for name in ENOUGH_DELAYS if name in percentiles and fewest < ENOUGH_DELAYS[name]]
     if not timed or not close:
         return ""
-    verb = "is" if len(close) == 1 else "are"
-    return f"with {counted(fewest, 'packet')} {', '.join(close)} {verb} close to the maximum"
+    subject = f"{close[0]} is"
+    if len(close) > 1:
+        subject = f"the percentiles {', '.join(close)} are"
+    return f"with {counted(fewest, 'packet')} {subject} close to the maximum"
 
 
 def no_delay(result: DirectionResult, info: RunInfo, advice: Advice, cut: int = 0) -> str:
@@ -10470,7 +10473,10 @@ def summary(report: Report, delays: Iterable[int], fancy: bool = True) -> list[s
             break
     bins = min(BINS, HEIGHT - len(lines) - 2 - _rows_of_warnings(report))
     if bins > 1:
-        lines.append("Distribution of the delay")
+        title = "Distribution of the delay"
+        if info_of(report).direction == "both":
+            title += " (in)"
+        lines.append(title)
         lines += fitting(f" {line}" for line in histogram(delays, fancy, bins))
     return lines
 
@@ -10611,7 +10617,7 @@ def queue_lines(report: Report) -> list[str]:
         from_guest = after["rx_dropped"] - before["rx_dropped"]
         line += f", dropped {to_guest} to the guest, {from_guest} from it"
         if queue.get("qdisc") != "noqueue" and "stages" not in report:
-            line += " (besides tc)"
+            line += " (tc excluded)"
         lost = lost or to_guest > 0 or from_guest > 0
     return [line] if lost else []
 
@@ -10714,7 +10720,7 @@ def comparison_lines(report: Report, subject: str) -> list[str]:
     if comparison["distinguishable"] is None:
         shifts = ", ".join(" ".join(change.split()) for change in changes)
         too_few = f"too few runs for a verdict ({FEWEST_RUNS} needed on each side)"
-        return [f"{subject}: {too_few}, compared with {comparison['path']}", f" {shifts} {runs}"]
+        return [f"{subject}: {too_few}; baseline {comparison['path']}", f" {shifts} {runs}"]
     heading = f"{subject} compared with {comparison['path']}"
     verdict = "no significant difference; within run-to-run variation"
     if differences:
@@ -10838,7 +10844,7 @@ PROMETHEUS_HELP = {
     "stage_seconds": "Time in a stage between the interfaces, by the kernel's trace.",
     "negative_delays": "Delays below zero.",
     "zero_delays": "Delays of exactly zero.",
-    "loss_ratio": "Lost packets / (packets at the first point - undecided packets).",
+    "loss_ratio": "Lost packets / packets at the first point (both without undecided ones).",
     "reordering_ratio": "Reordered packets / packets with a delay.",
 }
 # Labels that series have of themselves, or that Prometheus gives a meaning.
@@ -11074,7 +11080,10 @@ def plot(path: str, report: Report, results: Sequence[DirectionResult]) -> None:
         if name in ("median", "p99", "p99.9")
     ]
     figures.append(f"{counts.lost} of {counted(counts.first, 'packet')} lost")
-    save_figure(figure, path, _picture_heading(report, start), ", ".join(figures))
+    numbers = ", ".join(figures)
+    if len(results) > 1:
+        numbers = f"{results[0].direction.name}: {numbers}"
+    save_figure(figure, path, _picture_heading(report, start), numbers)
 
 
 def _picture_heading(report: Report, first_packet: int) -> str:
@@ -11599,7 +11608,8 @@ class Options:
     interfaces: Sequence[str] = target_option(
         "-i,--interface PIF",
         "the hypervisor's physical interface; may be repeated, for the members of a bond "
-        "(default: auto, which finds the interfaces that lead to the VM; eth0 if none does)",
+        "(default: auto, which finds the interfaces that lead to the VM; eth0 if their path is "
+        "unknown)",
         action="extend",
         type=list_of(parse_interface),
         default=(),
@@ -11725,8 +11735,8 @@ class Options:
     )
     baseline: str | None = judging_option(
         "--baseline DIR",
-        "compare with a run saved with --save, with all runs in a directory that have the same "
-        "VM, direction and traffic, or with two captures given as PIF.pcap,VIF.pcap",
+        "compare with a saved run, with all saved runs in a directory that are of the same VM, "
+        "direction and traffic, or with two captures, given as PIF.pcap,VIF.pcap",
         with_pcaps=True,
     )
 

@@ -155,7 +155,7 @@ def test_a_toolstack_that_does_not_answer(lab: Lab, fault: str, words: str) -> N
 
 def test_an_interface_that_can_not_be_used(lab: Lab) -> None:
     there = "(there are: eth0, lo, mgmt0, xenbr0, vif5.0)"
-    function = "): an SR-IOV function that a VM has is no interface of the hypervisor\n"
+    function = "): the hypervisor can't see an SR-IOV function that was given to a VM\n"
     cases: list[tuple[list[str], int, str]] = [
         (["-i", "vif5.0"], 2, "-i vif5.0: this is the VM's interface"),
         (["-i", "nope0"], 5, "nope0: No such device exists"),

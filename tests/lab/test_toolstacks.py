@@ -222,7 +222,7 @@ def test_wrong_pif(
     [
         (("--toolstack", "xl", "-n", "none"), "maybe this domain does not exist."),
         (("--toolstack", "virsh", "-n", "halted"), "the domain 'halted' is shut off"),
-        (("--toolstack", "virsh", "--num", "5"), "has 2 interfaces, none of number 5"),
+        (("--toolstack", "virsh", "--num", "5"), "has 2 interfaces, but no number 5"),
         (("--toolstack", "qm", "-n", "halted"), "qm start 106"),
         (("-i", "auto", "--num", "1"), "vif5.1 doesn't exist"),
         (("-i", "auto", "--vif", "mgmt0"), "mgmt0 is in no bridge"),

@@ -205,7 +205,7 @@ def test_toolstack_that_is_down(tmp_path: Path, toolstack: str, fault: str, word
 @pytest.mark.parametrize(
     ("name", "number", "words"),
     [
-        ("two words", 2, "has 2 interfaces, none of number 2"),
+        ("two words", 2, "has 2 interfaces, but no number 2"),
         ("off", 0, "is shut off"),
         ("2", 0, "'2' is shut off"),
     ],
