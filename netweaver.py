@@ -227,7 +227,7 @@ DEAD_PEER_SECONDS = IDLE_SECONDS - HEARTBEAT_SECONDS
 # a slow command. Wherever a connection stalls, the run ends within this time.
 ANSWER_SECONDS = IDLE_SECONDS + HEARTBEAT_SECONDS  # for a look-up, the start and the end of a tool
 LONG_ANSWER_SECONDS = 2 * ANSWER_SECONDS  # for a look-up by many commands, on a busy host
-KILL_SECONDS = ANSWER_SECONDS // 4  # from TERM to KILL; WRAPPER counts as many
+KILL_SECONDS = ANSWER_SECONDS // 4  # from TERM to KILL
 GRACE_SECONDS = 0.5  # for a call to remove its files, when a signal ends the program meanwhile
 
 # ---- Model -----------------------------------------------------------------------------------
@@ -3715,11 +3715,13 @@ command -v setsid >/dev/null 2>&1 && detach=setsid group=-
 
 signal_job() { kill -s "$1" -- "$group$job" || kill -s "$1" "$job"; } 2>/dev/null
 
-# Give what the job has left in its process group some time to end.
+# Give what is left in the job's process group some time to end.
 end_group() {
-  for i in 1 2 3; do
+  seconds=0
+  while [ $seconds -lt "$KILL" ]; do
     signal_job 0 || return 0
     sleep 1
+    seconds=$((seconds + 1))
   done
   signal_job KILL
 }
@@ -3730,7 +3732,7 @@ finish() {
   exec 2>/dev/null  # standard output stays open: its end shows that all is done
   # bash could wait for ever for a job whose end it has seen.
   if [ -n "$job" ] && signal_job TERM; then
-    (for i in 1 2 3; do sleep 1; done; signal_job KILL) 3<&- 4>&- >/dev/null &
+    end_group 3<&- 4>&- >/dev/null &
     killer=$!
     wait "$job"
     kill -s KILL $killer
@@ -3782,9 +3784,10 @@ watch() {
     kill -s 0 $$ || break
   done
   kill -s TERM $$
-  for i in 1 2 3 4 5; do
+  seconds=0
+  while [ $seconds -lt $((KILL + 2)) ] && kill -s 0 $$; do
     sleep 1
-    kill -s 0 $$ || break
+    seconds=$((seconds + 1))
   done
   signal_job KILL
   rm -rf "$directory"
@@ -4195,6 +4198,7 @@ class Host:
             "PRIVATE": "yes" if private else "",
             "LIMIT": str(int(seconds) + 1),
             "IDLE": str(IDLE_SECONDS),
+            "KILL": str(KILL_SECONDS),
         }
         assignments = [f"{name}={quote(value)}\n" for name, value in variables.items()]
         script = "".join(assignments) + WRAPPER

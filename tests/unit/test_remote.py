@@ -59,6 +59,7 @@ class Wrapped:
             "PRIVATE": "yes" if private else "",
             "LIMIT": str(limit),
             "IDLE": str(idle),
+            "KILL": str(netweaver.KILL_SECONDS),
             "TMPDIR": str(directory),
         }
         for name, value in variables.items():
