@@ -41,22 +41,25 @@ Sections, each of which uses those before it, and the main name of each:
 
 To add              change                                               guarded by
     a toolstack     a function (UnknownVMError lets the next one try),   unit/test_toolstacks.py
-                    a row of TOOLSTACKS; README: requirements, tests     unit/test_readme.py
-    a header        TAG_SIZES, or _after_header; while capturing, only   unit/test_packets.py
-                    tags and tunnels are looked into; WRAPPINGS of tests
+                    a row of TOOLSTACKS (whose order is that of auto),   unit/test_readme.py
+                    VM_INTERFACE if it names interfaces in its own way;
+                    README: requirements, tested on
+    a header        TAG_SIZES, or _after_header; its frame in TAGS of    unit/test_packets.py
+                    the test. The filter of a live capture knows only
+                    VLAN tags and tunnels
     a tunnel        TUNNEL_PORTS, _udp_tunnel_content; unless its        unit/test_tunnel_ports.py
                     header has 8 bytes, _tunnel_expression; TUNNEL_KINDS unit/test_capture_filter.py
                     finds it by itself; --overlay's help; WRAPPINGS
-    a figure        a row of FIGURES; its value: of delays in            unit/test_report.py,
-                    delay_statistics, others in direction_report;        unit/test_readme.py
-                    DELAY_COLUMNS shows it; README's table
+    a figure        a row of FIGURES; its value: of delays in            unit/test_statistics.py
+                    DelayStatistics and delay_statistics, others in      unit/test_report.py
+                    direction_report; README's table. The summary shows  unit/test_readme.py
+                    DELAY_COLUMNS
     ... to compare  COMPARED, run_figures, STUDENT_T, CHANGE_LIMITS      unit/test_comparison.py
-    an output       a subclass of Output, Outcome._make_outputs,         unit/test_options.py
-                    FORMATS
+    an output       a subclass of Output; of the result: in FORMATS,     unit/test_options.py
+                    with `for_result`; --format's help
     an option       a field of Options (with_pcaps=True, or a field of   unit/test_options.py
                     Settings and new_weaver if it is for measuring)
-    a time-out      the others in Times follow it; README names          unit/test_readme.py
-                    IDLE_SECONDS
+    a time-out      in Times; those after it follow                      unit/test_hosts.py
 """
 
 from __future__ import annotations
@@ -215,19 +218,19 @@ def counted(number: int, singular: str, plural: str = "") -> str:
 
 
 # ---- Times -----------------------------------------------------------------------------------
-# In seconds. Each follows from those before it.
+# In seconds, with the values that follow from those before them.
 
 HEARTBEAT_SECONDS = 2  # between two renewals of a job's lease, each of which the host answers
 # Without a sign of life for five heartbeats, either end gives the other up.
-IDLE_SECONDS = 5 * HEARTBEAT_SECONDS
-CONNECT_SECONDS = IDLE_SECONDS  # for each step of a connection and each block of a file
+IDLE_SECONDS = 5 * HEARTBEAT_SECONDS  # 10, which README names
+CONNECT_SECONDS = IDLE_SECONDS  # 10, for each step of a connection and each block of a file
 # The kernel gives up a peer that acknowledges nothing a heartbeat earlier: it knows the reason.
-DEAD_PEER_SECONDS = IDLE_SECONDS - HEARTBEAT_SECONDS
+DEAD_PEER_SECONDS = IDLE_SECONDS - HEARTBEAT_SECONDS  # 8
 # An answer is overdue a heartbeat later, so that a lost connection is reported as such, and not as
 # a slow command. Wherever a connection stalls, the run ends within this time.
-ANSWER_SECONDS = IDLE_SECONDS + HEARTBEAT_SECONDS  # for a look-up, the start and the end of a tool
-LONG_ANSWER_SECONDS = 2 * ANSWER_SECONDS  # for a look-up by many commands, on a busy host
-KILL_SECONDS = ANSWER_SECONDS // 4  # from TERM to KILL
+ANSWER_SECONDS = IDLE_SECONDS + HEARTBEAT_SECONDS  # 12, for a look-up, or a tool's start or end
+LONG_ANSWER_SECONDS = 2 * ANSWER_SECONDS  # 24, for a look-up by many commands, on a busy host
+KILL_SECONDS = ANSWER_SECONDS // 4  # 3, from TERM to KILL
 GRACE_SECONDS = 0.5  # for a call to remove its files, when a signal ends the program meanwhile
 
 # ---- Model -----------------------------------------------------------------------------------
@@ -547,7 +550,8 @@ MPLS = (0x8847, 0x8848)
 PPPOE_SESSION = 0x8864
 MACSEC = 0x88E5
 LARGEST_LENGTH = 1500  # a field with less is no ethertype, but the length of a frame with LLC
-TAG_SIZES = {  # of headers that end with the ethertype of what follows
+# Bytes after the ethertypes of headers that end with the ethertype of what follows; that counts.
+TAG_SIZES = {
     0x8100: 4,  # VLAN (802.1Q)
     0x88A8: 4,  # service VLAN (802.1ad)
     0x9100: 4,  # service VLANs of older switches
@@ -6364,7 +6368,9 @@ class Toolstack:
     name: str  # of the program, and as --toolstack
     title: str  # what it manages
     find_vif: Callable[[RunCommand, str, int], str]  # by the VM's name and the interface's number
-    is_final: bool  # an error ends the search, unless it is UnknownVMError
+    # An error ends the search, unless it is UnknownVMError; not so for a tool that may be
+    # installed where it manages nothing.
+    is_final: bool
 
 
 TOOLSTACKS = {
@@ -7438,7 +7444,7 @@ class RunInfo:
     wait: float = in_config(float, 0.0)  # seconds for the last packets
     timeout: float = in_config(float, 0.0)  # seconds for the traffic
     platform: Report = in_config(dict, {})
-    # In ns since 1970:
+    # In ns since 1970; None: unknown, as of captures that were made elsewhere.
     started: int | None = in_config(str, optional=True, encode=iso_time, decode=parse_time)
     duration: float | None = in_config(float, optional=True)  # of the traffic, in seconds
     # Packets, if all sources report it:
@@ -10299,6 +10305,14 @@ class Output:
 
     takes_several_runs = True
 
+    @classmethod
+    def for_result(cls, path: str, screen: Screen, exit_code: Callable[[], int]) -> Output:
+        """Return the output that writes the result in this form, if --format can choose it.
+
+        `exit_code` returns the one that all other outputs have led to.
+        """
+        raise NotImplementedError
+
     @staticmethod
     def check(labels: Iterable[str]) -> None:
         """Raise UsageError if results with these --label names can't be published."""
@@ -10316,12 +10330,17 @@ class Output:
 
 
 class JsonOutput(Output):
-    """A JSON document on each run, a line each."""
+    """A JSON document on each run, a line each; at a terminal it is indented."""
 
-    def __init__(self, path: str, indent: int | None) -> None:
+    def __init__(self, path: str) -> None:
         self._path = path
-        self._indent = indent
+        self._indent = 2 if path == "-" and is_terminal(sys.stdout) else None
         self._written = False
+
+    @classmethod
+    def for_result(cls, path: str, screen: Screen, exit_code: Callable[[], int]) -> Output:
+        """Return the output that writes the result in this form."""
+        return cls(path)
 
     def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
         """Write the document on the next run, so that it is there whatever happens later."""
@@ -10754,6 +10773,11 @@ class TextOutput(Output):
         self._reports: list[Report] = []
         self._delays: Counter[int] = Counter()
 
+    @classmethod
+    def for_result(cls, path: str, screen: Screen, exit_code: Callable[[], int]) -> Output:
+        """Return the output that writes the result in this form."""
+        return cls(screen, path)
+
     def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
         """Take the report of the next run."""
         self._reports.append(report)
@@ -10990,6 +11014,11 @@ class PrometheusOutput(Output):
         self._path = path
         self._exit_code = exit_code
         self._report: Report | None = None
+
+    @classmethod
+    def for_result(cls, path: str, screen: Screen, exit_code: Callable[[], int]) -> Output:
+        """Return the output that writes the result in this form."""
+        return cls(path, exit_code)
 
     def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
         """Take the report of the run."""
@@ -11342,23 +11371,18 @@ class Outcome:
         self._problems: list[NetWeaverError] = []
 
     def _make_outputs(self, options: Options) -> list[Output]:
-        """Return the outputs that are asked for, in the order in which they are written."""
+        """Return the outputs that are asked for, the result first."""
         path = options.output
-        outputs: list[Output] = []
-        terminal = path == "-" and is_terminal(sys.stdout)
-        format_name = options.format or ("text" if terminal else "json")
-        if format_name == "json":
-            outputs.append(JsonOutput(path, indent=2 if terminal else None))
-        if format_name == "text":
-            outputs.append(TextOutput(self._screen, path))
-        elif self._screen.has_people:
+        result = options.result_format
+        if options.format is None and path == "-" and is_terminal(sys.stdout):
+            result = TextOutput
+        outputs = [result.for_result(path, self._screen, lambda: self.exit_code)]
+        if self._screen.has_people and result is not TextOutput:
             outputs.append(TextOutput(self._screen, None))
         if options.csv:
             outputs.append(CsvOutput(options.csv, self._several))
         if options.plot:
             outputs.append(PictureOutput(options.plot))
-        if format_name == "prometheus":  # last: it contains the exit code
-            outputs.append(PrometheusOutput(path, lambda: self.exit_code))
         return outputs
 
     def attempt(self, step: Callable[..., T], *arguments: object) -> T | None:
@@ -11397,7 +11421,7 @@ class Outcome:
 
     def end(self) -> None:
         """Complete the outputs, and show warnings, broken limits and errors."""
-        for output in self._outputs:
+        for output in reversed(self._outputs):  # the result last: it may contain the exit code
             self.attempt(output.finish)
         for warning in self._warnings():
             self._screen.warn(warning)

@@ -11,6 +11,8 @@ import pytest
 from helpers import FAST, failure, finished, report, run_code, sending
 from laboratory import NETWEAVER, PYTHON, TESTS, Lab, wait_until
 
+import netweaver
+
 pytestmark = pytest.mark.lab
 
 SLOW = "hping3 -c {count} -S -i u5000 {destination}"
@@ -63,7 +65,7 @@ def test_a_run_in_which_a_host_stalls(lab: Lab, option: str, position: int) -> N
     ended = time.monotonic()
     stalled = float(proxy.communicate()[0])
     line = failure(done, 3)
-    assert ended - stalled < 16
+    assert ended - stalled < netweaver.IDLE_SECONDS + 6
     assert address in line
     assert "no answer" in line
 
@@ -267,7 +269,8 @@ def test_a_host_that_prints_without_end(own_lab: Lab, stream: str) -> None:
 
 def test_a_host_that_prints_nothing(own_lab: Lab) -> None:
     own_lab.hv.write_program("xe", "exec sleep 1000")
-    line = failure(own_lab.netweaver(*own_lab.arguments("--toolstack", "xe"), seconds=20), 4)
+    seconds = netweaver.ANSWER_SECONDS + 8
+    line = failure(own_lab.netweaver(*own_lab.arguments("--toolstack", "xe"), seconds=seconds), 4)
     assert "timed out" in line
     assert len(line) < 200  # the command is named, not printed
     own_lab.wait_clean()
@@ -277,7 +280,8 @@ def test_a_look_up_that_takes_too_long_is_not_printed(own_lab: Lab) -> None:
     own_lab.hv.write_program(
         "ip", 'case $* in *"-d link"*) exec sleep 1000 ;; esac; exec /sbin/ip "$@"'
     )
-    line = failure(own_lab.netweaver(*own_lab.arguments(), seconds=45), 4)
+    seconds = netweaver.LONG_ANSWER_SECONDS + 21
+    line = failure(own_lab.netweaver(*own_lab.arguments(), seconds=seconds), 4)
     assert "look-up" in line
     assert "interfaces" in line
     assert "timed out" in line
@@ -286,8 +290,9 @@ def test_a_look_up_that_takes_too_long_is_not_printed(own_lab: Lab) -> None:
 
 
 def test_a_busy_host_gets_longer_for_a_look_up_by_many_commands(own_lab: Lab) -> None:
-    """A single command that takes 13 s is taken for one that hangs."""
-    own_lab.hv.write_program("df", 'sleep 13; exec /bin/df "$@"')
+    """A single command that takes as long is taken for one that hangs."""
+    seconds = netweaver.ANSWER_SECONDS + 1
+    own_lab.hv.write_program("df", f'sleep {seconds}; exec /bin/df "$@"')
     found = report(own_lab.netweaver(*own_lab.arguments("-c", "20", "--source-command", FAST)))
     assert found["packets"]["matched"] == 20
     own_lab.wait_clean()

@@ -81,7 +81,7 @@ def test_a_run_that_could_not_be_written_leaves_no_old_results(kind: str, tmp_pa
     """The next run replaces the file, and doesn't add to what was there before."""
     target = tmp_path / "new" / "file"
     result = paired([("a", 1000)], [("a", 2000)])
-    output: netweaver.Output = netweaver.JsonOutput(str(target), None)
+    output: netweaver.Output = netweaver.JsonOutput(str(target))
     if kind == "csv":
         output = netweaver.CsvOutput(str(target), several=False)
     with pytest.raises(netweaver.UsageError):

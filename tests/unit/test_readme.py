@@ -95,10 +95,11 @@ def test_the_readme_is_short() -> None:
     assert len(README.encode()) <= 16 * 1024
 
 
-def test_the_toolstacks_are_named() -> None:
+def test_the_toolstacks_are_named_as_requirements() -> None:
+    (requirements,) = re.findall(r"^The hypervisor \(.*?SFTP", README, re.MULTILINE | re.DOTALL)
     for toolstack in netweaver.TOOLSTACKS.values():
         for title in toolstack.title.split(", "):
-            assert title.removeprefix("plain ") in README
+            assert title.removeprefix("plain ") in requirements
 
 
 def test_the_time_after_which_a_silent_host_is_given_up() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy
@@ -77,3 +78,9 @@ def test_fragments_are_no_flow_of_their_own(missing: int) -> None:
     by_flow = netweaver.delays_by_flow(netweaver.match(found))
     assert by_flow.flows == 1
     assert by_flow.whole.total() == len(sent)
+
+
+def test_each_statistic_is_a_figure() -> None:
+    """Limits, README's table and Prometheus have it then."""
+    paths = {figure.path[0] for figure in netweaver.FIGURES}
+    assert {row.name for row in dataclasses.fields(netweaver.DelayStatistics)} <= paths
