@@ -1859,12 +1859,10 @@ def match(sightings: Sightings, window: Window = ALWAYS, uncaptured: int = 0) ->
     if window.is_live:
         until = window.watched_until
         first_undecided = _find_undecided(classes)
-        if first_undecided < len(classes):
+        under_way = len(classes) - first_undecided
+        if under_way:
             until = min(until, sent.times[first_undecided] - 1)
-            under_way = len(classes) - first_undecided
-            sent.truncate(first_undecided)
-            arrivals.truncate(first_undecided)
-            del classes[first_undecided:]
+            _truncate(first_undecided, classes, sent, arrivals)
     counts = _count(classes, arrivals)
     counts.undecided.under_way = under_way
     _count_unsent(counts, arrivals, window, until, longest)
@@ -1883,6 +1881,13 @@ def match(sightings: Sightings, window: Window = ALWAYS, uncaptured: int = 0) ->
         until=until,
         translated=sightings.translated,
     )
+
+
+def _truncate(size: int, classes: bytearray, sent: PointSightings, arrivals: _Arrivals) -> None:
+    """Forget the packets from a rank on: they are in no count."""
+    sent.truncate(size)
+    arrivals.truncate(size)
+    del classes[size:]
 
 
 def _index_ranks(
