@@ -68,6 +68,7 @@ import argparse
 import atexit
 import csv
 import difflib
+import errno
 import fcntl
 import io
 import json
@@ -1028,10 +1029,12 @@ class Selection:
     probes: ProbeFilter | None = None
     tunnel_ports: Mapping[int, str] = field(default_factory=TUNNEL_PORTS.copy)
     captures_either: bool = False  # one of the two addresses suffices in a filter
+    excluded_sources: Sequence[str] = ()  # of packets that go IN
 
     def __post_init__(self) -> None:
         self._sources = frozenset(map(_packed, self.sources))
         self._destinations = frozenset(map(_packed, self.destinations))
+        self._excluded_sources = frozenset(map(_packed, self.excluded_sources))
 
     @property
     def direction(self) -> str:
@@ -1040,7 +1043,8 @@ class Selection:
 
     @property
     def selects_everything(self) -> bool:
-        return not (self.sources or self.destinations or self.translated or self.probes)
+        criteria = (self.sources, self.destinations, self.excluded_sources, self.probes)
+        return not any(criteria) and not self.translated
 
     def direction_of(self, addresses: bytes) -> Direction | None:
         """Return the direction of a packet by its packed source and destination.
@@ -1059,6 +1063,8 @@ class Selection:
 
     def _is_inbound(self, source: bytes, destination: bytes) -> bool:
         if self._sources and source not in self._sources:
+            return False
+        if source in self._excluded_sources:
             return False
         return not self._destinations or destination in self._destinations
 
@@ -3143,7 +3149,7 @@ def read_trace(directory: str, vif: str, pifs: Iterable[str]) -> KernelTrace:
     with ExitStack() as stack:
         streams = []
         for processor in range(MOST_PROCESSORS):
-            file = _open_regular(directory, f"cpu{processor}")
+            file = _open_trace(directory, f"cpu{processor}")
             if file:
                 streams.append(reader.read(stack.enter_context(file), processor))
         for event in merge(*streams, key=attrgetter("time")):
@@ -3161,21 +3167,25 @@ def read_trace(directory: str, vif: str, pifs: Iterable[str]) -> KernelTrace:
     )
 
 
-def _open_regular(directory: str, name: str) -> BinaryIO | None:
-    """Open a file of the trace; return None if it isn't a regular one (a pipe would block)."""
-    path = os.path.join(directory, f"trace-{name}")
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
+def open_regular(path: str) -> BinaryIO:
+    """Open a regular file; raise OSError for another kind, such as a pipe, which would block."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        return None
+        raise OSError(errno.EINVAL, "not a regular file")
     return os.fdopen(descriptor, "rb")
 
 
+def _open_trace(directory: str, name: str) -> BinaryIO | None:
+    """Open a file of the trace; return None if that can't be read."""
+    try:
+        return open_regular(os.path.join(directory, f"trace-{name}"))
+    except OSError:
+        return None
+
+
 def _read_text(directory: str, name: str) -> str:
-    file = _open_regular(directory, name)
+    file = _open_trace(directory, name)
     if file is None:
         return ""
     with file:
@@ -3717,6 +3727,7 @@ def _loss_text(loss: Report, info: RunInfo) -> str:
 # coreutils are used: dom0s have no Python, and some no timeout(1).
 
 WRAPPER = r"""
+unset TMOUT  # bash's `read` would end after so many seconds
 umask 077
 LC_ALL=C; export LC_ALL
 directory= job= lease= watchdog= detach= group= signalled=
@@ -3768,15 +3779,24 @@ remove_stale() {
   for stale in "${directory%/*}"/netweaver.??????????; do
     [ -f "$stale/pid" ] && [ -O "$stale/pid" ] && [ "$stale" != "$directory" ] || continue
     [ -n "`find "$stale" -prune -type d -user "${SUDO_UID:-$(id -u)}"`" ] || continue
+    pid=
     read -r pid <"$stale/pid"
-    case $pid in ''|*[!0-9]*) continue ;; esac
-    kill -s 0 "$pid" || rm -rf "$stale"
+    is_in_use "$stale" "$pid" || rm -rf "$stale"
   done
 } 2>/dev/null
 
+# A wrapper's working directory is its own; another process may have got its pid since.
+is_in_use() {
+  case $2 in ''|*[!0-9]*) [ -z "`find "$1" -prune -mtime +0`" ]; return ;; esac
+  kill -s 0 "$2" || return
+  [ -d /proc/self ] || return 0
+  [ "/proc/$2/cwd" -ef "$1" ]
+  [ $? != 1 ]  # 2: this shell can't compare files
+}
+
 make_directory() {
   directory=`mktemp -d "${TMPDIR:-/tmp}/netweaver.XXXXXXXXXX"` && cd "$directory" &&
-    echo $$ >pid || exit 70
+    directory=`pwd -P` && echo $$ >pid || exit 70
   if [ -n "$SUDO_UID" ]; then  # SFTP has the rights of the user
     chown "$SUDO_UID" "$directory"
     umask 022
@@ -3972,7 +3992,7 @@ class Job:
 
     def _message(self, word: bytes) -> str:
         """Return the value of the wrapper's message of one kind, or "" if it hasn't come."""
-        match = re.search(rb"\n%b %b (\S*)\n" % (self._token, word), self._output)
+        match = re.search(rb"\n%b %b ([^\n]*)\n" % (self._token, word), self._output)
         return match[1].decode(errors="replace") if match else ""
 
     def _errors_ended(self) -> bool:
@@ -4270,7 +4290,11 @@ class Host:
     def open_files(self) -> FileSource:
         """Open the session in which files are fetched; raise CaptureError if the host has none."""
         self.check()
-        return self._bounded(self._connection.open_files)
+        try:
+            return self._bounded(self._connection.open_files)
+        except CaptureError:
+            self.check()  # a lost connection is none of SFTP's
+            raise
 
     def fetch(self, files: FileSource, path: str, local: str, largest: int) -> None:
         """Copy a file of the host, which may have so many bytes.
@@ -7085,6 +7109,7 @@ def drop_counters(link: Link) -> dict[str, int] | None:
 
 USUAL_COUNT = 1000  # packets
 USUAL_RATE = 100  # packets a second
+LONGEST_INTERVAL = 999_999  # µs; hping3 waits for ever where it is a second or longer
 ENDLESS = 999_999_999  # packets, for a source that is stopped before it has sent them all
 
 
@@ -7197,7 +7222,7 @@ class Traffic:
         interval = max(1, round(1_000_000 / self.rate))  # microseconds
         values = {
             "count": str(count),
-            "interval": str(interval),
+            "interval": str(min(interval, LONGEST_INTERVAL)),
             "size": str(size),
             "port": str(self.port or 0),
             "destination": destination,
@@ -7532,6 +7557,7 @@ def _selection_to_json(selection: Selection) -> Report:
         "selection": {
             "sources": list(selection.sources),
             "destinations": list(selection.destinations),
+            "excluded_sources": list(selection.excluded_sources),
             "probes": [probes.protocol, probes.port] if probes else None,
             "tunnel_ports": {str(port): kind for port, kind in selection.tunnel_ports.items()},
         },
@@ -7556,6 +7582,7 @@ def _selection_from_json(config: Report) -> Selection:
         directions=DIRECTIONS[direction],
         sources=json_value(document, "sources", list, []),
         destinations=json_value(document, "destinations", list, []),
+        excluded_sources=tuple(json_value(document, "excluded_sources", list, [])),
         translated=json_value(config, "match_nat", bool, False),
         probes=probe_filter,
         tunnel_ports=tunnel_ports,
@@ -7924,7 +7951,10 @@ def captured_selection(
     if both or (interfaces.tunnelled and not selection.translated):
         sources = [] if capture_filter else selection.sources
         return replace(selection, sources=sources)
-    return replace(selection, sources=[], destinations=[])
+    answering: Sequence[str] = ()
+    if capture_filter:  # which may capture answers, too
+        answering = tuple(selection.destinations)
+    return replace(selection, sources=[], destinations=[], excluded_sources=answering)
 
 
 # ---- Recording -------------------------------------------------------------------------------
@@ -8331,20 +8361,22 @@ def missing_packets(info: RunInfo, expected: int | None, sources: int) -> list[s
 
 @dataclass(frozen=True)
 class ClockReading:
-    """The hypervisor's clock, and ours, which is never set, at the same moment (ns)."""
+    """The hypervisor's clock, and ours, which is never set, before and after it was read (ns)."""
 
     wall: int
-    monotonic: int
+    asked: int
+    answered: int
     exact: bool  # to the nanosecond, rather than to the second
 
 
 def read_clock(job: Job) -> ClockReading | None:
     """Return the clock of the host on which the captures run; None if it doesn't answer."""
+    asked = time.monotonic_ns()
     answer = re.match(r"(\d{10})(\d{9})?", job.time())
     if not answer:
         return None
     wall = int(answer[1]) * NANOSECONDS + int(answer[2] or 0)
-    return ClockReading(wall, time.monotonic_ns(), answer[2] is not None)
+    return ClockReading(wall, asked, time.monotonic_ns(), answer[2] is not None)
 
 
 def read_clock_again(job: Job, start: ClockReading | None) -> ClockReading | None:
@@ -8357,8 +8389,18 @@ def read_clock_again(job: Job, start: ClockReading | None) -> ClockReading | Non
         return None
     if job.ended:
         now = time.monotonic_ns()
-        return ClockReading(start.wall + now - start.monotonic, now, start.exact)
+        return ClockReading(start.wall + now - start.answered, now, now, start.exact)
     return read_clock(job)
+
+
+def clock_step(start: ClockReading, stop: ClockReading) -> int:
+    """Return by how much a clock was set between two readings at least (ns), or 0."""
+    passed = stop.wall - start.wall
+    shortest = stop.asked - start.answered
+    longest = stop.answered - start.asked
+    if passed < shortest:
+        return passed - shortest
+    return max(0, passed - longest)
 
 
 def measured_window(
@@ -8381,7 +8423,7 @@ def measured_window(
             f"the hypervisor's date command prints no nanoseconds (busybox?): {effect}"
         )
         rounding = NANOSECONDS
-    step = (stop.wall - start.wall) - (stop.monotonic - start.monotonic)
+    step = clock_step(start, stop)
     if abs(step) > NANOSECONDS + rounding:
         info.incidents.append(
             f"the hypervisor's clock jumped by about {step / NANOSECONDS:.0f} s during the run: "
@@ -8415,11 +8457,13 @@ def make_recording(
     start = read_clock(captures.job)
     generate(plan, info, hosts, captures, control)
     end = read_clock_again(captures.job, start)
-    drained = time.monotonic() + HANDED_OVER_SECONDS + max(info.wait, SHORTEST_WAIT)
+    drained = time.monotonic() + HANDED_OVER_SECONDS + SHORTEST_WAIT
+    waited = drained + max(info.wait, SHORTEST_WAIT) - SHORTEST_WAIT
     link = check_interface(hypervisor, plan, find_vif)
     queue = {**info.platform.get("vif", {}), "after": drop_counters(link)}
     info.platform = {**info.platform, "vif": queue}
     files = hypervisor.open_files()
+    control.wait_until(lambda: captures.job.ended or control.interrupted, waited - time.monotonic())
     control.wait_until(lambda: captures.job.ended, drained - time.monotonic())
     captures.check()
     stop = read_clock_again(captures.job, start)
@@ -8701,6 +8745,7 @@ def analyze_text(
 
 # ---- Saved runs ------------------------------------------------------------------------------
 
+LARGEST_REPORT = 1 << 26  # bytes
 OLDEST_SCHEMA = 2  # schema_version of the oldest runs that can be read
 SAVED_NAME = r"\d{8}T\d{6}Z-.+"  # of the directory of a run
 SAVED_CAPTURE = r"(pif|vif)\d*\.pcap"  # in it
@@ -8719,8 +8764,8 @@ class SavedRun:
 def load_run(directory: str) -> SavedRun:
     """Return the run that `save_run` has saved in a directory; UsageError if there is none."""
     try:
-        with open(os.path.join(directory, "report.json"), encoding="utf-8") as file:
-            report = json.load(file)
+        with open_regular(os.path.join(directory, "report.json")) as file:
+            report = json.loads(file.read(LARGEST_REPORT))
         check_schema(directory, report.get("schema_version", OLDEST_SCHEMA))
         info = RunInfo.from_json(report["config"])
         for point in ("pif", "vif"):
@@ -8739,9 +8784,16 @@ def load_run(directory: str) -> SavedRun:
         if capture:
             files.paths[capture[1]].append(os.path.join(directory, name))
     captures = files.paths["pif"] + files.paths["vif"]
-    if not all(files.paths.values()) or not all(map(os.path.getsize, captures)):
+    if not all(files.paths.values()) or not all(map(_has_content, captures)):
         raise UsageError(f"{directory}: its captures are missing or empty")
     return SavedRun(report, info, files)
+
+
+def _has_content(path: str) -> bool:
+    try:
+        return os.path.getsize(path) > 0
+    except OSError:  # as of a run that is deleted just now
+        return False
 
 
 def check_schema(directory: str, version: object) -> None:
@@ -8804,6 +8856,8 @@ def delete_old_runs(directory: str, kind: RunKind, keep: int) -> list[str]:
         if is_made_by_save(path):
             try:
                 shutil.rmtree(path)
+            except FileNotFoundError:
+                continue
             except OSError as error:
                 raise UsageError(f"can't delete {path}: {error.strerror}") from error
             deleted.append(path)
@@ -8814,7 +8868,10 @@ def is_made_by_save(path: str) -> bool:
     """Return whether a directory has the name and the files of a saved run, and no others."""
     if os.path.islink(path) or not re.fullmatch(SAVED_NAME, os.path.basename(path)):
         return False
-    return all(re.fullmatch(SAVED_FILE, name) for name in os.listdir(path))
+    try:
+        return all(re.fullmatch(SAVED_FILE, name) for name in os.listdir(path))
+    except OSError:  # somebody else deletes it, too
+        return False
 
 
 def save_run(directory: str, info: RunInfo, files: CaptureFiles, report: Report) -> str:
@@ -9825,9 +9882,12 @@ def delay_warnings(result: DirectionResult, delays: DelayStatistics) -> list[str
     """Return warnings on delays that can't be right and on percentiles of few of them."""
     warnings: list[str] = []
     if delays.negative:
+        cause = "the time stamps of two CPUs disagree, or the clock was set"
+        if has_both_directions(result):
+            cause = "they are of answers to the other packets. Give the VM's address (-d)"
         warnings.append(
             f"{counted(delays.negative, 'delay is', 'delays are')} negative (down to "
-            f"{delays.minimum:g} µs): the time stamps of two CPUs disagree, or the clock was set"
+            f"{delays.minimum:g} µs): {cause}"
         )
     if delays.zero:
         warnings.append(
@@ -9842,6 +9902,22 @@ def delay_warnings(result: DirectionResult, delays: DelayStatistics) -> list[str
             f"{LONGEST_WAIT / NANOSECONDS:g} s (up to {delays.maximum:g} µs): was the clock set?"
         )
     return warnings
+
+
+def has_both_directions(result: DirectionResult) -> bool:
+    """Return whether the packets with negative delays all go the opposite way of the others."""
+    if result.identities[0][0] == TEXT:
+        return False
+    forwards = set()  # addresses
+    backwards = set()
+    for rank in result.ranks(PacketClass.MATCHED):
+        addresses = addresses_of(result.identity(rank))
+        if result.delays[rank] < 0:
+            half = len(addresses) // 2
+            backwards.add(addresses[half:] + addresses[:half])
+        else:
+            forwards.add(addresses)
+    return backwards == forwards
 
 
 FEWEST_FOR_RATE = 50  # packets of a source
@@ -10243,15 +10319,32 @@ def write_file(path: str, write: Callable[[BinaryIO], object], append: bool = Fa
         if is_standard_output(path):
             with open(os.dup(1), "wb") as file:
                 write(file)
-        elif append or is_special(path):
+        elif is_special(path):
             with open(path, "ab") as file:
                 write(file)
+        elif append:
+            _append_file(path, write)
         else:
-            _replace_file(os.path.realpath(path), write)
+            _replace_file(_target(path), write)
     except BrokenPipeError:
         raise ReaderGone from None
     except OSError as error:
         raise UsageError(f"can't write {name}: {error.strerror}") from error
+
+
+def _target(path: str) -> str:
+    """Return the path of the file to replace: that to which a link leads.
+
+    Raises PermissionError for a link that somebody else may have planted, in /tmp for example.
+    """
+    directory = os.path.realpath(os.path.dirname(path))
+    if not os.path.islink(path):
+        return os.path.join(directory, os.path.basename(path))
+    about = os.stat(directory)
+    is_shared = about.st_mode & stat.S_ISVTX and about.st_mode & stat.S_IWOTH
+    if is_shared and os.lstat(path).st_uid not in (os.geteuid(), about.st_uid):
+        raise PermissionError(errno.EACCES, "it is a link of another user in a shared directory")
+    return os.path.realpath(path)
 
 
 def _replace_file(path: str, write: Callable[[BinaryIO], object]) -> None:
@@ -10274,6 +10367,35 @@ def _replace_file(path: str, write: Callable[[BinaryIO], object]) -> None:
             os.unlink(temporary)
 
 
+def _append_file(path: str, write: Callable[[BinaryIO], object]) -> None:
+    """Write at the end of a file; if that fails, leave the file as it was."""
+    content = io.BytesIO()
+    write(content)
+    left = content.getbuffer()
+    with open(path, "ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            os.ftruncate(file.fileno(), size)
+            raise
+
+
+def write_result(path: str, text: str, append: bool = False) -> None:
+    """Write a result to a file, as write_file does; if that fails, to the standard output.
+
+    Raises the error all the same.
+    """
+    try:
+        write_text(path, text, append)
+    except UsageError as error:
+        if is_standard_output(path):
+            raise
+        write_text("-", text)
+        raise UsageError(f"{error}. The result is on standard output instead") from error
+
+
 def write_text(path: str, text: str, append: bool = False) -> None:
     """Write a text to a file, as write_file does."""
     data = text.encode("utf-8", "replace")
@@ -10286,7 +10408,10 @@ def check_writable(path: str) -> None:
         return
     if os.path.isdir(path):
         raise UsageError(f"can't write {path}: it is a directory")
-    directory = os.path.dirname(os.path.realpath(path))
+    try:
+        directory = os.path.dirname(_target(path))
+    except OSError as error:
+        raise UsageError(f"can't write {path}: {error.strerror}") from error
     if is_special(path):
         needed = path
     elif os.path.isdir(directory):
@@ -10350,7 +10475,7 @@ class JsonOutput(Output):
     def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
         """Write the document on the next run, so that it is there whatever happens later."""
         text = json.dumps(report, indent=self._indent)
-        write_text(self._path, f"{text}\n", append=self._written)
+        write_result(self._path, f"{text}\n", append=self._written)
         self._written = True
 
 
@@ -10800,7 +10925,7 @@ class TextOutput(Output):
         if self._path is not None:
             self._screen.end_live()
             shown = map(self._screen.shown, lines)
-            write_text(self._path, "".join(f"{line}\n" for line in shown))
+            write_result(self._path, "".join(f"{line}\n" for line in shown))
         else:
             for line in lines:
                 self._screen.say(line, colour="" if line.startswith(" ") else "1")
@@ -11034,7 +11159,7 @@ class PrometheusOutput(Output):
         """Write the file, with the exit code that all other outputs have led to."""
         if self._report:
             text = prometheus(info_of(self._report), self._exit_code(), self._report)
-            write_text(self._path, text)
+            write_result(self._path, text)
 
 
 # ---- Outputs: pictures -----------------------------------------------------------------------
@@ -12023,6 +12148,16 @@ def _check_requirements(options: Options) -> None:
         raise UsageError(f"--fail-if {compared[0]} requires --baseline")
 
 
+def input_files(options: Options) -> set[str]:
+    """Return the real paths of the files that are read: captures, and those of saved runs."""
+    names = ",".join([*options.pcaps, options.baseline or ""]).split(",")
+    inputs = set(names)
+    for name in filter(os.path.isdir, names):
+        for directory, _, files in os.walk(name):
+            inputs.update(os.path.join(directory, file) for file in files)
+    return set(map(os.path.realpath, inputs - {""}))
+
+
 def check_number_of_runs(options: Options, number: int) -> None:
     """Raise UsageError if there are more runs than the format of the result takes."""
     if number > 1 and not options.result_format.takes_several_runs:
@@ -12036,10 +12171,13 @@ def _check_outputs(options: Options) -> None:
     options.result_format.check(key for key, _ in options.labels)
     flags: dict[str, str] = {}
     outputs = {"--output": options.output, "--csv": options.csv, "--plot": options.plot}
+    inputs = input_files(options)
     for flag, path in outputs.items():
         if not path:
             continue
         check_writable(path)
+        if os.path.realpath(path) in inputs and not is_standard_output(path):
+            raise UsageError(f"{flag} {path}: it would replace an input. Name another file")
         name = "standard output" if is_standard_output(path) else os.path.realpath(path)
         other = flags.setdefault(name, flag)
         if other != flag and not is_special(name):

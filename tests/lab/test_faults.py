@@ -113,6 +113,17 @@ def test_one_signal_ends_the_traffic_and_gives_a_report(
     lab.wait_clean(2)
 
 
+def test_a_signal_ends_the_wait_for_the_last_packets(lab: Lab) -> None:
+    """The kernel's blocks are waited for all the same, so that no packet is lost."""
+    process = lab.start(*lab.arguments("--source-command", ENDLESS, "--wait", "100"))
+    wait_for_packets(lab)
+    process.send_signal(signal.SIGINT)
+    found = report(finished(process), 130)
+    assert found["packets"]["matched"] > 10
+    assert found["packets"]["lost"] == 0
+    lab.wait_clean(2)
+
+
 def test_a_signal_before_there_is_anything_to_report(lab: Lab) -> None:
     process = lab.start(*lab.arguments("--hv", "10.83.0.99"))
     threads = Path(f"/proc/{process.pid}/task")

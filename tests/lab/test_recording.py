@@ -142,6 +142,13 @@ def test_a_rate_that_the_source_does_not_reach(lab: Lab) -> None:
     assert warnings_with(found, "less than 95 % of --rate 900000")
 
 
+@pytest.mark.parametrize("pattern", ["syn", "ping"])
+def test_a_packet_a_second(lab: Lab, pattern: str) -> None:
+    found = measured(lab, "-c", "3", "--rate", "1", "--traffic", pattern)
+    assert found["packets"]["matched"] == 3
+    assert found["config"]["duration"] < 10
+
+
 def test_fewer_packets_than_asked_for(lab: Lab) -> None:
     """hping3 takes the answers to another one from this source for its own."""
     other = subprocess.Popen(

@@ -364,6 +364,19 @@ def test_filters_of_ones_own(lab: Lab) -> None:
     check_failures(lab, cases)
 
 
+@pytest.mark.parametrize(("direction", "first"), [("in", "pif"), ("out", "vif")])
+def test_a_filter_that_captures_answers_too(lab: Lab, direction: str, first: str) -> None:
+    """Only packets of the direction that is measured count."""
+    words = ("-c", "60", "--source-command", FAST, "--direction", direction)
+    found = report(
+        lab.netweaver(*lab.arguments(*words, "--filter", f"tcp and host {lab.destination}"))
+    )
+    sent = 60 * len(lab.sources)
+    assert found["packets"][first] == found["packets"]["matched"] == sent
+    assert found["negative"] == 0
+    assert found["capture"]["pif"]["filtered"] >= sent
+
+
 def test_the_keyword_vlan_with_an_old_libpcap(own_lab: Lab) -> None:
     real = shutil.which("tcpdump", path=f"{os.environ['PATH']}:/usr/sbin")
     words = ["-c", "60", "--source-command", FAST]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from frames import ethernet, icmp, ipv4, ipv6, pcap, tcp, write
-from helpers import T, analyzed, offline
+from helpers import T, analyzed, captures, distinct, offline, through
 
 
 def conversation(
@@ -109,6 +109,21 @@ def test_the_guest_over_ipv6(tmp_path: Path) -> None:
         "ambiguous": 0,
     }
     assert found["guest"]["average"] == 20
+
+
+def test_answers_are_told_from_packets_that_a_clock_put_in_the_past(tmp_path: Path) -> None:
+    """Without -d both directions count as one."""
+    packets = distinct(60)
+    answers = distinct(60, source="10.0.0.1", destination="10.0.0.2")
+    answers = [(time + 500_000, content) for time, content in answers]
+    pif = sorted([*packets, *through(answers, [3000] * 60)])
+    vif = sorted([*through(packets, [5000] * 60), *answers])
+    paths = captures(tmp_path, pif, vif)
+    [warning] = [text for text in analyzed("--pcaps", *paths)["warnings"] if "negative" in text]
+    assert "60 delays" in warning
+    assert "answers" in warning
+    assert "-d" in warning
+    assert analyzed("--pcaps", *paths, "-d", "10.0.0.1")["median"] == 5.0
 
 
 def test_what_only_looks_like_an_answer(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import noisy, offline, pair, paired
+from helpers import failure, in_a_process, noisy, offline, pair, paired
 from laboratory import NETWEAVER
 
 import netweaver
@@ -106,6 +107,80 @@ def test_links_are_followed(exists: bool, tmp_path: Path) -> None:
     write(link)
     assert link.is_symlink()
     assert target.read_bytes() == b"new"
+
+
+def test_a_failure_to_append_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    write(target, b"one\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(netweaver.UsageError, match="File too large"):
+            write(target, bytes(2000), append=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    write(target, b"two\n", append=True)
+    assert target.read_bytes() == b"one\ntwo\n"
+
+
+@pytest.mark.parametrize("format_name", ["json", "text", "prometheus"])
+def test_a_result_that_can_not_be_written_is_printed(format_name: str, tmp_path: Path) -> None:
+    captures = pair(tmp_path, noisy(20, 1))
+    arguments = ("--pcaps", *captures, "--format", format_name)
+    printed = in_a_process(*arguments).stdout
+    target = str(tmp_path / "result")
+    done = in_a_process(
+        *arguments,
+        "--output",
+        target,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
+    )
+    assert done.returncode == 2
+    assert "File too large. The result is on standard output instead" in done.stderr
+    assert len(done.stdout) > len(printed) - 50
+    assert not os.path.exists(target)
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "follows"), [(1, 0o1777, False), (1, 0o755, True), (0, 0o1777, True)]
+)
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_link_of_another_user_in_a_shared_directory(
+    owner: int, mode: int, follows: bool, tmp_path: Path
+) -> None:
+    """It is followed where the kernel would (fs.protected_symlinks)."""
+    target = tmp_path / "target"
+    target.write_text("old")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    link = shared / "link"
+    link.symlink_to(target)
+    os.lchown(link, owner, owner)
+    if follows:
+        write(link)
+        assert target.read_bytes() == b"new"
+        return
+    with pytest.raises(netweaver.UsageError, match="link of another user"):
+        write(link)
+    with pytest.raises(netweaver.UsageError, match="link of another user"):
+        netweaver.check_writable(str(link))
+    assert target.read_text() == "old"
+
+
+@pytest.mark.parametrize("flag", ["--output", "--csv", "--plot"])
+def test_an_input_is_never_replaced(flag: str, tmp_path: Path) -> None:
+    (tmp_path / "captures").mkdir()
+    captures = pair(tmp_path / "captures", noisy(20, 1))
+    copy = tmp_path / "x.png"
+    os.link(captures[0], copy)
+    (tmp_path / "link.png").symlink_to(captures[1])
+    before = [Path(path).read_bytes() for path in captures]
+    for output in (*captures, str(tmp_path / "link.png")):
+        if flag == "--plot" and not output.endswith(".png"):
+            continue
+        assert "replace an input" in failure(offline("--pcaps", *captures, flag, output), 2)
+    assert [Path(path).read_bytes() for path in captures] == before
 
 
 def test_a_pipe_is_written_to(tmp_path: Path) -> None:

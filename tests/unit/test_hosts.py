@@ -224,6 +224,32 @@ def test_silence_ends_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.4 < time.monotonic() - begun < 5
 
 
+class CutConnection(SilentConnection):
+    """A connection that is lost while SFTP starts."""
+
+    def open_files(self) -> netweaver.LocalConnection:
+        self._reason = "it was cut"
+        raise netweaver.CaptureError("can't start SFTP")
+
+
+def test_a_connection_that_is_lost_while_sftp_starts() -> None:
+    with pytest.raises(netweaver.HostConnectionError, match="is lost: it was cut"):
+        make_host(CutConnection(starts=True)).open_files()
+
+
+# -- clocks --
+
+
+@pytest.mark.parametrize(
+    ("passed", "step"), [(7, 0), (4, 0), (3, -1), (12, 0), (15, 3), (3600, 3588)]
+)
+def test_an_answer_that_comes_late_is_no_step_of_the_clock(passed: int, step: int) -> None:
+    """Between 4 and 12 s passed: both answers took up to 4 s."""
+    start = netweaver.ClockReading(wall=1000, asked=0, answered=4, exact=True)
+    stop = netweaver.ClockReading(wall=1000 + passed, asked=8, answered=12, exact=True)
+    assert netweaver.clock_step(start, stop) == step
+
+
 # -- calls at once --
 
 

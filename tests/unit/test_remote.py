@@ -275,6 +275,28 @@ def test_a_renewed_lease_goes_on(shells: Shells) -> None:
         assert wrapped.output().count("\ntoken alive\n") >= 4
 
 
+def test_a_time_out_of_bash_ends_neither_the_lease_nor_a_capture(shells: Shells) -> None:
+    """A profile may export TMOUT, which `read` heeds, too."""
+    commands = captures("echo listening >&2; sleep 3; echo packets >&2; exec sleep 60")
+    for wrapped in shells.start(commands, private=True, environment={"TMOUT": "1"}):
+        wrapped.wait_for_error("1 listening\n", "1 packets\n")
+        assert wrapped.process.poll() is None
+
+
+@pytest.mark.parametrize("name", ["two words", "."])
+def test_odd_temporary_directories(shells: Shells, tmp_path: Path, name: str) -> None:
+    """With a blank, or not absolute: the path is reported whole, and removed at the end."""
+    (tmp_path / name).mkdir(exist_ok=True)
+    environment = {"TMPDIR": str(tmp_path / name) if name != "." else name}
+    for wrapped in shells.start("exec sleep 60", private=True, environment=environment):
+        [line] = re.findall("^token begin (.*)$", wrapped.output(), re.MULTILINE)
+        assert Path(line).is_absolute()
+        assert (Path(line) / "pid").exists()
+        wrapped.say("bye\n")
+        wrapped.process.wait(12)
+        assert not Path(line).exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 @pytest.mark.parametrize(("command", "event"), [(ENDLESS, "begin"), ("true", "end")])
 def test_a_killed_wrapper_leaves_nothing(
@@ -378,6 +400,20 @@ def test_the_next_run_removes_the_directory_of_a_killed_one(shells: Shells) -> N
         wrapped.process.wait(5)
     for wrapped in shells.start("true", private=True):
         assert (wrapped.private_directory() / "pid").exists()
+
+
+def test_the_next_run_removes_directories_that_no_process_uses(shells: Shells) -> None:
+    """Another process has got the wrapper's pid since, or it was killed before it wrote its own."""
+    two_days_ago = time.time() - 2 * 86400
+    for wrapped in shells.start(ENDLESS, private=True):
+        make_directory(wrapped.directory / "netweaver.reused0000", str(os.getpid()))
+        make_directory(wrapped.directory / "netweaver.early00000", "")
+        os.utime(wrapped.directory / "netweaver.early00000", (two_days_ago, two_days_ago))
+    for wrapped in shells.start("true", private=True):
+        wrapped.wait_for("token end 0")
+        names = {path.name for path in wrapped.directory.iterdir()}
+        assert not names & {"netweaver.reused0000", "netweaver.early00000"}
+        assert len(names) == 2  # of both runs
 
 
 def make_directory(path: Path, pid: str, owner: int = 0) -> None:

@@ -77,6 +77,12 @@ def test_damaged_documents_are_usage_errors(run: Path, text: str) -> None:
     assert str(run) in failure(offline("--pcaps", str(run)), 2)
 
 
+def test_a_pipe_in_place_of_a_document_does_not_block(run: Path) -> None:
+    (run / "report.json").unlink()
+    os.mkfifo(run / "report.json")
+    assert "not a regular file" in failure(offline("--pcaps", str(run)), 2)
+
+
 @pytest.mark.parametrize(
     ("file", "part", "garbage"),
     [("report.json", 0, "{"), ("vif.pcap", 0, ""), ("pif.pcap", 0.5, "\xff" * 500)],

@@ -62,6 +62,12 @@ def test_ping_gets_its_interval_in_plain_seconds(rate: int, interval: str) -> No
     assert f" -i {interval} " in command
 
 
+def test_hping3_gets_an_interval_below_a_second() -> None:
+    """With a second it sends one packet, and waits for ever."""
+    for traffic in (Traffic("syn", 1), Traffic(rate=1, command="hping3 -i u{interval} {count}")):
+        assert " -i u999999 " in traffic.source_command(5, "10.0.0.1")
+
+
 @pytest.mark.parametrize(
     ("pattern", "port", "load"),
     [
