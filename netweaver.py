@@ -9488,9 +9488,9 @@ FIGURES = (
     _packets("lost", "seen at the first point only"),
     _packets(
         "undecided",
-        "may be lost or not: a capture ended too soon or missed some; in no other count",
+        "may be lost or not: a capture ended too soon or missed some",
     ),
-    _packets("duplicated", "further copies that only the second point saw (RFC 5560)"),
+    _packets("duplicated", "copies that only the second point saw (RFC 5560)"),
     _packets("reordered", "overtaken by a later packet of the same stream (RFC 4737)"),
     Figure(
         "dropped",
