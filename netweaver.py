@@ -3820,6 +3820,7 @@ watch() {
   done
   signal_job KILL
   rm -rf "$directory"
+  kill -s KILL $$  # it may be stopped
 }
 
 read_lease() {
@@ -8126,6 +8127,20 @@ class RunningCaptures:
         self.host.check_job(self.job)
         return False
 
+    def uncounted(self) -> list[str]:
+        """Return a warning if our tcpdump did not print what it dropped."""
+        names = [
+            capture.interface
+            for capture, lines in zip(self._plan.captures, self.messages())
+            if "dropped" not in tcpdump_counts(lines)
+        ]
+        if not names or self._plan.info.capture_limit is None:  # a command of the user's
+            return []
+        return [
+            f"tcpdump on {', '.join(names)} reported no counts: packets that it dropped may be "
+            "counted as lost"
+        ]
+
     def counts(self) -> dict[str, Counter[str]]:
         """Return what tcpdump printed at its end, by point."""
         totals: dict[str, Counter[str]] = {"pif": Counter(), "vif": Counter()}
@@ -8468,7 +8483,9 @@ def make_recording(
     captures.check()
     stop = read_clock_again(captures.job, start)
     info.window = measured_window(start, end, stop, info)
-    if not captures.stop():
+    if captures.stop():
+        info.incidents += captures.uncounted()
+    else:
         info.window = None  # until when the captures have seen packets is unknown
         info.incidents.append(
             f"a capture didn't stop within {KILL_SECONDS} s and was killed: packets at the end of "
@@ -11236,17 +11253,7 @@ def plot(path: str, report: Report, results: Sequence[DirectionResult]) -> None:
     for axes in (over_time, distribution):
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
-    counts = results[0].counts
-    figures = [
-        f"{name} {duration_text(value)}"
-        for name, value in figures_in(report).items()
-        if name in ("median", "p99", "p99.9")
-    ]
-    figures.append(f"{counts.lost} of {counted(counts.first, 'packet')} lost")
-    numbers = ", ".join(figures)
-    if len(results) > 1:
-        numbers = f"{results[0].direction.name}: {numbers}"
-    save_figure(figure, path, _picture_heading(report, start), numbers)
+    save_figure(figure, path, _picture_heading(report, start), _picture_figures(report, results))
 
 
 def _picture_heading(report: Report, first_packet: int) -> str:
@@ -11257,6 +11264,21 @@ def _picture_heading(report: Report, first_packet: int) -> str:
         traffic += f" at {rate_text(info)}"
     directions = " and ".join(direction.name for direction in info.selection.directions)
     return f"{traffic}, direction {directions}, {date_text(first_packet)}"
+
+
+def _picture_figures(report: Report, results: Sequence[DirectionResult]) -> str:
+    """Return the main figures of a run's first direction."""
+    counts = results[0].counts
+    figures = [
+        f"{name} {duration_text(value)}"
+        for name, value in figures_in(report).items()
+        if name in ("median", "p99", "p99.9")
+    ]
+    figures.append(f"{counts.lost} of {counted(counts.first, 'packet')} lost")
+    text = ", ".join(figures)
+    if len(results) > 1:
+        text = f"{results[0].direction.name}: {text}"
+    return text
 
 
 def _label_plainly(axis: Axis) -> None:
@@ -12169,6 +12191,13 @@ def _check_outputs(options: Options) -> None:
     if options.plot:
         check_picture(options.plot)
     options.result_format.check(key for key, _ in options.labels)
+    _check_files(options)
+    if options.save:
+        try_directory(options.save)
+
+
+def _check_files(options: Options) -> None:
+    """Raise UsageError for files that can't be written, or of which one would replace another."""
     flags: dict[str, str] = {}
     outputs = {"--output": options.output, "--csv": options.csv, "--plot": options.plot}
     inputs = input_files(options)
@@ -12184,8 +12213,6 @@ def _check_outputs(options: Options) -> None:
             raise UsageError(
                 f"{other} and {flag} can't both be written to {name}: name different files"
             )
-    if options.save:
-        try_directory(options.save)
 
 
 def new_weaver(options: Options, screen: Screen, progress: Progress) -> NetWeaver:

@@ -357,6 +357,19 @@ while :; do sleep 1; done"""
     assert any("killed" in warning for warning in found["warnings"])
 
 
+def test_a_capture_that_does_not_say_what_it_dropped(lab: Lab) -> None:
+    script = f"""case "$*" in *vif5.0*) ;; *) exec {TCPDUMP} "$@" ;; esac
+trap 'kill $!' TERM
+{TCPDUMP} "$@" 2>errors &
+while ! grep -q listening errors; do sleep 0.1; done
+cat errors >&2
+until wait; do :; done"""
+    with lab.hv.program("tcpdump", script):
+        found = report(lab.netweaver(*fast(lab, 60)))
+    assert found["packets"]["matched"] == 120
+    assert any("vif5.0 reported no counts" in warning for warning in found["warnings"])
+
+
 def test_a_full_disk(lab: Lab) -> None:
     """There tcpdump exits with 0, and counts packets that it couldn't write."""
     traffic = ["--source-command", "hping3 -S -i u500 {destination}", "--duration", "2"]

@@ -263,6 +263,13 @@ def test_an_expired_lease_ends_everything(shells: Shells, limit: int, idle: int)
     shells.wait_clean()
 
 
+def test_a_stopped_wrapper_is_ended_with_its_lease(shells: Shells) -> None:
+    for wrapped in shells.start(ENDLESS, private=True, idle=2):
+        os.kill(wrapped.process.pid, signal.SIGSTOP)
+        wrapped.hang_up()
+    shells.wait_clean()
+
+
 def test_a_renewed_lease_goes_on(shells: Shells) -> None:
     started = shells.start("exec sleep 5", idle=3)
     while any(wrapped.process.poll() is None for wrapped in started):
