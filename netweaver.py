@@ -3789,7 +3789,7 @@ remove_stale() {
 is_in_use() {
   case $2 in ''|*[!0-9]*) [ -z "`find "$1" -prune -mtime +0`" ]; return ;; esac
   kill -s 0 "$2" || return
-  [ -d /proc/self ] || return 0
+  [ -e "/proc/$2/cwd" ] || return 0  # it can't be known
   [ "/proc/$2/cwd" -ef "$1" ]
   [ $? != 1 ]  # 2: this shell can't compare files
 }
