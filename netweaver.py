@@ -2354,6 +2354,11 @@ def sent_datagrams(result: DirectionResult) -> int:
     return len(result.ids) - fragments
 
 
+def are_later_fragments(result: DirectionResult, kind: PacketClass) -> bool:
+    """Return whether all packets of a class are fragments other than the first of a datagram."""
+    return all(result.identity(rank)[0] & NOT_FIRST for rank in result.ranks(kind))
+
+
 def resets_of_own_syns(result: DirectionResult) -> int:
     """Return how many packets are RSTs by which a source rejects the answers to its own SYNs."""
     opened: set[bytes] = set()  # flows
@@ -9826,9 +9831,14 @@ def matching_warnings(result: DirectionResult, advice: Advice) -> list[str]:
     if twice:
         warnings.append(twice)
     elif counts.ambiguous:
+        cause = advice.distinct
+        if are_later_fragments(result, PacketClass.AMBIGUOUS):
+            cause = (
+                "They are later fragments of datagrams with the same IP id, as hping3 sends them"
+            )
         warnings.append(
             f"{counted(counts.ambiguous, 'matched packet')} can't be told apart from others that "
-            f"were sent: counted, but not timed. {advice.distinct}"
+            f"were sent: counted, but not timed. {cause}"
         )
     if counts.strays:
         warnings.append(_stray_arrivals(result, advice))

@@ -324,6 +324,19 @@ def test_identical_answers_were_captured_twice_on_the_pif(tmp_path: Path) -> Non
     assert found["packets"]["duplicated"] == 6
 
 
+@pytest.mark.parametrize("retransmissions", [0, 2])
+def test_fragments_that_can_not_be_told_apart(retransmissions: int, tmp_path: Path) -> None:
+    """As hping3 sends them; they are named only if there is nothing else."""
+    packets = distinct(20 + retransmissions)
+    packets += [(T + 10**9 + number, packets[number][1]) for number in range(retransmissions)]
+    later = ipv4(bytes(60), 17, fragment=185, ident=7)
+    packets += [(T + 2 * 10**9 + 1000 * number, later) for number in range(20)]
+    found = analyzed("--pcaps", *captures(tmp_path, packets, through(packets, [9000] * 50)))
+    [warning] = [text for text in found["warnings"] if "told apart" in text]
+    assert ("fragments" in warning) == (retransmissions == 0)
+    assert "another run" not in warning
+
+
 def test_retransmissions_were_not_captured_twice(tmp_path: Path) -> None:
     packets = distinct(50)
     again = sorted([*packets, *((time + 10**9, content) for time, content in packets)])
