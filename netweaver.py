@@ -4001,7 +4001,9 @@ class Job:
         match = re.search(rb"\n%b %b ([^\n]*)\n" % (self._token, word), self._output)
         return match[1].decode(errors="replace") if match else ""
 
-    def _errors_ended(self) -> bool:
+    @property
+    def has_all_errors(self) -> bool:
+        """Return whether the end of standard error has come; it doesn't if a shell redirects it."""
         return b"\n%b end " % self._token in self._errors
 
     @property
@@ -4058,7 +4060,7 @@ class Job:
         close the channel: data that cross with its closing make sshd end the whole connection.
         """
         with self._sending:
-            closing = self.directory in ("", "-") and (self.ended or self._errors_ended())
+            closing = self.directory in ("", "-") and (self.ended or self.has_all_errors)
             if not self._is_leaving and not closing:
                 self._is_leaving = word == "bye"
                 quietly(self._channel.sendall, word.encode() + b"\n")
@@ -4132,7 +4134,7 @@ class Job:
             if len(self._output) > LARGEST_ANSWER:
                 self.flooded = True
             # It has ended when both streams say so: they may come in any order.
-            if self._errors_ended() and self.status is not None:
+            if self.has_all_errors and self.status is not None:
                 self.ended = True
             self._changed.notify_all()
         if self.flooded:
@@ -9410,7 +9412,13 @@ class NetWeaver:
         command = FACTS_COMMAND
         if needs_links:
             command += OPEN_VSWITCH_COMMAND
-        facts = Facts(hypervisor.run(command, LONG_ANSWER_SECONDS, name).output)
+        job = hypervisor.run(command, LONG_ANSWER_SECONDS, name)
+        if not job.has_all_errors:
+            raise CaptureError(
+                f"{hypervisor.name}: a start-up file of the login shell redirects standard error, "
+                "on which tcpdump reports: remove its 'exec 2>'"
+            )
+        facts = Facts(job.output)
         if not needs_links:
             return facts, None
         if not facts.links:  # the error says why

@@ -298,6 +298,17 @@ def test_a_busy_host_gets_longer_for_a_look_up_by_many_commands(own_lab: Lab) ->
     own_lab.wait_clean()
 
 
+@pytest.mark.parametrize("redirection", ["2>/dev/null", "2>&-"])
+def test_a_start_up_file_that_redirects_errors(own_lab: Lab, redirection: str) -> None:
+    set_login_shell(own_lab, "/bin/bash")
+    start_up_file = own_lab.hv.directory / "root" / ".bashrc"
+    start_up_file.write_text(f"exec {redirection}\n")
+    line = failure(own_lab.netweaver(*own_lab.arguments(), seconds=20), 5)
+    assert "login shell redirects standard error" in line
+    start_up_file.unlink()
+    own_lab.wait_clean()
+
+
 def test_control_characters_of_a_host_reach_no_terminal(own_lab: Lab) -> None:
     own_lab.hv.write_program("xe", r"printf '\033[2J\033]0;x\007oops\n' >&2; exit 1")
     line = failure(own_lab.netweaver(*own_lab.arguments("--toolstack", "xe"), seconds=15), 4)
