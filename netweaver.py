@@ -70,6 +70,7 @@ import csv
 import difflib
 import errno
 import fcntl
+import glob
 import io
 import json
 import math
@@ -1061,6 +1062,12 @@ class Selection:
                 return direction
         return None
 
+    def excludes(self, addresses: bytes) -> bool:
+        """Return whether a packet goes the opposite way, by its packed source and destination."""
+        half = len(addresses) // 2
+        sender = addresses[:half] if IN in self.directions else addresses[half:]
+        return sender in self._excluded_sources
+
     def _is_inbound(self, source: bytes, destination: bytes) -> bool:
         if self._sources and source not in self._sources:
             return False
@@ -1797,6 +1804,9 @@ class _Selector:
                 if selected is not None and self._is_probe(packet):
                     selected.identities.append(packet)
                     selected.times.append(block.times[index])
+                    break
+                if self._selection.excludes(addresses):  # whatever carries it, too
+                    rejected += 1
                     break
             else:
                 rejected += 1
@@ -3819,13 +3829,16 @@ watch() {
   done
   kill -s TERM $$
   seconds=0
-  while [ $seconds -lt $((KILL + 2)) ] && kill -s 0 $$; do
+  while kill -s 0 $$; do
     sleep 1
     seconds=$((seconds + 1))
+    if [ $seconds -gt $((2 * KILL + 2)) ]; then  # it is stopped, perhaps
+      kill -s KILL $$
+      break
+    fi
   done
   signal_job KILL
   rm -rf "$directory"
-  kill -s KILL $$  # it may be stopped
 }
 
 read_lease() {
@@ -7960,7 +7973,8 @@ def captured_selection(
         sources = [] if capture_filter else selection.sources
         return replace(selection, sources=sources)
     answering: Sequence[str] = ()
-    if capture_filter:  # which may capture answers, too
+    # A filter may capture answers, too. Under NAT the VM has another address on the vif.
+    if capture_filter and not selection.translated:
         answering = tuple(selection.destinations)
     return replace(selection, sources=[], destinations=[], excluded_sources=answering)
 
@@ -9414,6 +9428,7 @@ class NetWeaver:
             command += OPEN_VSWITCH_COMMAND
         job = hypervisor.run(command, LONG_ANSWER_SECONDS, name)
         if not job.has_all_errors:
+            hypervisor.check()
             raise CaptureError(
                 f"{hypervisor.name}: a start-up file of the login shell redirects standard error, "
                 "on which tcpdump reports: remove its 'exec 2>'"
@@ -9947,9 +9962,12 @@ def has_both_directions(result: DirectionResult) -> bool:
     backwards = set()
     for rank in result.ranks(PacketClass.MATCHED):
         addresses = addresses_of(result.identity(rank))
+        half = len(addresses) // 2
+        reverse = addresses[half:] + addresses[:half]
+        if addresses == reverse:
+            return False
         if result.delays[rank] < 0:
-            half = len(addresses) // 2
-            backwards.add(addresses[half:] + addresses[:half])
+            backwards.add(reverse)
         else:
             forwards.add(addresses)
     return backwards == forwards
@@ -10325,6 +10343,8 @@ def _part_path(part: str, direction: str, stages: bool) -> tuple[str, ...]:
 
 # ---- Outputs: files --------------------------------------------------------------------------
 
+MOST_LINKS = 40  # on the way to a file, as in the kernel
+
 
 def is_standard_output(path: str) -> bool:
     """Return whether a path, such as "-" or /dev/stdout, leads to the standard output."""
@@ -10358,7 +10378,7 @@ def write_file(path: str, write: Callable[[BinaryIO], object], append: bool = Fa
             with open(path, "ab") as file:
                 write(file)
         elif append:
-            _append_file(path, write)
+            _append_file(_target(path), write)
         else:
             _replace_file(_target(path), write)
     except BrokenPipeError:
@@ -10368,18 +10388,34 @@ def write_file(path: str, write: Callable[[BinaryIO], object], append: bool = Fa
 
 
 def _target(path: str) -> str:
-    """Return the path of the file to replace: that to which a link leads.
+    """Return the real path of a file to write.
 
-    Raises PermissionError for a link that somebody else may have planted, in /tmp for example.
+    Raises PermissionError for a link on the way that somebody else may have planted, in /tmp for
+    example: the kernel refuses these, too (fs.protected_symlinks).
     """
-    directory = os.path.realpath(os.path.dirname(path))
-    if not os.path.islink(path):
-        return os.path.join(directory, os.path.basename(path))
-    about = os.stat(directory)
-    is_shared = about.st_mode & stat.S_ISVTX and about.st_mode & stat.S_IWOTH
-    if is_shared and os.lstat(path).st_uid not in (os.geteuid(), about.st_uid):
-        raise PermissionError(errno.EACCES, "it is a link of another user in a shared directory")
-    return os.path.realpath(path)
+    left = os.path.abspath(path).split("/")[::-1]
+    place = "/"
+    links = 0
+    while left:
+        name = left.pop()
+        step = os.path.normpath(os.path.join(place, name))
+        if not os.path.islink(step):
+            place = step
+            continue
+        links += 1
+        if links > MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        about = os.stat(place)
+        is_shared = about.st_mode & stat.S_ISVTX and about.st_mode & stat.S_IWOTH
+        if is_shared and os.lstat(step).st_uid not in (os.geteuid(), about.st_uid):
+            raise PermissionError(
+                errno.EACCES, "a link of another user in a shared directory leads there"
+            )
+        target = os.readlink(step)
+        left += target.split("/")[::-1]
+        if target.startswith("/"):
+            place = "/"
+    return place
 
 
 def _replace_file(path: str, write: Callable[[BinaryIO], object]) -> None:
@@ -10412,22 +10448,28 @@ def _append_file(path: str, write: Callable[[BinaryIO], object]) -> None:
         try:
             while left:
                 left = left[file.write(left) :]
-        except OSError:
+        except BaseException:  # a signal, too
             os.ftruncate(file.fileno(), size)
             raise
 
 
-def write_result(path: str, text: str, append: bool = False) -> None:
-    """Write a result to a file, as write_file does; if that fails, to the standard output.
+def write_result(
+    path: str, text: str, append: bool = False, after_failure: str | None = None
+) -> None:
+    """Write a result to a file, as write_file does.
 
-    Raises the error all the same.
+    If that fails, it is written to the standard output, with `after_failure` as its text, and the
+    error is raised all the same.
     """
     try:
         write_text(path, text, append)
     except UsageError as error:
         if is_standard_output(path):
             raise
-        write_text("-", text)
+        try:
+            write_text("-", text if after_failure is None else after_failure)
+        except NetWeaverError:
+            raise error from None
         raise UsageError(f"{error}. The result is on standard output instead") from error
 
 
@@ -10469,6 +10511,7 @@ class Output:
     """A form in which the results of runs are published."""
 
     takes_several_runs = True
+    has_exit_code = False  # so that all other outputs must be complete before
 
     @classmethod
     def for_result(cls, path: str, screen: Screen, exit_code: Callable[[], int]) -> Output:
@@ -11164,6 +11207,7 @@ class PrometheusOutput(Output):
     """A file of series for node_exporter's textfile collector, on one run."""
 
     takes_several_runs = False
+    has_exit_code = True
 
     @staticmethod
     def check(labels: Iterable[str]) -> None:
@@ -11193,8 +11237,10 @@ class PrometheusOutput(Output):
     def finish(self) -> None:
         """Write the file, with the exit code that all other outputs have led to."""
         if self._report:
-            text = prometheus(info_of(self._report), self._exit_code(), self._report)
-            write_result(self._path, text)
+            info = info_of(self._report)
+            text = prometheus(info, self._exit_code(), self._report)
+            failed = prometheus(info, UsageError.exit_code, self._report)
+            write_result(self._path, text, after_failure=failed)
 
 
 # ---- Outputs: pictures -----------------------------------------------------------------------
@@ -11591,7 +11637,7 @@ class Outcome:
 
     def end(self) -> None:
         """Complete the outputs, and show warnings, broken limits and errors."""
-        for output in reversed(self._outputs):  # the result last: it may contain the exit code
+        for output in sorted(self._outputs, key=attrgetter("has_exit_code")):  # such are last
             self.attempt(output.finish)
         for warning in self._warnings():
             self._screen.warn(warning)
@@ -12189,13 +12235,18 @@ def _check_requirements(options: Options) -> None:
 
 
 def input_files(options: Options) -> set[str]:
-    """Return the real paths of the files that are read: captures, and those of saved runs."""
-    names = ",".join([*options.pcaps, options.baseline or ""]).split(",")
-    inputs = set(names)
-    for name in filter(os.path.isdir, names):
-        for directory, _, files in os.walk(name):
-            inputs.update(os.path.join(directory, file) for file in files)
-    return set(map(os.path.realpath, inputs - {""}))
+    """Return the real paths of the files that may be read: captures, and those of saved runs."""
+    inputs: list[str] = []
+    for name in filter(None, [*options.pcaps, options.baseline]):
+        if os.path.isdir(name):
+            for pattern in ("*", "*/*"):
+                files = glob.glob(os.path.join(glob.escape(name), pattern))
+                inputs += [
+                    path for path in files if re.fullmatch(SAVED_FILE, os.path.basename(path))
+                ]
+        else:
+            inputs += name.split(",")
+    return set(map(os.path.realpath, inputs))
 
 
 def check_number_of_runs(options: Options, number: int) -> None:
@@ -12324,11 +12375,14 @@ def select_packets(info: RunInfo, options: Options) -> RunInfo:
     with naming("-s"):
         sources = [resolve(Target(source).host) for source in options.sources]
     destinations = list(selection.destinations)
+    excluded_sources = selection.excluded_sources
     if options.destination:
         with naming("-d"):
             destinations = [resolve(options.destination)]
+        excluded_sources = ()
     selection = replace(
         selection,
+        excluded_sources=excluded_sources,
         directions=DIRECTIONS[options.direction or info.direction],
         sources=sources or selection.sources,
         destinations=destinations,

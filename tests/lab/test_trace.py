@@ -91,8 +91,10 @@ def test_loss_in_the_queue(tmp_path: Path) -> None:
     assert dropped
     [loss] = found["lost_at"]
     assert (loss["stage"], loss["reason"]) == ("queueing", "QDISC_DROP")
-    assert loss["packets"] == found["packets"]["lost"]
-    assert loss["packets"] <= int(dropped[1]) <= loss["packets"] + 20  # of ARP and the like
+    lost = found["packets"]["lost"]
+    # Of those that two chains of events fit the place is not known; a warning tells of 1 %.
+    assert 0.99 * lost <= loss["packets"] <= lost
+    assert lost <= int(dropped[1]) <= lost + 20  # of ARP and the like
     assert found["stages"]["queueing"]["median"] > 0.9 * found["median"]
     # A timer's interrupt sends each packet on, which takes the machine some microseconds.
     assert 0 < found["config"]["stamp_error"]["vif"] < 20

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import failure, in_a_process, noisy, offline, pair, paired
+from helpers import failure, in_a_process, noisy, offline, pair, paired, save_runs
 from laboratory import NETWEAVER
 
 import netweaver
@@ -139,6 +140,8 @@ def test_a_result_that_can_not_be_written_is_printed(format_name: str, tmp_path:
     assert "File too large. The result is on standard output instead" in done.stderr
     assert len(done.stdout) > len(printed) - 50
     assert not os.path.exists(target)
+    if format_name == "prometheus":
+        assert re.search(r"^netweaver_exit_code{.*} 2$", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +164,11 @@ def test_a_link_of_another_user_in_a_shared_directory(
         write(link)
         assert target.read_bytes() == b"new"
         return
-    with pytest.raises(netweaver.UsageError, match="link of another user"):
-        write(link)
+    (tmp_path / "own").symlink_to(link)
+    for path in (link, tmp_path / "own"):
+        for append in (False, True):
+            with pytest.raises(netweaver.UsageError, match="link of another user"):
+                write(path, append=append)
     with pytest.raises(netweaver.UsageError, match="link of another user"):
         netweaver.check_writable(str(link))
     assert target.read_text() == "old"
@@ -172,8 +178,6 @@ def test_a_link_of_another_user_in_a_shared_directory(
 def test_an_input_is_never_replaced(flag: str, tmp_path: Path) -> None:
     (tmp_path / "captures").mkdir()
     captures = pair(tmp_path / "captures", noisy(20, 1))
-    copy = tmp_path / "x.png"
-    os.link(captures[0], copy)
     (tmp_path / "link.png").symlink_to(captures[1])
     before = [Path(path).read_bytes() for path in captures]
     for output in (*captures, str(tmp_path / "link.png")):
@@ -181,6 +185,38 @@ def test_an_input_is_never_replaced(flag: str, tmp_path: Path) -> None:
             continue
         assert "replace an input" in failure(offline("--pcaps", *captures, flag, output), 2)
     assert [Path(path).read_bytes() for path in captures] == before
+
+
+def test_a_directory_that_a_link_of_another_user_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (shared / "link").symlink_to(tmp_path / "target")
+    write(shared / "link" / "file")
+    if os.geteuid() == 0:
+        os.lchown(shared / "link", 1, 1)
+        with pytest.raises(netweaver.UsageError, match="link of another user"):
+            write(shared / "link" / "other")
+    assert os.listdir(tmp_path / "target") == ["file"]
+
+
+def test_links_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    with pytest.raises(netweaver.UsageError, match="symbolic links"):
+        write(tmp_path / "one")
+
+
+def test_outputs_beside_saved_runs(tmp_path: Path) -> None:
+    """Only what a run consists of is an input."""
+    save_runs(tmp_path, "web1", runs=1)
+    table = tmp_path / "packets.csv"
+    for _ in range(2):
+        assert offline("--pcaps", str(tmp_path), "--csv", str(table)).returncode == 0
+    [document] = tmp_path.glob("*/report.json")
+    done = offline("--pcaps", str(tmp_path), "--output", str(document))
+    assert "replace an input" in failure(done, 2)
 
 
 def test_a_pipe_is_written_to(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
-from frames import ethernet, ipv4, tcp, udp, vxlan
+from frames import ethernet, ipv4, pcap, tcp, udp, vxlan
 from helpers import T, analyzed, captures, offline, through
+
+import netweaver
 
 
 def test_selecting_by_address(tmp_path: Path) -> None:
@@ -85,3 +89,39 @@ def test_a_tunnel_that_the_guest_terminates(direction: str, tmp_path: Path) -> N
             100,
             0.05,
         )
+
+
+def a_run_with_a_filter(**changes: Any) -> netweaver.Selection:
+    """Return the selection of captures by a filter that captures answers of 10.0.0.1, too."""
+    selection = netweaver.Selection(sources=["10.0.0.2"], destinations=["10.0.0.1"], **changes)
+    interfaces = netweaver.Interfaces(
+        "vif5.0", ("eth0",), False, {}, netweaver.RouteKind.GIVEN, None
+    )
+    return netweaver.captured_selection(selection, interfaces, "tcp")
+
+
+def test_answers_that_a_filter_captures_are_left_out() -> None:
+    request = bytes([10, 0, 0, 2, 10, 0, 0, 1])
+    answer = request[4:] + request[:4]
+    inbound = a_run_with_a_filter()
+    assert inbound.direction_of(request) is netweaver.IN
+    assert inbound.direction_of(answer) is None
+    outbound = a_run_with_a_filter(directions=(netweaver.OUT,))
+    assert outbound.direction_of(request) is None
+    assert outbound.direction_of(answer) is netweaver.OUT
+
+
+def test_nat_changes_the_address_of_answers() -> None:
+    """The VM has another address on the vif, so that they can't be left out on both sides."""
+    for direction in (netweaver.IN, netweaver.OUT):
+        selection = a_run_with_a_filter(directions=(direction,), translated=True)
+        assert selection.direction_of(bytes([10, 0, 0, 1, 10, 0, 0, 2])) is direction
+
+
+def test_a_tunnel_around_an_answer_is_left_out_with_it() -> None:
+    answer = ipv4(tcp(), source="10.0.0.1", destination="10.0.0.2")
+    frame = ethernet(ipv4(udp(*vxlan(ethernet(answer))), 17, source="10.9.0.1"))
+    capture = netweaver.Capture(io.BytesIO(pcap([(T, frame)])), "pif")
+    [sightings] = netweaver.collect({"pif": [capture], "vif": []}, a_run_with_a_filter())
+    assert len(sightings.points["pif"].ids) == 0
+    assert capture.filtered == 1
