@@ -376,7 +376,7 @@ class Sightings:
             self._sequence = list(self._ids)
 
     def _look_up(self, identities: Iterable[bytes]) -> list[int]:
-        """Return the ids of packets.
+        """Return the ids of packets; an identity that is new gets the next id.
 
         The second point sees most packets in the order of the first: a comparison with the packet
         that is expected next is faster than a look-up.
@@ -404,7 +404,7 @@ class PacketClass(IntEnum):
     AMBIGUOUS = 1  # shares its identity with other packets sent: counted, but never timed
     LOST = 2
     UNDECIDED = 3  # missing at the second point, which may not have been watched: not counted
-    # While packets are matched: so many of those that share an identity are missing.
+    # Only while packets are matched: copies of a repeated packet, as many as are missing.
     AMBIGUOUS_LOST = 4
     AMBIGUOUS_UNDECIDED = 5
 
@@ -2027,9 +2027,8 @@ def _classify_copies(
             continue
         certain = [rank for rank in ranks if rank in decided]
         uncertain = [rank for rank in ranks if rank not in decided]
-        for position, rank in enumerate(
-            certain + uncertain
-        ):  # as if they had arrived in this order
+        # As if they had arrived in this order:
+        for position, rank in enumerate(certain + uncertain):
             if position < arrived:
                 classes[rank] = PacketClass.AMBIGUOUS
             elif rank in decided:
@@ -3008,7 +3007,7 @@ class TraceReader:
 
 
 def lost_before(page: bytes) -> int:
-    """Return the number of events that were lost before a page."""
+    """Return the number of events that the kernel lost before a page; 1 if it doesn't say it."""
     (header,) = unpack_from("<Q", page, 8)
     if not header & LOST_BEFORE:
         return 0
@@ -4272,7 +4271,10 @@ class Host:
         return results[0]
 
     def check_job(self, job: Job) -> None:
-        """Raise HostConnectionError if a job could not run to its end, but for its own fault."""
+        """Raise HostConnectionError if a job ended because its connection or its shell did.
+
+        Raises it as well if the account can't run commands.
+        """
         if not job.ended or job.status is not None or job.flooded:
             return
         self.check()
@@ -5235,7 +5237,10 @@ def list_identities(
 
 
 def list_files(settings: HostSettings) -> list[Identity]:
-    """Return the keys of which a file has at least the public half, and certificates beside."""
+    """Return the configured keys that have a file, private or public.
+
+    Unless certificates are configured, that beside a key follows it.
+    """
     files = []
     for path in settings.identities:
         blob = public_half(path)
@@ -7699,7 +7704,7 @@ def make_captures(
 
 
 def check_can_capture(facts: Facts, interfaces: Interfaces) -> None:
-    """Raise CaptureError if the hypervisor can't capture, UsageError for one interface only."""
+    """Raise CaptureError without tcpdump, UsageError if the VM's interface was given as -i."""
     if interfaces.vif in interfaces.pifs:
         advice = "Give the physical one with -i"
         if interfaces.route is RouteKind.GIVEN:
@@ -8493,14 +8498,15 @@ def make_recording(
     start = read_clock(captures.job)
     generate(plan, info, hosts, captures, control)
     end = read_clock_again(captures.job, start)
-    drained = time.monotonic() + HANDED_OVER_SECONDS + SHORTEST_WAIT
-    waited = drained + max(info.wait, SHORTEST_WAIT) - SHORTEST_WAIT
+    handed_over = time.monotonic() + HANDED_OVER_SECONDS  # to tcpdump, if no packet comes later
     link = check_interface(hypervisor, plan, find_vif)
     queue = {**info.platform.get("vif", {}), "after": drop_counters(link)}
     info.platform = {**info.platform, "vif": queue}
     files = hypervisor.open_files()
-    control.wait_until(lambda: captures.job.ended or control.interrupted, waited - time.monotonic())
-    control.wait_until(lambda: captures.job.ended, drained - time.monotonic())
+    wait = handed_over + max(info.wait, SHORTEST_WAIT) - time.monotonic()
+    control.wait_until(lambda: captures.job.ended or control.interrupted, wait)
+    shortest_wait = handed_over + SHORTEST_WAIT - time.monotonic()
+    control.wait_until(lambda: captures.job.ended, shortest_wait)
     captures.check()
     stop = read_clock_again(captures.job, start)
     info.window = measured_window(start, end, stop, info)
@@ -9106,7 +9112,8 @@ class NetWeaver:
     def determine_vif_number(self) -> str:
         """Return the name of the VM's interface on the hypervisor, such as vif5.0.
 
-        This asks the toolstack. To support another one, override it and use `run_command`.
+        This asks the toolstack; with "auto" it keeps the one that knows the VM. To support another
+        one, override it and use `run_command`.
         """
         name = self.destination_name_label
         if self.toolstack == "auto":
@@ -12274,9 +12281,9 @@ def _check_files(options: Options) -> None:
         if not path:
             continue
         check_writable(path)
-        if os.path.realpath(path) in inputs and not is_standard_output(path):
-            raise UsageError(f"{flag} {path}: it would replace an input. Name another file")
         name = "standard output" if is_standard_output(path) else os.path.realpath(path)
+        if name in inputs:
+            raise UsageError(f"{flag} {path}: it would replace an input. Name another file")
         other = flags.setdefault(name, flag)
         if other != flag and not is_special(name):
             raise UsageError(

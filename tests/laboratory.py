@@ -486,6 +486,11 @@ class Network:
         )
         return ["ip", "netns", "exec", namespace, "sh", "-c", own, str(passwd), *words]
 
+    def passive_arguments(self, seconds: str, destination: str | None = None) -> list[str]:
+        """Return the command line that measures traffic which is there anyway."""
+        target = ["-n", self.name, "--hv", self.hv.address, "-d", destination or self.destination]
+        return [*target, "-k", str(self.key), "--duration", seconds]
+
     def arguments(
         self, *more: str, name: str | None = None, source: str | None = None
     ) -> list[str]:

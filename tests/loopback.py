@@ -100,6 +100,14 @@ def generate_key(path: Path, kind: str, *options: str) -> str:
     return " ".join(Path(f"{path}.pub").read_text().split()[:2])
 
 
+def listen(path: Path) -> socket.socket:
+    """Return a socket that listens at a path, as an ssh-agent's does."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
 def is_listening(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as client:
         return client.connect_ex(str(path)) == 0

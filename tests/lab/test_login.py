@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from helpers import FAST, failure, report
 from laboratory import MANAGEMENT, NAME, PYTHON, Lab
-from loopback import PORT, Loopback, generate_key
+from loopback import PORT, Loopback, generate_key, listen
 
 pytestmark = pytest.mark.lab
 # Logs in and runs a command through a proxy that stops after so many bytes from the server, for
@@ -543,9 +543,7 @@ class FrontAgent(threading.Thread):
         super().__init__(daemon=True)
         self._agent = agent
         self._comment = comment
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen()
+        self._listener = listen(path)
         self.start()
 
     def run(self) -> None:

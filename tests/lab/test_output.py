@@ -64,20 +64,7 @@ def test_a_saved_run_gives_the_same_numbers_again(lab: Lab, tmp_path: Path) -> N
         for address in (lab.destination, f"{DATA}.200")
     ]
     try:
-        passive = [
-            "-n",
-            NAME,
-            "--hv",
-            lab.hv.address,
-            "-d",
-            lab.destination,
-            "-k",
-            str(lab.key),
-            "--duration",
-            "1",
-            "--save",
-            keep,
-        ]
+        passive = [*lab.passive_arguments("1"), "--save", keep]
         found = report(lab.netweaver(*passive))
         both = report(lab.netweaver(*passive, "--direction", "both"))
         out = report(lab.netweaver(*passive, "--direction", "out"))

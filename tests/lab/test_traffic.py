@@ -14,7 +14,7 @@ import sys
 
 import pytest
 from helpers import FAST, check_failures, failure, report, run_all
-from laboratory import DATA, NAME, Lab, wait_until
+from laboratory import DATA, Lab, wait_until
 
 pytestmark = pytest.mark.lab
 
@@ -258,18 +258,7 @@ def test_traffic_that_is_there_anyway(lab: Lab) -> None:
             f"hping3 -S -i u2000 {DATA}.200",
         )
     ]
-    arguments = [
-        "-n",
-        NAME,
-        "--hv",
-        lab.hv.address,
-        "-d",
-        lab.destination,
-        "-k",
-        str(lab.key),
-        "--duration",
-        "2",
-    ]
+    arguments = lab.passive_arguments("2")
     try:
         found = report(lab.netweaver(*arguments))
         both = report(lab.netweaver(*arguments, "--direction", "both"))
@@ -293,37 +282,12 @@ def test_traffic_that_is_there_anyway(lab: Lab) -> None:
 
 
 def test_no_traffic_at_all(lab: Lab) -> None:
-    line = failure(
-        lab.netweaver(
-            "-n",
-            NAME,
-            "--hv",
-            lab.hv.address,
-            "-d",
-            "10.83.1.77",
-            "-k",
-            str(lab.key),
-            "--duration",
-            "0.5",
-        ),
-        6,
-    )
+    line = failure(lab.netweaver(*lab.passive_arguments("0.5", "10.83.1.77")), 6)
     assert "(0 on eth0, 0 on vif5.0)" in line
 
 
 def test_a_passive_run_can_be_interrupted(lab: Lab) -> None:
-    process = lab.start(
-        "-n",
-        NAME,
-        "--hv",
-        lab.hv.address,
-        "-d",
-        lab.destination,
-        "-k",
-        str(lab.key),
-        "--duration",
-        "60",
-    )
+    process = lab.start(*lab.passive_arguments("60"))
     wait_until(
         lambda: sum("tcpdump" in line for line in lab.hv.processes().values()) >= 2, "the captures"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from helpers import failure, offline
-from loopback import generate_key
+from loopback import generate_key, listen
 
 import netweaver
 
@@ -442,9 +442,7 @@ class FakeAgent(threading.Thread):
     def __init__(self, path: Path, answer: bytes) -> None:
         super().__init__(daemon=True)
         self._answer = answer
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen()
+        self._listener = listen(path)
         self.start()
 
     def run(self) -> None:
