@@ -94,8 +94,9 @@ def test_one_host_with_sudo_and_one_with_root(sudo_lab: Lab) -> None:
     assert found["packets"]["matched"] == 300
 
 
+@pytest.mark.alone
 def test_the_trace_with_sudo(sudo_lab: Lab) -> None:
-    """Its files are fetched by a user who isn't root."""
+    """The trace's files are fetched by a user who isn't root."""
     write_rules(sudo_lab, RULE)
     found = report(sudo_lab.netweaver(*arguments(sudo_lab, "--sudo", "--stages")))
     assert found["stages"]["forwarding"]["packets"] == 300
