@@ -4442,7 +4442,7 @@ def in_parallel(*calls: Callable[[], object], seconds: float | None = None) -> l
         raise errors[0]
     if len(results) < len(calls):
         raise NoAnswerError(
-            f"a host did not answer within {seconds} s: "
+            f"--hv or a source did not answer within {seconds} s: "
             "check addresses, name resolution and network"
         )
     return [results[index] for index in range(len(calls))]
@@ -4486,8 +4486,9 @@ PRIVATE_KEY_CIPHERS = ("none", "aes256-ctr", "aes256-cbc")  # of OpenSSH's forma
 RSA_SIGNATURES = ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")
 USE_AGENT = "load it into ssh-agent (ssh-add), and use it without -k"
 OLD_SERVER_ADVICE = (
-    "is an RSA key, and this old server supports SHA-1 only: use an ed25519 key, or "
-    "-o PubkeyAcceptedAlgorithms=+ssh-rsa with pip install 'paramiko<5'"
+    "is an RSA key, and this old server supports SHA-1 only: use "
+    "-o PubkeyAcceptedAlgorithms=+ssh-rsa with pip install 'paramiko<5', or, from OpenSSH 6.5 on, "
+    "an ed25519 key"
 )
 # What to do about keys that paramiko can't read, by their kind.
 KEY_ADVICE = {
@@ -4932,7 +4933,7 @@ def accept_new_host(
     if checking != "accept-new":
         raise HostConnectionError(
             f"{title} is not known, and StrictHostKeyChecking is {checking}: "
-            "connect once with ssh, or use -o StrictHostKeyChecking=accept-new"
+            "add its key to known_hosts, or use -o StrictHostKeyChecking=accept-new"
         )
     if not settings.user_files:
         raise HostConnectionError(
@@ -5957,8 +5958,8 @@ class Access:
             is_doubtful = re.search(r"[\"'\\#$]", re.sub(r'"[^"\s]*"', "", line))
             if is_relevant and is_doubtful and len(names) > 1:
                 raise HostConnectionError(
-                    f"{target.host}: can't tell the names of files apart in {keyword} "
-                    f"{joined}: avoid quotes and blanks in them"
+                    f"{target.host}: the file names in {keyword} {joined} are ambiguous: "
+                    "avoid quotes and blanks in them"
                 )
         return tuple(name.replace("\0", home) for name in names)
 
@@ -6143,7 +6144,7 @@ class Authentication:
         if identity.agent_blob:
             return lambda data: self._agent.sign(identity.agent_blob, data, algorithm)
         if not identity.path:
-            raise HostConnectionError(f"{identity.title} matches none of the keys")
+            raise HostConnectionError(f"{identity.title} has no private key here")
         key = self._load_key(identity.path)
         if key.asbytes() != (certified_key(blob) or blob):
             raise HostConnectionError(f"{identity.title} does not match the public key beside it")
@@ -6180,8 +6181,8 @@ class Authentication:
         if self._key_given:
             advice = self._authorize()
         return (
-            f"refused {self._refused_titles()} for {self._settings.user}, and accepts no more "
-            f"attempts: {farewell}: {advice}"
+            f"refused {self._refused_titles()} for {self._settings.user}, and ended the login: "
+            f"{farewell}: {advice}"
         )
 
     def _authorize(self) -> str:
@@ -6323,8 +6324,8 @@ def _operand(name: str, prefix: str) -> str:
 def virsh_vif(run: RunCommand, name: str, number: int) -> str:
     """Return a domain's interface on libvirt, by the domain's name or UUID."""
     hint = (
-        "virsh list --all shows the names, systemctl status libvirtd whether libvirt is running; "
-        f"if it runs in a container, {NAME_THE_VIF}"
+        "virsh list --all shows the names, systemctl status libvirtd shows whether libvirt is "
+        f"running. If it runs in a container, {NAME_THE_VIF}"
     )
     virsh = "LC_ALL=C virsh -r -q"  # read only, and oVirt allows nothing else
     domain = _operand(name, "--domain")
@@ -6489,7 +6490,7 @@ HOST_KINDS = ("bridge", "openvswitch")  # by these the host takes part in a swit
 # Frames that leave a switch by these go nowhere else.
 DEAD_END_KINDS = (*HOST_KINDS, "patch", "ifb")
 ETH0_ASSUMED = (
-    "the VM's interface is in no bridge, and its path is unknown: eth0 is assumed to be the "
+    "the VM's interface is in no bridge, and no way to it is known: eth0 is assumed to be the "
     "physical interface. If it isn't, give the right one with -i"
 )
 MOST_INTERFACES = 16  # to be captured at once
@@ -6868,7 +6869,7 @@ def find_uplinks(
         reason = _why_no_uplink(vif, links, ways, kind)
         problem = f"can't find the physical interface: {reason}"
     elif len(pifs) > MOST_INTERFACES:
-        problem = f"{len(pifs)} interfaces lead to {vif}: give those that the traffic uses with -i"
+        problem = f"{len(pifs)} interfaces lead to {vif}: give with -i those that the traffic uses"
     if problem:
         raise RemoteCommandError(f"{problem} (there are: {links.names()})")
     return sorted(pifs), Route(kind, bool(ways.tunnels) and not are_local)
@@ -7276,7 +7277,8 @@ class Traffic:
             unused.append("--port")
         if unused:
             raise UsageError(
-                f"{unused[0]} has no effect with {chosen}, which has no place for it: {template}"
+                f"{unused[0]} has no effect with {chosen}, which has no placeholder for it: "
+                f"{template}"
             )
 
     def _check_bounds(self, template: str, destination: str) -> None:
@@ -8189,8 +8191,8 @@ class RunningCaptures:
         outdated = re.search(r"libpcap version (0\.\d|1\.[0-8])\b", self._plan.facts.tcpdump)
         if outdated and re.search(r"\bvlan\b", commands):
             incidents.append(
-                f"with libpcap {outdated[1]} the keyword vlan of --filter matches no outgoing "
-                "frames: test their bytes instead, such as ether[12:2] = 0x8100"
+                f"with libpcap {outdated[1]} the keyword vlan in --filter matches no outgoing "
+                "frames: test the bytes instead, such as ether[12:2] = 0x8100"
             )
         return incidents
 
@@ -8454,7 +8456,7 @@ def measured_window(
 
     Problems of the clock are added to the incidents; returns None if it can't be used.
     """
-    effect = "other traffic at the beginning and at the end may be counted as lost"
+    effect = "other traffic at the start and end of the run may be counted as lost"
     if not start or not end or not stop:
         info.incidents.append(f"the hypervisor's clock could not be read: {effect}")
         return None
@@ -8697,7 +8699,7 @@ def _overlap_warnings(
     vif_seconds = (vif[1] - vif[0]) / NANOSECONDS
     return [
         f"{counted(unwatched, 'packet')} passed one interface while the other was not captured: "
-        f"counted as undecided only. The captures last {pif_seconds:.6g} s (pif) and "
+        f"counted only as undecided. The captures last {pif_seconds:.6g} s (pif) and "
         f"{vif_seconds:.6g} s (vif), and overlap for {overlap:.6g} s"
     ]
 
@@ -9540,7 +9542,7 @@ FIGURES = (
     _packets("lost", "seen at the first point only"),
     _packets(
         "undecided",
-        "may be lost or not: a capture ended too soon or missed some",
+        "fate unknown: a capture ended too soon or missed some",
     ),
     _packets("duplicated", "copies that only the second point saw (RFC 5560)"),
     _packets("reordered", "overtaken by a later packet of the same stream (RFC 4737)"),
@@ -9775,7 +9777,7 @@ def _other_vif_advice(info: RunInfo) -> str:
         emulated = info.vif.replace("vif", "tap")
         if info.toolstack == "xl":
             emulated = f"{info.vif}-emu"
-        other_vif += f" Does an HVM guest use its emulated interface (--vif {emulated})?"
+        other_vif += f" Does the VM, if it is HVM, use its emulated interface (--vif {emulated})?"
     if info.filter:
         other_vif += " Does --filter match them there?"
     elif info.selection.translated:
@@ -9800,7 +9802,7 @@ def measuring_advice(info: RunInfo) -> Advice:
     return Advice(
         distinct=distinct,
         undecided="Increase --wait",
-        late=" netweaver waits for a packet for at least 1 s; --wait extends that",
+        late=" Packets match if they are at most 1 s apart, or --wait if that is longer",
         translation=translation_advice(info),
         other_pif=_other_pif_advice(info),
         other_vif=_other_vif_advice(info),
@@ -9889,8 +9891,8 @@ def matching_warnings(result: DirectionResult, advice: Advice) -> list[str]:
 
 def _stray_arrivals(result: DirectionResult, advice: Advice) -> str:
     return (
-        f"{counted(result.counts.strays, 'packet is', 'packets are')} not matched: seen on the "
-        f"{result.direction.second} too long before or after the {result.direction.first}. Were "
+        f"{counted(result.counts.strays, 'packet is', 'packets are')} not matched: the times on "
+        f"the {result.direction.first} and the {result.direction.second} differ too much. Were "
         "packets sent again, did they take another path, or was the clock set?"
         f"{advice.late}"
     )
@@ -9941,7 +9943,7 @@ def delay_warnings(result: DirectionResult, delays: DelayStatistics) -> list[str
     if delays.negative:
         cause = "the time stamps of two CPUs disagree, or the clock was set"
         if has_both_directions(result):
-            cause = "they are of answers to the other packets. Give the VM's address (-d)"
+            cause = "they belong to answers to the others. Give the VM's address (-d)"
         warnings.append(
             f"{counted(delays.negative, 'delay is', 'delays are')} negative (down to "
             f"{delays.minimum:g} µs): {cause}"
@@ -10037,7 +10039,7 @@ def traffic_warnings(
     under_way = result.counts.undecided.under_way
     if under_way and info.sources:
         warnings.append(
-            f"{counted(under_way, 'packet')} at the end are counted as undecided only: the "
+            f"{counted(under_way, 'packet')} at the end are counted only as undecided: the "
             f"captures may have stopped before all of them reached the {result.direction.second}. "
             f"{advice.undecided}"
         )
@@ -10077,9 +10079,8 @@ def capture_warnings(
         uncaptured = result.counts.undecided.uncaptured
         if uncaptured:
             warnings.append(
-                f"{counted(uncaptured, 'packet')} may be lost or not, since the capture on the "
-                f"{result.direction.second} missed or truncated that many: they are counted as "
-                "undecided only"
+                f"{counted(uncaptured, 'packet')} may or may not be lost, since the capture on the "
+                f"{result.direction.second} missed or truncated as many: counted only as undecided"
             )
     return warnings
 
@@ -10855,7 +10856,7 @@ def queue_lines(report: Report) -> list[str]:
         from_guest = after["rx_dropped"] - before["rx_dropped"]
         line += f", dropped {to_guest} to the guest, {from_guest} from it"
         if queue.get("qdisc") != "noqueue" and "stages" not in report:
-            line += " (tc excluded)"
+            line += " (not by tc)"
         lost = lost or to_guest > 0 or from_guest > 0
     return [line] if lost else []
 
@@ -11859,8 +11860,8 @@ class Options:
     interfaces: Sequence[str] = target_option(
         "-i,--interface PIF",
         "the hypervisor's physical interface; may be repeated, for the members of a bond "
-        "(default: auto, which finds the interfaces that lead to the VM; eth0 if their path is "
-        "unknown)",
+        "(default: auto, which finds the interfaces that lead to the VM; eth0 if none is "
+        "known to)",
         action="extend",
         type=list_of(parse_interface),
         default=(),
@@ -11895,18 +11896,18 @@ class Options:
     traffic: Sequence[str] = traffic_option(
         "--traffic PATTERN",
         "syn: TCP SYNs, each a new flow (the default); flow: SYNs of one flow; udp: datagrams "
-        "of one flow; ping; several separated by commas are run one after the other",
+        "of one flow; ping: ICMP echoes; several, separated by commas, run one after the other",
         action="extend",
         type=list_of(parse_pattern),
         default=(),
     )
     count: int | None = traffic_option(
-        "-c,--count N", "packets to send (default: 1000)", type=parse_count
+        "-c,--count N", "packets that each source sends (default: 1000)", type=parse_count
     )
     rates: Sequence[int] = traffic_option(
         "--rate PPS",
-        f"packets a second (default: {USUAL_RATE}); several separated by commas are run one "
-        "after the other",
+        f"packets a second from each source (default: {USUAL_RATE}); several, separated by commas, "
+        "run one after the other",
         action="extend",
         type=list_of(parse_rate),
         default=(),
@@ -11921,18 +11922,18 @@ class Options:
     )
     source_command: str | None = traffic_option(
         "--source-command TEMPLATE",
-        "a shell command that generates traffic and ends, instead of --traffic; {count}, "
+        "a shell command that sends traffic and exits, instead of --traffic; {count}, "
         "{interval} (in µs), {size}, {port} and {destination} are filled in",
     )
     load: str | None = traffic_option(
         "--load COMMAND",
-        "a shell command that the sources run during the measured traffic, which then lasts for "
+        "a shell command that the sources run meanwhile, until the measured traffic ends after "
         "COUNT / RATE seconds; the load's packets must use another protocol or port, and are not "
         "counted",
     )
     runs: int = traffic_option(
         "--runs N",
-        "measure N times, with a line of JSON for each (default: 1)",
+        "measure N times (default: 1)",
         type=number_in(1, 99_999),
         default=1,
     )
@@ -11960,10 +11961,10 @@ class Options:
 
     pcaps: Sequence[str] = analysis_option(
         "--pcaps FILE",
-        "instead of measuring, analyse runs saved with --save (the directory of one or of "
-        "several), or the captures of a PIF and a VIF (pcap or pcapng; - is standard input; "
-        "several files of one interface are separated by commas); -s and -d then select packets "
-        "by address",
+        "instead of measuring, analyse runs saved with --save (the directory of a run, or "
+        "the one above it), or the captures of a PIF and a VIF (pcap or pcapng; - is standard "
+        "input; several files of one interface are separated by commas); -s and -d then select "
+        "packets by address",
         nargs="+",
         default=(),
         with_pcaps=True,
@@ -12031,8 +12032,8 @@ class Options:
     )
     plot: str | None = output_option(
         "--plot FILE",
-        "draw the delays of a run, or several runs against their rates, as .png, .svg or .pdf "
-        "(requires matplotlib)",
+        "draw the delays of one run, or those of several runs against the rate, as .png, .svg or "
+        ".pdf (requires matplotlib)",
         with_pcaps=True,
     )
     labels: Sequence[tuple[str, str]] = output_option(
@@ -12541,7 +12542,7 @@ def _baseline_figures(
         if result.direction is not direction:
             continue
         if not result.counts.timed:
-            raise UsageError(f"--baseline {path}: in its captures no packet has a delay")
+            raise UsageError(f"--baseline {path}: no packet has a delay in its captures")
         figures.append(run_figures(result))
     return figures
 

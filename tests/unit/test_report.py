@@ -53,7 +53,7 @@ def others_follow(vif: Packets) -> Packets:
     [
         (lambda vif: early(vif, 9000), "1 delay is negative (down to -8 "),
         (lambda vif: early(vif, 1000), "1 delay is exactly 0"),
-        (last_is_late, "1 packet is not matched: seen on the vif too long before or after the pif"),
+        (last_is_late, "1 packet is not matched: the times on the pif and the vif differ too much"),
         (others_follow, "most packets of each interface were not seen on the other"),
     ],
 )

@@ -158,12 +158,12 @@ def test_everything_at_once_fits_a_terminal(tmp_path: Path) -> None:
     assert "after the vif's stamp" in shown
     assert "vif5.0: pfifo_fast, length 32, dropped 25 to the guest" in shown
     assert "--stages" not in shown
-    assert "tc excluded" not in shown
+    assert "by tc" not in shown
     for part in (found, found["outbound"]):
         del part["stages"]
     lines = netweaver.summary(found, [1, 2, 3])
     assert " --stages shows where packets are lost" in lines
-    assert any(line.endswith("0 from it (tc excluded)") for line in lines)
+    assert any(line.endswith("0 from it (not by tc)") for line in lines)
 
 
 def test_nothing_is_cut_where_names_are_long(tmp_path: Path) -> None:
