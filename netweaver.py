@@ -4831,6 +4831,20 @@ def parse_known_key(header: str, line: str, file: str) -> KnownKey:
     return KnownKey(place, marker, fields[1], decode_base64(fields[2]))
 
 
+def has_own_order(algorithms: Sequence[str] | None) -> bool:
+    """Return whether ssh_config gives HostKeyAlgorithms an order, which ssh then keeps to.
+
+    If they are the default's, with some appended or removed, ssh prefers those of known keys.  It
+    doesn't print which it is: a list that lacks half of the default is taken for a whole one.
+    """
+    answer = run_openssh("ssh", "-G", "-F", "/dev/null", "host")
+    default = SshOptions(answer.stdout).algorithms("hostkeyalgorithms")
+    if algorithms is None or default is None:
+        return False
+    kept = [name for name in default if name in algorithms]
+    return len(kept) <= len(default) / 2 or algorithms[: len(kept)] != kept
+
+
 def decode_base64(text: str) -> bytes:
     """Return the decoded text, or b"" if it is not base64."""
     try:
@@ -5978,6 +5992,8 @@ class Access:
         """Connect and authenticate once."""
         known_keys = find_known_keys(settings.known_names[0], settings.known_hosts_files)
         known_kinds = {known.kind for known in known_keys if not known.marker}
+        if has_own_order(settings.options.algorithms("hostkeyalgorithms")):
+            known_kinds = set()
         try:
             with self._config_file() as config:
                 connection = SshConnection(settings, self._proxy_command(settings, config))

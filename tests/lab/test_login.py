@@ -186,6 +186,12 @@ KNOWN_HOSTS = {
     ),
     "another key algorithm": ("HostKeyAlgorithms ecdsa-sha2-nistp256", "{name} {ecdsa}"),
     "no key algorithm": ("HostKeyAlgorithms rsa-sha2-512", ""),
+    "algorithms in an order": ("HostKeyAlgorithms ecdsa-sha2-nistp256,ssh-ed25519", "{name} {key}"),
+    "two algorithms": ("HostKeyAlgorithms ssh-ed25519,ecdsa-sha2-nistp256", "{name} {ecdsa}"),
+    "an algorithm first": ("HostKeyAlgorithms ^ecdsa-sha2-nistp256", "{name} {key}"),
+    "an algorithm first, known": ("HostKeyAlgorithms ^ecdsa-sha2-nistp256", "{name} {ecdsa}"),
+    "an algorithm more": ("HostKeyAlgorithms +ssh-rsa", "{name} {ecdsa}"),
+    "an algorithm less": ("HostKeyAlgorithms -ecdsa-sha2-nistp384", "{name} {ecdsa}"),
 }
 FILES = {
     "second": "{name} {other}\n",
