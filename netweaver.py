@@ -727,12 +727,14 @@ def _identify_plain_udp(
 
     `headers` is the part of the identity that comes from the headers.
     """
-    ip_length, port, udp_length = _plain_udp_fields(data, start + 16)
-    payload = start + 42
+    ip_length, destination_port, udp_length = _plain_udp_fields(data, start + 16)
+    payload = start + 42  # after the headers: 14 bytes of Ethernet, 20 of IPv4, 8 of UDP
     payload_end = payload + udp_length - 8
     if payload_end > payload + PAYLOAD:
         payload_end = payload + PAYLOAD
-    if ip_length != 20 + udp_length or not payload <= payload_end <= end or port in tunnel_ports:
+    if ip_length != 20 + udp_length or destination_port in tunnel_ports:
+        return b""
+    if payload_end < payload or payload_end > end:  # an impossible length, or a truncated frame
         return b""
     return headers + data[payload:payload_end]
 
@@ -2207,7 +2209,7 @@ def reordering(result: DirectionResult) -> dict[int, int]:
     ends = {
         kind: ADDRESSES + len(addresses_of(identity)) for kind, identity in result.kinds.items()
     }
-    addresses = list(_from_addresses(result, ends))
+    addresses = list(_parts_from_addresses(result, ends))
     streams: defaultdict[bytes, list[int]] = defaultdict(list)
     for rank in result.arrivals:
         streams[addresses[rank]].append(rank)
@@ -2236,13 +2238,14 @@ def _reordering_extents(ranks: Sequence[int]) -> dict[int, int]:
     }
 
 
-def _from_addresses(result: DirectionResult, ends: Mapping[bytes, int]) -> Iterator[bytes]:
-    """Yield a part of each packet's identity, by rank: from its addresses to an end.
+def _parts_from_addresses(result: DirectionResult, ends: Mapping[bytes, int]) -> Iterator[bytes]:
+    """Return the part of each packet's identity from its addresses to an end, by rank.
 
     `ends` are the positions at which that part ends, by the kind of identity (its first two bytes).
+    The parts tell streams (by addresses) or flows (by ports, too) apart.
     """
     identities = map(result.identities.__getitem__, result.ids)
-    if len(ends) == 1:  # which is usual, and faster
+    if len(ends) == 1:  # the usual case, in which one slice for all takes less time
         [end] = ends.values()
         return map(itemgetter(slice(ADDRESSES, end)), identities)
     return (identity[ADDRESSES : ends[identity[:2]]] for identity in identities)
@@ -2294,7 +2297,7 @@ def _flows(result: DirectionResult) -> Iterable[bytes]:
     later fragments.
     """
     ends = {kind: _flow_end(identity) for kind, identity in result.kinds.items()}
-    slices = _from_addresses(result, ends)
+    slices = _parts_from_addresses(result, ends)
     if len(ends) == 1:
         return slices
     datagrams = _fragmented_flows(result)
@@ -2901,7 +2904,7 @@ class Passage:
 
     @property
     def lost_in(self) -> str:
-        """The stage in which a packet was lost that the driver never got."""
+        """The stage in which a packet that never reached the driver was lost."""
         if self.queued:
             return "queueing"
         return "forwarding"
@@ -3234,12 +3237,12 @@ NOT_FOR_THE_HOST = "OTHERHOST"
 class Attachment:
     """Attaches passages to the packets of one direction, by rank."""
 
-    def __init__(self, result: DirectionResult, trace: KernelTrace, unit: int) -> None:
-        """Attach what passages it can; `unit` is the resolution of the captures' stamps in ns."""
+    def __init__(self, result: DirectionResult, trace: KernelTrace, unit_ns: int) -> None:
+        """Attach what passages it can; `unit_ns` is the resolution of the captures' stamps."""
         self._result = result
         self._symbols = trace.symbols
         self._events_lost = trace.lost > 0
-        self._rounding = unit - 1  # by so much a stamp may be too early
+        self._rounding = unit_ns - 1  # by so much a stamp may be too early
         self._passages = trace.passages[result.direction]
         self.arrived = self._attach_arrived()
         if not self._events_lost:
@@ -3350,19 +3353,21 @@ class Attachment:
         """Return the passages of lost packets, by rank.
 
         If all passages that a packet may have end in the same place, it doesn't matter which it is.
-        Places where mostly other packets end are considered last.
+        Places where mostly packets end that weren't captured only count if there are no others.
         """
         candidates = self._candidates_of_lost()
         elsewhere = self._ends_of_others(candidates)
         lost: dict[int, Passage] = {}
         for rank, passages in candidates.items():
-            free = [passage for passage in passages if not passage.stamp]
-            likely = [passage for passage in free if passage.end not in elsewhere]
-            if not likely and not self._events_lost:
-                likely = free
-            if len({(passage.lost_in, passage.end) for passage in likely}) == 1:
+            # Earlier packets of this loop have claimed some.
+            unclaimed = [passage for passage in passages if not passage.stamp]
+            likely = [passage for passage in unclaimed if passage.end not in elsewhere]
+            if not likely and not self._events_lost:  # then it must have one of them
+                likely = unclaimed
+            places = {(passage.lost_in, passage.end) for passage in likely}
+            if len(places) == 1:
                 lost[rank] = likely[0]
-                likely[0].stamp = self._result.sent[rank]
+                likely[0].stamp = self._result.sent[rank]  # claims the passage
         return lost
 
     def _candidates_of_lost(self) -> dict[int, list[Passage]]:
@@ -3476,14 +3481,14 @@ class TraceAccount:
 
 
 def account_for(
-    result: DirectionResult, trace: KernelTrace, backend: str, unit: int
+    result: DirectionResult, trace: KernelTrace, backend: str, unit_ns: int
 ) -> TraceAccount:
     """Return the trace's account of the packets of one direction.
 
     `backend` takes them from the second point, if it's known, and `unit` is the resolution of the
     captures' stamps in ns.
     """
-    attachment = Attachment(result, trace, unit)
+    attachment = Attachment(result, trace, unit_ns)
     account = TraceAccount(
         stages={name: array("q", [NOT_TRACED]) * len(result.sent) for name in STAGES},
         stamp_errors={result.direction.first: [], result.direction.second: []},
@@ -3536,12 +3541,13 @@ def _add_stages(
 
 def attach_stages(analysis: Analysis, trace: KernelTrace, info: RunInfo) -> None:
     """Add the kernel trace's account of the packets to the analysis of a run."""
-    unit = max(PRECISIONS[counts["precision"]] for counts in analysis.counts.values())
+    # The coarser capture limits how exactly stamps and events can be compared.
+    unit_ns = max(PRECISIONS[counts["precision"]] for counts in analysis.counts.values())
     for result in analysis.results:
-        backend_of_second = ""
-        if result.direction is IN:
-            backend_of_second = info.backend or ""
-        result.trace = account_for(result, trace, backend_of_second, unit)
+        backend = ""
+        if result.direction is IN:  # the way out ends at the pif, which has no backend
+            backend = info.backend or ""
+        result.trace = account_for(result, trace, backend, unit_ns)
     analysis.warnings += trace_warnings(trace, analysis.results, info.vif, info.pif)
 
 
@@ -3638,10 +3644,11 @@ def main_loss(account: TraceAccount | None) -> str:
     return f" (kernel trace: {counted(loss.packets, 'packet')} lost in {place}, stage {loss.stage})"
 
 
-def times_of_guest(guest_times: Mapping[int, int], account: TraceAccount | None) -> list[int]:
-    """Return how long (ns) the guest itself took: without the time until it had the probe.
+def processing_times(guest_times: Mapping[int, int], account: TraceAccount | None) -> list[int]:
+    """Return the times (ns) from when the guest had a probe to its answer at the vif.
 
-    `guest_times` are those from the probe at the vif to its answer there, by rank.
+    `guest_times` are those from the probe at the vif to its answer there, by rank.  Probes whose
+    delivery to the guest wasn't traced have none.
     """
     if not account:
         return []
@@ -3695,22 +3702,26 @@ def stage_lines(part: Report, fancy: bool) -> list[str]:
 def loss_lines(name: str, part: Report, info: RunInfo, most: int | None = None) -> list[str]:
     """Return lines on where packets were lost, and what happened behind the vif and in the guest.
 
-    `most` is the number of lines on places of loss.
+    At most `most` lines are on places of loss; if that is 2 or more, the last one sums up the rest.
     """
     places = part.get("lost_at", [])
-    texts = [_loss_text(loss, info) for loss in places[:most]]
-    others = places[len(texts) - 1 :]
-    if most and most > 1 and len(places) > most:
+    shown = places[:most]
+    others = []
+    if most and 1 < most < len(places):
+        shown = places[: most - 1]
+        others = places[most - 1 :]
+    texts = [_loss_text(loss, info) for loss in shown]
+    if others:
         packets = sum(loss["packets"] for loss in others)
-        texts[-1] = f"{packets:>5} lost in {len(others)} other places"
+        texts.append(f"{packets:>5} lost in {len(others)} other places")
     fates = part.get("after_vif")
     if fates:
         counts = ", ".join(f"{packets} {fate}" for fate, packets in fates.items())
         texts.append(f"behind the vif: {counts}")
-    own = part.get("own")
-    if own:
-        median = duration_text(own["median"])
-        p99 = duration_text(own["percentiles"]["99"])
+    processing = part.get("own")
+    if processing:  # the part is the guest's, whose name fills its column: a blank comes first
+        median = duration_text(processing["median"])
+        p99 = duration_text(processing["percentiles"]["99"])
         texts.append(f" excluding delivery to it: median {median}, p99 {p99}")
     return [f" {name:<4}{text}" for text in texts]
 
@@ -4943,6 +4954,7 @@ def accept_new_host(
     key: paramiko.PKey, settings: HostSettings, title: str, warn: Callable[[str], None]
 ) -> None:
     """Record the key of a new host; raise HostConnectionError if it must be known before."""
+    # `ssh -G` prints "true" where the user wrote "yes".
     checking = settings.options.text("stricthostkeychecking").replace("true", "yes")
     if checking != "accept-new":
         raise HostConnectionError(
@@ -5316,6 +5328,7 @@ def new_transport(sock: socket.socket) -> Any:
         offers: dict[str, list[str]]
 
         def _parse_kex_init(self, message: paramiko.Message) -> None:
+            # RFC 4253, 7.1: a cookie of 16 bytes, then lists, two of them of ciphers (both ways).
             options = ("KexAlgorithms", "HostKeyAlgorithms", "Ciphers", "Ciphers", "MACs")
             reader = SshReader(message.asbytes(), 16)
             for option, names in zip(options, reader.strings(len(options))):
@@ -5355,6 +5368,7 @@ class PublicKeyLogin:
     SUCCESS = 52
     BANNER = 53
     KEY_WANTED = 60
+    CUT_OFF = 0  # instead of a message: no other will come
     banner = None  # paramiko looks at it
 
     def __init__(self, transport: Any, user: str, seconds: float) -> None:
@@ -5377,7 +5391,7 @@ class PublicKeyLogin:
 
     def abort(self) -> None:
         """Wake up the thread that waits for an answer; paramiko calls this when it is cut off."""
-        self._answers.put((0, b""))
+        self._answers.put((self.CUT_OFF, b""))
 
     def _receive(self, kind: int, message: paramiko.Message) -> None:
         if kind == self.SUCCESS:
@@ -5419,7 +5433,10 @@ class PublicKeyLogin:
         )
 
     def _exchange(self, request: bytes) -> int:
-        """Send a request, and return the type of the answer."""
+        """Send a request, and return the type of the answer; a failure sets `methods`.
+
+        Raises NoAnswer, or LoginEnded if the connection ends.
+        """
         from paramiko import Message
 
         try:
@@ -5429,9 +5446,9 @@ class PublicKeyLogin:
             raise NoAnswer from error
         except (OSError, EOFError) as error:
             raise LoginEnded from error
-        if not kind:
+        if kind == self.CUT_OFF:
             raise LoginEnded
-        if kind == self.FAILURE:
+        if kind == self.FAILURE:  # RFC 4252, 5.1: a list after its length, and a flag
             self.methods = answer[4:-1].decode(errors="replace").split(",")
             self.is_partial = answer[-1:] != b"\0"
         return kind
@@ -6138,12 +6155,15 @@ class Authentication:
         allowed = options.algorithms("pubkeyacceptedalgorithms") or options.algorithms(
             "pubkeyacceptedkeytypes"
         )
-        server = login.server_algorithms()
-        algorithm = signature_algorithm(kind, allowed, server)
-        by_sha1 = algorithm.startswith("ssh-rsa") or not (algorithm or server)
-        if bits and bits < smallest:
+        offered = login.server_algorithms()
+        algorithm = signature_algorithm(kind, allowed, offered)
+        if algorithm:
+            lacks_sha1 = algorithm.startswith("ssh-rsa") and not self._can_sign_by_sha1(identity)
+        else:  # an old server, which doesn't say, supports SHA-1 only, and ssh_config excludes that
+            lacks_sha1 = not offered
+        if bits is not None and bits < smallest:
             reason = f"has only {bits} bits: RequiredRSASize is {smallest}"
-        elif bits and by_sha1 and not (algorithm and self._can_sign_by_sha1(identity)):
+        elif bits is not None and lacks_sha1:
             reason = OLD_SERVER_ADVICE
         elif not algorithm:
             reason = f"is of type {kind}, which PubkeyAcceptedAlgorithms or the server excludes"
@@ -7462,28 +7482,28 @@ def window_from_json(document: Mapping[str, str]) -> Window:
 
 
 def in_config(
-    kind: type,
+    json_type: type,
     default: Any = None,
     *,
-    files: bool = False,
+    with_files: bool = False,
     optional: bool = False,
     encode: Callable[[Any], Any] = lambda value: value,
     decode: Callable[[Any], Any] = lambda value: value,
 ) -> Any:
-    """Return a field of RunInfo that stands in the document's `config`, encoded as this kind.
+    """Return a field of RunInfo whose value the document's `config` has under the same name.
 
-    It is there if captures were measured, or always with `files`; if it is `optional`, only with a
-    value.
+    There it is of the type `json_type`, which `encode` makes and `decode` reads.  Captures that
+    were given as files have it only `with_files`.  An `optional` one is left out if it is None.
     """
     metadata = {
-        "kind": kind,
-        "files": files,
+        "json_type": json_type,
+        "with_files": with_files,
         "optional": optional,
         "encode": encode,
         "decode": decode,
     }
-    if isinstance(default, (list, dict)):
-        return field(default_factory=kind, metadata=metadata)
+    if isinstance(default, (list, dict)):  # empty: a new one for each RunInfo
+        return field(default_factory=json_type, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -7494,13 +7514,13 @@ class RunInfo:
     With files instead of a measurement only the first fields are known.
     """
 
-    pif: str = in_config(str, "", files=True)  # interfaces or files, separated by commas
-    vif: str = in_config(str, "", files=True)
+    pif: str = in_config(str, "", with_files=True)  # interfaces or files, separated by commas
+    vif: str = in_config(str, "", with_files=True)
     selection: Selection = field(default_factory=Selection)  # of the packets in the captures
-    sources: list[str] = in_config(list, [], files=True)
-    destination: str | None = in_config(str, files=True)
-    labels: dict[str, str] = in_config(dict, {}, files=True)
-    version: str = in_config(str, __version__, files=True)
+    sources: list[str] = in_config(list, [], with_files=True)
+    destination: str | None = in_config(str, with_files=True)
+    labels: dict[str, str] = in_config(dict, {}, with_files=True)
+    version: str = in_config(str, __version__, with_files=True)
     measured: bool = False
     hypervisor: str | None = in_config(str)
     name_label: str | None = in_config(str)
@@ -7566,7 +7586,7 @@ class RunInfo:
             about = row.metadata
             if not about or (about["optional"] and value is None):
                 continue
-            if self.measured or about["files"]:
+            if self.measured or about["with_files"]:
                 if value is not None:
                     value = about["encode"](value)
                 document[row.name] = value
@@ -7580,7 +7600,7 @@ class RunInfo:
         values = {}
         for row in fields(cls):
             if row.metadata and config.get(row.name) is not None:
-                value = json_value(config, row.name, row.metadata["kind"], None)
+                value = json_value(config, row.name, row.metadata["json_type"], None)
                 values[row.name] = row.metadata["decode"](value)
         selection = _selection_from_json(config)
         info = cls(**values, selection=selection, measured="traffic" in config)
@@ -8073,7 +8093,8 @@ class RunControl:
 class RunningCaptures:
     """The captures of a plan, and the kernel's trace, as one job on the hypervisor.
 
-    Each line of the job's standard error begins with the capture's number, from 1.
+    Creating it starts the job.  Each line of the job's standard error begins with the capture's
+    number, from 1.
     """
 
     def __init__(self, host: Host, plan: Plan, control: RunControl) -> None:
@@ -8084,8 +8105,9 @@ class RunningCaptures:
         script = [CAPTURES, plan.trace]
         for number, command in enumerate(commands, 1):
             script.append(f"capture {number} {quote(command)}")
-        script.append("until wait; do :; done")
-        # Captures also run while the sources start and end, and their files stay until fetched.
+        script.append("until wait; do :; done")  # a trapped signal ends a wait
+        # Captures also run while the sources start and end, and their files stay until they are
+        # fetched: there is time for six answers.
         seconds = plan.info.timeout + plan.info.wait + 6 * ANSWER_SECONDS
         self.job = host.start("\n".join(script), seconds, private=True, shown=commands)
 
@@ -8932,7 +8954,7 @@ def is_made_by_save(path: str) -> bool:
         return False
     try:
         return all(re.fullmatch(SAVED_FILE, name) for name in os.listdir(path))
-    except OSError:  # somebody else deletes it, too
+    except OSError:  # another run has deleted it meanwhile
         return False
 
 
@@ -8955,22 +8977,22 @@ def save_run(directory: str, info: RunInfo, files: CaptureFiles, report: Report)
     return made
 
 
-def try_directory(directory: str) -> None:
-    """Make a directory as --save does, and remove it again; UsageError if that fails."""
-    made = []
+def check_can_save(directory: str) -> None:
+    """Raise UsageError if --save can't make directories in a directory; leave none behind."""
+    missing = []  # the deepest one first
     path = os.path.abspath(directory)
     while not os.path.exists(path):
-        made.append(path)
+        missing.append(path)
         path = os.path.dirname(path)
     try:
-        if made:
+        if missing:
             os.makedirs(directory)
         os.rmdir(tempfile.mkdtemp(dir=directory))
     except OSError as error:
         raise UsageError(f"can't save in {directory}: {error.strerror}") from error
     finally:
-        for path in made:
-            with suppress(OSError):
+        for path in missing:
+            with suppress(OSError):  # another run uses it by now
                 os.rmdir(path)
 
 
@@ -9731,7 +9753,7 @@ def guest_report(guest: GuestTimes, inbound: DirectionResult) -> Report:
         "undecided": guest.undecided,
         "ambiguous": guest.ambiguous,
     }
-    own_times = times_of_guest(guest.times, inbound.trace)
+    own_times = processing_times(guest.times, inbound.trace)
     if own_times:
         report["own"] = {
             **asdict(delay_statistics(own_times)),
@@ -9875,29 +9897,29 @@ def matching_warnings(result: DirectionResult, advice: Advice) -> list[str]:
     first = result.direction.first
     second = result.direction.second
     warnings: list[str] = []
-    twice = captured_twice(result)
-    if twice:
-        warnings.append(twice)
+    captured_twice_warning = captured_twice(result)
+    if captured_twice_warning:
+        warnings.append(captured_twice_warning)
     elif counts.ambiguous:
-        cause = advice.distinct
+        explanation = advice.distinct  # how to send packets that can be told apart
         if are_later_fragments(result, PacketClass.AMBIGUOUS):
-            cause = (
+            explanation = (
                 "They are later fragments of datagrams with the same IP id, as hping3 sends them"
             )
         warnings.append(
             f"{counted(counts.ambiguous, 'matched packet')} can't be told apart from others that "
-            f"were sent: counted, but not timed. {cause}"
+            f"were sent: counted, but not timed. {explanation}"
         )
     if counts.strays:
         warnings.append(_stray_arrivals(result, advice))
-    merged = resized(result)
-    if merged:
+    resized_packets = resized(result)
+    if resized_packets:
         warnings.append(
-            f"{counted(merged, 'packet is', 'packets are')} not matched: segments were merged or "
-            f"split (GRO, TSO), so lengths on the {second} differ from those on the {first}. "
-            "Measure with small packets, or switch that off (ethtool -K)"
+            f"{counted(resized_packets, 'packet is', 'packets are')} not matched: segments were "
+            f"merged or split (GRO, TSO), so lengths on the {second} differ from those on the "
+            f"{first}. Measure with small packets, or switch that off (ethtool -K)"
         )
-    elif 2 * counts.matched < min(counts.first, counts.second) and not twice:
+    elif 2 * counts.matched < min(counts.first, counts.second) and not captured_twice_warning:
         warnings.append(
             "most packets of each interface were not seen on the other. Is there "
             f"{advice.translation}a tunnel of an unknown kind, or other traffic?"
@@ -10251,19 +10273,22 @@ class FigureLimit:
 
 @dataclass(frozen=True)
 class ChangeLimit:
-    """A condition on the comparison with a baseline."""
+    """A limit on the change from a baseline, such as "slower".
+
+    A run that has changed so breaches it.  The greater a compared figure, the worse.
+    """
 
     text: str
-    words: str  # between the condition and the baseline's name
+    preposition: str  # between the text and the baseline's name
     figures: tuple[str, ...]  # in the comparison
-    either_way: bool  # improvements meet the condition, too
+    either_way: bool  # improvements breach it, too
 
     def breach(self, report: Report) -> str | None:
-        """Return how the comparison meets the condition, or None if it does not."""
+        """Return how the comparison breaches the limit, or why it can't be decided; None if not."""
         comparison = report.get("comparison")
-        if comparison is None:  # only the last run of its kind has one
+        if comparison is None:  # only the last run of its kind has a comparison
             return None
-        if comparison["distinguishable"] is None:
+        if comparison["distinguishable"] is None:  # too few runs
             return f"{self.text!r} can't be decided: it requires {FEWEST_RUNS} runs on each side"
         changes = [
             self._show(name, comparison[name])
@@ -10273,7 +10298,7 @@ class ChangeLimit:
         ]
         if not changes:
             return None
-        return f"{self.text} {self.words} {comparison['path']}: {'; '.join(changes)}"
+        return f"{self.text} {self.preposition} {comparison['path']}: {'; '.join(changes)}"
 
     def _show(self, name: str, change: Report) -> str:
         """Return a figure before and now, and by which factor it has grown."""
@@ -12286,7 +12311,7 @@ def _check_outputs(options: Options) -> None:
     options.result_format.check(key for key, _ in options.labels)
     _check_files(options)
     if options.save:
-        try_directory(options.save)
+        check_can_save(options.save)
 
 
 def _check_files(options: Options) -> None:
@@ -12586,7 +12611,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: leave that
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -12762,7 +12787,10 @@ class Progress:
 
 
 class Comparer:
-    """Comparisons of the runs of each kind with the runs of the same kind in a baseline."""
+    """Comparisons of the runs of each kind with the runs of the same kind in a baseline.
+
+    The kind None stands for runs of any kind.  Creating a Comparer loads the baseline.
+    """
 
     def __init__(
         self, options: Options, direction: str, kinds: Sequence[RunKind | None], screen: Screen
@@ -12770,20 +12798,20 @@ class Comparer:
         self._kinds = kinds  # of the runs, in order
         self._figures: list[dict[str, float]] = []  # of the runs so far
         self._baselines: dict[RunKind | None, Baseline] = {}
-        self._advice = f"Use --runs {FEWEST_RUNS}"
+        self._too_few_advice = f"Use --runs {FEWEST_RUNS}"
         if not options.result_format.takes_several_runs:
-            self._advice += " and another --format"
+            self._too_few_advice += " and another --format"
         if options.pcaps:
-            self._advice = "Give more saved runs"
+            self._too_few_advice = "Give more saved runs"
         if options.baseline is None:
             return
+        compared = DIRECTIONS[direction][0]  # of both directions the way in
+        # Captures of both directions are separated by the destination.
         destination = options.destination if direction == "both" else None
         for kind in dict.fromkeys(kinds):
-            baseline = load_baseline(
-                options.baseline, DIRECTIONS[direction][0], destination, kind, screen.warn
-            )
+            baseline = load_baseline(options.baseline, compared, destination, kind, screen.warn)
             self._baselines[kind] = baseline
-            if len(baseline.runs) + baseline.left_out > 1:
+            if len(baseline.runs) + baseline.left_out > 1:  # else the option names the only one
                 screen.step(str(baseline))
                 for name in baseline.names:
                     screen.log(f"  {name}")
@@ -12798,7 +12826,7 @@ class Comparer:
             if before < FEWEST_RUNS:
                 advice = f"Give a baseline of {FEWEST_RUNS} saved runs"
             elif now < FEWEST_RUNS:
-                advice = self._advice
+                advice = self._too_few_advice
             else:
                 continue
             raise UsageError(

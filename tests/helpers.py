@@ -352,6 +352,22 @@ def paired(
     return netweaver.match(sightings(pif, vif), window)
 
 
+def ip_version(packet: bytes) -> int:
+    return packet[0] >> 4
+
+
+def reordering_extents(ranks: Sequence[int]) -> dict[int, int]:
+    """Return the extents (RFC 4737) of the packets that a later one has overtaken, by rank."""
+    extents = {}
+    highest = -1
+    for position, rank in enumerate(ranks):
+        if rank < highest:
+            overtaker = next(index for index, other in enumerate(ranks) if other > rank)
+            extents[rank] = position - overtaker
+        highest = max(highest, rank)
+    return extents
+
+
 class SeededPath:
     """A path from pif to vif with seeded faults, and its truth."""
 
@@ -364,16 +380,17 @@ class SeededPath:
         jitter: int = 60_000,
     ) -> None:
         chance = random.Random(seed)
-        arrived = []
+        arrived = []  # times, ranks and packets
         self.delays: dict[int, int] = {}
         self.duplicated = 0
         last = len(packets) - 1
         for rank, (time, content) in enumerate(packets):
-            # What is missing before the first arrival, or after the last one, is not lost.
-            watched = packets[0][0] + 1000 + jitter < time and rank < last
-            if chance.random() < loss and watched:
+            # A packet that is missing before the first arrival or after the last is undecided.
+            can_be_lost = packets[0][0] + 1000 + jitter < time and rank < last
+            if chance.random() < loss and can_be_lost:
                 continue
-            self.delays[rank] = delay = chance.randrange(1000, 1000 + jitter)
+            delay = chance.randrange(1000, 1000 + jitter)
+            self.delays[rank] = delay
             arrived.append((time + delay, rank, content))
             if chance.random() < duplicate:
                 arrived.append((time + delay + 1 + chance.randrange(jitter), rank, content))
@@ -381,17 +398,12 @@ class SeededPath:
         arrived.sort(key=lambda item: item[0])
         self.vif = [(time, content) for time, _, content in arrived]
         self.pif = packets
-        firsts = list(dict.fromkeys(rank for _, rank, _ in arrived))
-        self.extents: dict[
-            int, int
-        ] = {}  # of packets which a later one of the same stream has overtaken
-        for version in (4, 6):
-            stream = [rank for rank in firsts if packets[rank][1][0] >> 4 == version]
-            highest = -1
-            for place, rank in enumerate(stream):
-                if rank < highest:
-                    self.extents[rank] = place - min(j for j in range(place) if stream[j] > rank)
-                highest = max(highest, rank)
+        first_arrivals = list(dict.fromkeys(rank for _, rank, _ in arrived))
+        self.extents: dict[int, int] = {}
+        for version in (4, 6):  # the packets of each are a stream of their own
+            self.extents |= reordering_extents(
+                [rank for rank in first_arrivals if ip_version(packets[rank][1]) == version]
+            )
 
     def check(self, found: dict[str, Any]) -> None:
         delays = numpy.array(list(self.delays.values())) / 1000

@@ -49,12 +49,12 @@ class SilentChannel:
 
 
 class SilentConnection(netweaver.LocalConnection):
-    """A connection that doesn't answer, from the start of a session or from later on."""
+    """A connection whose shell never starts, or starts and then prints nothing."""
 
     name = "silent"
 
-    def __init__(self, starts: bool) -> None:
-        self._starts = starts
+    def __init__(self, shell_starts: bool) -> None:
+        self._shell_starts = shell_starts
         self._reason = ""
 
     def is_active(self) -> bool:
@@ -64,7 +64,7 @@ class SilentConnection(netweaver.LocalConnection):
         return self._reason
 
     def start_shell(self, command: str, script: str) -> netweaver.Channel:
-        if not self._starts:
+        if not self._shell_starts:
             threading.Event().wait()
         return SilentChannel()
 
@@ -203,21 +203,21 @@ def test_too_few_descriptors(host: netweaver.Host) -> None:
 
 def test_a_start_that_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(netweaver, "CONNECT_SECONDS", 0.3)
-    host = make_host(SilentConnection(starts=False))
+    host = make_host(SilentConnection(shell_starts=False))
     with pytest.raises(netweaver.HostConnectionError, match="silent is lost: no answer for"):
         host.run("true")
 
 
 def test_files_that_are_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(netweaver, "CONNECT_SECONDS", 0.3)
-    host = make_host(SilentConnection(starts=False))
+    host = make_host(SilentConnection(shell_starts=False))
     with pytest.raises(netweaver.HostConnectionError, match="silent is lost: no answer for"):
         host.open_files()
 
 
 def test_silence_ends_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(netweaver, "IDLE_SECONDS", 0.5)
-    host = make_host(SilentConnection(starts=True))
+    host = make_host(SilentConnection(shell_starts=True))
     begun = time.monotonic()
     with pytest.raises(netweaver.HostConnectionError, match="silent is lost: no answer for"):
         host.run("true")
@@ -234,7 +234,7 @@ class CutConnection(SilentConnection):
 
 def test_a_connection_that_is_lost_while_sftp_starts() -> None:
     with pytest.raises(netweaver.HostConnectionError, match="is lost: it was cut"):
-        make_host(CutConnection(starts=True)).open_files()
+        make_host(CutConnection(shell_starts=True)).open_files()
 
 
 # -- clocks --

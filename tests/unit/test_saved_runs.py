@@ -172,8 +172,8 @@ def test_the_newest_runs_of_a_kind_are_kept(tmp_path: Path) -> None:
 
 def test_trying_a_directory_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    netweaver.try_directory(str(tmp_path / "there" / "a" / "b"))
-    netweaver.try_directory(str(tmp_path / "there"))
+    netweaver.check_can_save(str(tmp_path / "there" / "a" / "b"))
+    netweaver.check_can_save(str(tmp_path / "there"))
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
@@ -181,5 +181,5 @@ def test_trying_a_directory_leaves_nothing(tmp_path: Path) -> None:
 def test_a_directory_that_can_not_be_made(tmp_path: Path, path: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(netweaver.UsageError, match="can't save in"):
-        netweaver.try_directory(path.format(tmp_path))
+        netweaver.check_can_save(path.format(tmp_path))
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]

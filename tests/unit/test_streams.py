@@ -43,7 +43,8 @@ def test_a_table_after_the_document_in_one_file(tmp_path: Path) -> None:
     assert json.loads(output.read_text())["packets"]["pif"] == 20
 
 
-def test_a_table_in_a_pipe(tmp_path: Path) -> None:
+def test_a_table_to_dev_stdout(tmp_path: Path) -> None:
+    """It goes into the pipe; files are replaced, but this link is not."""
     paths = pair(tmp_path, noisy(20, 1))
     before = os.lstat("/dev/stdout")
     done = in_a_process("--pcaps", *paths, "--csv", "/dev/stdout", "--output", f"{tmp_path}/json")

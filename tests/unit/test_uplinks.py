@@ -692,7 +692,7 @@ def test_many_links(tmp_path: Path, interfaces: str) -> None:
 
 
 def test_many_tunnels(tmp_path: Path) -> None:
-    """They are looked up by few commands."""
+    """Check that they are looked up by few commands, none of which this host answers."""
     names = [f"vx{number}" for number in range(2000)]
     lines = [
         link(name, f"vxlan id 7 remote 10.0.{number // 250}.{number % 250} dstport 4789", "br0")
