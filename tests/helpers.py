@@ -318,15 +318,15 @@ def save_runs(
         run.mkdir(parents=True)
         shift = 1 + (seed * 7 + number * 3) % 5 / 200
         delays = noisy(600, 100 * seed + number, factor * shift, loss)
-        found = analyzed("--pcaps", *pair(run, delays))
-        found["config"] |= {
+        document = analyzed("--pcaps", *pair(run, delays))
+        document["config"] |= {
             "name_label": "web1",
             "capture_limit": None,
             "wait": 0.1,
             "traffic": netweaver.Traffic("syn", 100).to_json(),
             **config,
         }
-        (run / "report.json").write_text(json.dumps(found))
+        (run / "report.json").write_text(json.dumps(document))
 
 
 def block(*sightings: tuple[str, int]) -> tuple[list[bytes], list[int]]:
@@ -405,9 +405,9 @@ class SeededPath:
                 [rank for rank in first_arrivals if ip_version(packets[rank][1]) == version]
             )
 
-    def check(self, found: dict[str, Any]) -> None:
+    def check(self, document: dict[str, Any]) -> None:
         delays = numpy.array(list(self.delays.values())) / 1000
-        assert found["packets"] == {
+        assert document["packets"] == {
             "pif": len(self.pif),
             "vif": len(self.vif),
             "matched": len(delays),
@@ -418,8 +418,8 @@ class SeededPath:
             "reordered": len(self.extents),
             "vif_only": 0,
         }
-        assert found["loss_ratio"] == (len(self.pif) - len(delays)) / len(self.pif)
-        assert found["reordering"] == {
+        assert document["loss_ratio"] == (len(self.pif) - len(delays)) / len(self.pif)
+        assert document["reordering"] == {
             "ratio": len(self.extents) / len(delays),
             "maximum_extent": max(self.extents.values(), default=0),
         }
@@ -436,9 +436,9 @@ class SeededPath:
             ("median", numpy.median(delays)),
             ("pdv", numpy.percentile(delays, 99) - delays.min()),
         ):
-            assert found[name] == pytest.approx(value, abs=1e-3), name
-        assert found["ipdv"] == (pytest.approx(numpy.mean(steps), abs=1e-3) if steps else None)
-        for percent, value in found["percentiles"].items():
+            assert document[name] == pytest.approx(value, abs=1e-3), name
+        assert document["ipdv"] == (pytest.approx(numpy.mean(steps), abs=1e-3) if steps else None)
+        for percent, value in document["percentiles"].items():
             assert value == pytest.approx(numpy.percentile(delays, float(percent)), abs=1e-3)
 
 

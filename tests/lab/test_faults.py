@@ -106,10 +106,10 @@ def test_one_signal_ends_the_traffic_and_gives_a_report(
     process = lab.start(*lab.arguments("--source-command", ENDLESS))
     wait_for_packets(lab)
     process.send_signal(number)
-    found = report(finished(process), code)
-    assert found["interrupted"] is True
-    assert found["packets"]["matched"] > 10
-    assert found["packets"]["lost"] == 0
+    document = report(finished(process), code)
+    assert document["interrupted"] is True
+    assert document["packets"]["matched"] > 10
+    assert document["packets"]["lost"] == 0
     lab.wait_clean(2)
 
 
@@ -118,9 +118,9 @@ def test_a_signal_ends_the_wait_for_the_last_packets(lab: Lab) -> None:
     process = lab.start(*lab.arguments("--source-command", ENDLESS, "--wait", "100"))
     wait_for_packets(lab)
     process.send_signal(signal.SIGINT)
-    found = report(finished(process), 130)
-    assert found["packets"]["matched"] > 10
-    assert found["packets"]["lost"] == 0
+    document = report(finished(process), 130)
+    assert document["packets"]["matched"] > 10
+    assert document["packets"]["lost"] == 0
     lab.wait_clean(2)
 
 
@@ -152,9 +152,9 @@ def test_the_terminal_closes(lab: Lab, tmp_path: Path) -> None:
     wait_for_packets(lab)
     os.close(terminal)
     assert exit_code(pid) == 129
-    found = json.loads(output.read_text())
-    assert found["packets"]["matched"] > 10
-    assert json.loads(Path(found["saved"], "report.json").read_text()) == found
+    document = json.loads(output.read_text())
+    assert document["packets"]["matched"] > 10
+    assert json.loads(Path(document["saved"], "report.json").read_text()) == document
     lab.wait_clean()
 
 
@@ -212,11 +212,11 @@ def test_a_client_that_is_suspended_for_long(lab: Lab) -> None:
 def test_a_flood_is_bounded_and_captured_without_drops(lab: Lab) -> None:
     flood = "hping3 -S --flood {destination}"
     arguments = ["--duration", "2", "--source-command", flood]
-    found = report(lab.netweaver(*lab.arguments(*arguments, source=lab.source.address)))
-    assert found["packets"]["pif"] > 10_000
-    assert found["packets"]["lost"] == 0
+    document = report(lab.netweaver(*lab.arguments(*arguments, source=lab.source.address)))
+    assert document["packets"]["pif"] > 10_000
+    assert document["packets"]["lost"] == 0
     for point in ("pif", "vif"):
-        assert found["capture"][point]["dropped"] == 0
+        assert document["capture"][point]["dropped"] == 0
 
 
 def test_the_size_of_a_capture_is_bounded(lab: Lab) -> None:
@@ -224,13 +224,13 @@ def test_the_size_of_a_capture_is_bounded(lab: Lab) -> None:
     source_command = "hping3 -S -i u50 {destination}"
     with lab.hv.temporary_files("size=4m"):
         arguments = lab.arguments("--duration", "1.5", "--source-command", source_command)
-        found = report(lab.netweaver(*arguments))
+        document = report(lab.netweaver(*arguments))
     limit = 4 * 1024**2 // 4 // (16 + 128)
-    assert any(f"limit of {limit} packets" in warning for warning in found["warnings"])
-    assert found["packets"]["lost"] == 0
-    assert found["packets"]["vif_only"] == 0
-    assert found["capture"]["pif"]["records"] == limit
-    assert 5000 < found["packets"]["matched"] <= limit
+    assert any(f"limit of {limit} packets" in warning for warning in document["warnings"])
+    assert document["packets"]["lost"] == 0
+    assert document["packets"]["vif_only"] == 0
+    assert document["capture"]["pif"]["records"] == limit
+    assert 5000 < document["packets"]["matched"] <= limit
 
 
 def test_one_of_several_sources_fails(lab: Lab) -> None:
@@ -238,19 +238,19 @@ def test_one_of_several_sources_fails(lab: Lab) -> None:
     second = lab.sources[1].address
     traffic = FAST.format(count=300, destination=lab.destination)
     command = f"ip -o addr | grep -q {second} && exit 9; {traffic}"
-    found = report(lab.netweaver(*lab.arguments("--source-command", command)))
-    assert list(found["failed_sources"]) == [f"root@{second}"]
-    assert "exit status 9" in found["failed_sources"][f"root@{second}"]
-    assert f"root@{second}" in found["warnings"][0]
-    assert found["packets"]["pif"] == found["packets"]["matched"] == 300
+    document = report(lab.netweaver(*lab.arguments("--source-command", command)))
+    assert list(document["failed_sources"]) == [f"root@{second}"]
+    assert "exit status 9" in document["failed_sources"][f"root@{second}"]
+    assert f"root@{second}" in document["warnings"][0]
+    assert document["packets"]["pif"] == document["packets"]["matched"] == 300
 
 
 def test_one_of_several_sources_can_not_be_reached(lab: Lab) -> None:
     arguments = ["-c", "600", "--source-command", FAST, "-s", "10.83.0.99"]
-    found = report(lab.netweaver(*lab.arguments(*arguments, source=lab.source.address)))
-    assert list(found["failed_sources"]) == ["root@10.83.0.99"]
-    assert "can't reach port 22" in found["warnings"][0]
-    assert found["packets"]["matched"] == 600
+    document = report(lab.netweaver(*lab.arguments(*arguments, source=lab.source.address)))
+    assert list(document["failed_sources"]) == ["root@10.83.0.99"]
+    assert "can't reach port 22" in document["warnings"][0]
+    assert document["packets"]["matched"] == 600
 
 
 def test_all_of_several_sources_fail(lab: Lab) -> None:
@@ -310,12 +310,12 @@ def test_other_traffic_at_the_edges_counts_for_nothing() -> None:
         )
         try:
             for _ in range(2):
-                found = report(lab.netweaver(*fast(lab, 100, "--wait", "1")))
-                assert found["packets"]["lost"] == 0
-                assert found["packets"]["vif_only"] == 0
-                assert found["packets"]["pif"] > 100
-                assert found["capture"]["pif"]["captured"] > found["packets"]["pif"]
-                assert any("other traffic" in warning for warning in found["warnings"])
+                document = report(lab.netweaver(*fast(lab, 100, "--wait", "1")))
+                assert document["packets"]["lost"] == 0
+                assert document["packets"]["vif_only"] == 0
+                assert document["packets"]["pif"] > 100
+                assert document["capture"]["pif"]["captured"] > document["packets"]["pif"]
+                assert any("other traffic" in warning for warning in document["warnings"])
         finally:
             background.kill()
             background.wait()
@@ -325,9 +325,9 @@ def test_other_traffic_at_the_edges_counts_for_nothing() -> None:
 
 
 def test_a_physical_interface_that_is_named_twice(lab: Lab) -> None:
-    found = report(lab.netweaver(*fast(lab, 60, "-i", "eth0", "-i", "eth0")))
-    assert found["packets"]["pif"] == found["packets"]["matched"] == 120
-    assert found["config"]["pif"] == "eth0"
+    document = report(lab.netweaver(*fast(lab, 60, "-i", "eth0", "-i", "eth0")))
+    assert document["packets"]["pif"] == document["packets"]["matched"] == 120
+    assert document["config"]["pif"] == "eth0"
 
 
 def test_an_interface_that_goes_away(own_lab: Lab) -> None:
@@ -350,11 +350,11 @@ trap '' TERM
 while :; do sleep 1; done"""
     begun = time.monotonic()
     with lab.hv.program("tcpdump", script):
-        found = report(lab.netweaver(*fast(lab, 60)))
+        document = report(lab.netweaver(*fast(lab, 60)))
     assert time.monotonic() - begun < 15
-    assert found["packets"]["matched"] == 120
-    assert found["packets"]["lost"] == 0
-    assert any("killed" in warning for warning in found["warnings"])
+    assert document["packets"]["matched"] == 120
+    assert document["packets"]["lost"] == 0
+    assert any("killed" in warning for warning in document["warnings"])
 
 
 def test_a_capture_that_does_not_say_what_it_dropped(lab: Lab) -> None:
@@ -365,9 +365,9 @@ while ! grep -q listening errors; do sleep 0.1; done
 cat errors >&2
 until wait; do :; done"""
     with lab.hv.program("tcpdump", script):
-        found = report(lab.netweaver(*fast(lab, 60)))
-    assert found["packets"]["matched"] == 120
-    assert any("vif5.0 reported no counts" in warning for warning in found["warnings"])
+        document = report(lab.netweaver(*fast(lab, 60)))
+    assert document["packets"]["matched"] == 120
+    assert any("vif5.0 reported no counts" in warning for warning in document["warnings"])
 
 
 def test_a_full_disk(lab: Lab) -> None:
@@ -408,9 +408,9 @@ def test_an_old_tcpdump(lab: Lab) -> None:
 esac
 exec {TCPDUMP} "$@\""""
     with lab.hv.program("tcpdump", script):
-        found = report(lab.netweaver(*fast(lab, 60)))
-    assert found["packets"]["matched"] == 120
-    assert found["capture"]["pif"]["precision"] == "microseconds"
+        document = report(lab.netweaver(*fast(lab, 60)))
+    assert document["packets"]["matched"] == 120
+    assert document["capture"]["pif"]["precision"] == "microseconds"
 
 
 def test_a_tcpdump_without_permission(lab: Lab) -> None:
@@ -428,31 +428,31 @@ def test_a_clock_that_is_set_during_the_run(lab: Lab, tmp_path: Path) -> None:
     script = f"""if [ -e {asked} ]; then exec /bin/date -d '+1 hour' "$@"; fi
 : >{asked}; exec /bin/date "$@\""""
     with lab.hv.program("date", script):
-        found = report(lab.netweaver(*fast(lab, 60)))
+        document = report(lab.netweaver(*fast(lab, 60)))
     asked.unlink()
-    assert "clock jumped by about 3600 s" in found["warnings"][0]
-    assert found["packets"]["matched"] == 120
-    assert "window" not in found["config"]
+    assert "clock jumped by about 3600 s" in document["warnings"][0]
+    assert document["packets"]["matched"] == 120
+    assert "window" not in document["config"]
 
 
 def test_a_host_whose_date_has_no_nanoseconds(lab: Lab) -> None:
     """busybox prints %N as it stands: the window is whole seconds then."""
     with lab.hv.program("date", 'echo "`/bin/date +%s`%N"'):
-        found = report(lab.netweaver(*fast(lab, 60)))
-    assert "nanoseconds" in found["warnings"][0]
-    assert found["packets"]["matched"] == found["packets"]["pif"] == 120
-    assert found["config"]["window"]["start"].endswith(".000000000Z")
+        document = report(lab.netweaver(*fast(lab, 60)))
+    assert "nanoseconds" in document["warnings"][0]
+    assert document["packets"]["matched"] == document["packets"]["pif"] == 120
+    assert document["config"]["window"]["start"].endswith(".000000000Z")
 
 
 def test_a_date_that_hangs(lab: Lab) -> None:
     """It is asked once, the run ends without a window, and nothing stays on the host."""
     begun = time.monotonic()
     with lab.hv.program("date", "exec sleep 1000"):
-        found = report(lab.netweaver(*fast(lab, 20)))
+        document = report(lab.netweaver(*fast(lab, 20)))
     assert time.monotonic() - begun < 30
-    assert found["packets"]["matched"] == 40
-    assert any("could not be read" in warning for warning in found["warnings"])
-    assert "window" not in found["config"]
+    assert document["packets"]["matched"] == 40
+    assert any("could not be read" in warning for warning in document["warnings"])
+    assert "window" not in document["config"]
 
 
 def test_the_local_disk_is_full(lab: Lab) -> None:

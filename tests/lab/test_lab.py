@@ -20,13 +20,13 @@ def test_the_seeds_command_line(lab: Lab) -> None:
     done = lab.netweaver(
         *lab.arguments("-i", "eth0", "--num", "0", "-c", "20", source=lab.source.address)
     )
-    found = report(done)
+    document = report(done)
     figures = ("average", "minimum", "maximum", "stdev", "median", "percentiles")
-    assert tuple(found)[:6] == figures
-    assert found["schema_version"] == 3
-    assert list(found["percentiles"]) == ["90", "95", "99", "99.9"]
-    assert found["unit"] == "microseconds"
-    assert found["packets"] == {
+    assert tuple(document)[:6] == figures
+    assert document["schema_version"] == 3
+    assert list(document["percentiles"]) == ["90", "95", "99", "99.9"]
+    assert document["unit"] == "microseconds"
+    assert document["packets"] == {
         "pif": 20,
         "vif": 20,
         "matched": 20,
@@ -37,20 +37,20 @@ def test_the_seeds_command_line(lab: Lab) -> None:
         "reordered": 0,
         "vif_only": 0,
     }
-    assert 0 < found["minimum"] <= found["median"] <= found["maximum"] < 1e6
+    assert 0 < document["minimum"] <= document["median"] <= document["maximum"] < 1e6
     for side, interface in (("pif", "eth0"), ("vif", "vif5.0")):
-        assert found["capture"][side]["interface"] == interface
-        assert found["capture"][side]["captured"] == 20
-        assert found["capture"][side]["dropped"] == 0
-        assert found["config"][side] == interface
-    assert found["warnings"] == []
-    assert found["config"]["hypervisor"] == f"root@{lab.hv.address}"
-    assert found["config"]["source_command"] == (
+        assert document["capture"][side]["interface"] == interface
+        assert document["capture"][side]["captured"] == 20
+        assert document["capture"][side]["dropped"] == 0
+        assert document["config"][side] == interface
+    assert document["warnings"] == []
+    assert document["config"]["hypervisor"] == f"root@{lab.hv.address}"
+    assert document["config"]["source_command"] == (
         f"hping3 -q -c 20 -i u10000 -S -d 0 -p 0 {lab.destination}"
     )
-    assert found["flows"] == {"count": 20}
-    assert found["config"]["started"].endswith("Z")
-    assert found["config"]["duration"] > 0.19
+    assert document["flows"] == {"count": 20}
+    assert document["config"]["started"].endswith("Z")
+    assert document["config"]["duration"] > 0.19
     assert done.stderr == ""
 
 
@@ -71,9 +71,9 @@ def test_quiet_and_verbose(lab: Lab) -> None:
 
 def test_two_sources_that_send_identical_sequences(lab: Lab) -> None:
     """hping3 seeds its generator with the second in which it starts: both send the same numbers."""
-    found = report(lab.netweaver(*lab.arguments("-c", "500", "--source-command", FAST)))
-    assert found["packets"]["pif"] == found["packets"]["matched"] == 1000
-    assert found["warnings"] == []
+    document = report(lab.netweaver(*lab.arguments("-c", "500", "--source-command", FAST)))
+    assert document["packets"]["pif"] == document["packets"]["matched"] == 1000
+    assert document["warnings"] == []
 
 
 @pytest.mark.alone
@@ -91,7 +91,7 @@ def test_the_truth_under_delay_loss_duplication_and_reordering() -> None:
         "0.05",
     ]
     with Lab(forwarder=options) as lab:
-        found = report(lab.netweaver(*lab.arguments("-c", "3000", "--source-command", FAST)))
+        document = report(lab.netweaver(*lab.arguments("-c", "3000", "--source-command", FAST)))
         lab.wait_clean()
         truth = lab.truth()
     arrived = sorted(
@@ -101,7 +101,7 @@ def test_the_truth_under_delay_loss_duplication_and_reordering() -> None:
         any(later > rank for _, later in arrived[max(0, place - 50) : place])
         for place, (_, rank) in enumerate(arrived)
     )
-    assert found["packets"] == {
+    assert document["packets"] == {
         "pif": 3000,
         "vif": sum(len(packet["sent"]) for packet in truth),
         "matched": len(arrived),
@@ -112,15 +112,15 @@ def test_the_truth_under_delay_loss_duplication_and_reordering() -> None:
         "reordered": late,
         "vif_only": 0,
     }
-    assert found["packets"]["lost"] > 0
-    assert found["packets"]["duplicated"] > 0
-    assert found["packets"]["reordered"] > 0
+    assert document["packets"]["lost"] > 0
+    assert document["packets"]["duplicated"] > 0
+    assert document["packets"]["reordered"] > 0
     delays = [(packet["sent"][0] - packet["seen"]) / 1000 for packet in truth if packet["sent"]]
     average = sum(delays) / len(delays)
     assert (
-        average <= found["average"] < average + 100
+        average <= document["average"] < average + 100
     )  # the forwarder's stamp is before its send, the vif's inside
-    assert min(delays) <= found["minimum"] < min(delays) + 200
+    assert min(delays) <= document["minimum"] < min(delays) + 200
 
 
 def test_a_name_that_is_no_vm_here(lab: Lab) -> None:
@@ -229,7 +229,7 @@ def test_a_destination_that_does_not_answer_is_no_failure(lab: Lab) -> None:
 
 
 def test_traffic_that_outlives_the_timeout_is_stopped(lab: Lab) -> None:
-    found = json.loads(
+    document = json.loads(
         run_code(
             lab,
             """
@@ -241,11 +241,11 @@ with netweaver.NetWeaver(SOURCE, NAME, DESTINATION, HV, KEY, timeout=2) as weave
         )
     )
     assert (
-        found["warnings"][0]
+        document["warnings"][0]
         == "the source command was stopped after 2 s. Use --duration to measure longer"
     )
-    assert found["packets"]["matched"] > 100
-    assert found["packets"]["lost"] == 0
+    assert document["packets"]["matched"] > 100
+    assert document["packets"]["lost"] == 0
 
 
 def test_a_client_that_is_killed_leaves_nothing(lab: Lab) -> None:
@@ -263,7 +263,7 @@ def test_a_client_that_is_killed_leaves_nothing(lab: Lab) -> None:
 
 
 def test_ipv6_and_ping(lab: Lab) -> None:
-    found = report(
+    document = report(
         lab.netweaver(
             *lab.arguments(
                 "-d",
@@ -276,12 +276,12 @@ def test_ipv6_and_ping(lab: Lab) -> None:
             )
         )
     )
-    assert found["packets"]["pif"] == found["packets"]["matched"]
-    assert 20 <= found["packets"]["pif"] <= 22  # neighbour discovery is IPv6, too
+    assert document["packets"]["pif"] == document["packets"]["matched"]
+    assert 20 <= document["packets"]["pif"] <= 22  # neighbour discovery is IPv6, too
 
 
 def test_hosts_by_their_ipv6_addresses(lab: Lab) -> None:
-    found = report(
+    document = report(
         lab.netweaver(
             "-n",
             NAME,
@@ -301,8 +301,8 @@ def test_hosts_by_their_ipv6_addresses(lab: Lab) -> None:
             f"UserKnownHostsFile={lab.directory}/known6",
         )
     )
-    assert found["packets"]["matched"] == 60
-    assert found["config"]["hypervisor"] == f"root@[{lab.hv.address6}]"
+    assert document["packets"]["matched"] == 60
+    assert document["config"]["hypervisor"] == f"root@[{lab.hv.address6}]"
     names = {line.split()[0] for line in (lab.directory / "known6").read_text().splitlines()}
     assert names == {str(ip_address(host.address6)) for host in (lab.hv, lab.source)}
 
@@ -320,10 +320,10 @@ except TypeError as error:
 """,
     )
     document, error = out.splitlines()
-    found = json.loads(document)
-    assert found["packets"]["matched"] == 50
-    assert found["config"]["traffic"]["pattern"] == "udp"
-    assert found["config"]["wait"] == 0.2
+    report = json.loads(document)
+    assert report["packets"]["matched"] == 50
+    assert report["config"]["traffic"]["pattern"] == "udp"
+    assert report["config"]["wait"] == 0.2
     assert "cuont" in error
 
 
@@ -367,9 +367,9 @@ with netweaver.NetWeaver(SOURCE, NAME, DESTINATION, HV, KEY) as weaver:
 """,
     )
     document, error = out.splitlines()
-    found = json.loads(document)
-    assert "flows" not in found
-    assert found["packets"]["pif"] == found["packets"]["matched"] == 500
-    assert found["warnings"] == []
-    assert 0 < found["average"] < 1e5
+    report = json.loads(document)
+    assert "flows" not in report
+    assert report["packets"]["pif"] == report["packets"]["matched"] == 500
+    assert report["warnings"] == []
+    assert 0 < report["average"] < 1e5
     assert "seq_no_col" in error

@@ -35,9 +35,9 @@ def test_cron_hears_nothing_but_the_numbers(lab: Lab) -> None:
     assert done.stderr == ""
 
 
-def kept(found: dict[str, Any]) -> dict[str, Any]:
+def kept(document: dict[str, Any]) -> dict[str, Any]:
     """All of a document but where it was kept."""
-    return {key: value for key, value in found.items() if key != "saved"}
+    return {key: value for key, value in document.items() if key != "saved"}
 
 
 def saved_pcaps(directory: str) -> list[str]:
@@ -65,20 +65,20 @@ def test_a_saved_run_gives_the_same_numbers_again(lab: Lab, tmp_path: Path) -> N
     ]
     try:
         passive = [*lab.passive_arguments("1"), "--save", keep]
-        found = report(lab.netweaver(*passive))
+        document = report(lab.netweaver(*passive))
         both = report(lab.netweaver(*passive, "--direction", "both"))
         out = report(lab.netweaver(*passive, "--direction", "out"))
     finally:
         for process in foreign:
             process.kill()
             process.wait()
-    assert found["packets"]["matched"] > 500
-    for one in (found, both, out):
+    assert document["packets"]["matched"] > 500
+    for one in (document, both, out):
         for paths in ([one["saved"]], saved_pcaps(one["saved"])):
             assert analyzed("--pcaps", *paths) == kept(one)
         assert json.loads(Path(one["saved"], "report.json").read_text()) == one
     assert len(os.listdir(keep)) == 3
-    assert Path(found["saved"]).stat().st_mode & 0o777 == 0o777 & ~os.umask(os.umask(0o22))
+    assert Path(document["saved"]).stat().st_mode & 0o777 == 0o777 & ~os.umask(os.umask(0o22))
 
 
 @pytest.mark.lab
@@ -97,10 +97,12 @@ def test_runs_do_not_overwrite_each_other(lab: Lab, tmp_path: Path) -> None:
         )
         for number in range(1, 5)
     ]
-    found = [report(finished(process, 60)) for process in processes]
-    assert len({one["saved"] for one in found}) == 4
-    assert sorted(os.listdir(tmp_path)) == sorted(os.path.basename(one["saved"]) for one in found)
-    assert all(NAME in one["saved"] for one in found)
+    document = [report(finished(process, 60)) for process in processes]
+    assert len({one["saved"] for one in document}) == 4
+    assert sorted(os.listdir(tmp_path)) == sorted(
+        os.path.basename(one["saved"]) for one in document
+    )
+    assert all(NAME in one["saved"] for one in document)
 
 
 @pytest.mark.lab

@@ -46,8 +46,8 @@ def measured(lab: Lab, *more: str) -> dict[str, Any]:
     return report(lab.netweaver(*one_source(lab, *more)))
 
 
-def warnings_with(found: dict[str, Any], word: str) -> list[str]:
-    return [warning for warning in found["warnings"] if word in warning]
+def warnings_with(document: dict[str, Any], word: str) -> list[str]:
+    return [warning for warning in document["warnings"] if word in warning]
 
 
 # -- captures --
@@ -90,12 +90,12 @@ while read -r line; do
   esac
 done"""
     with lab.source.program("hping3", script):
-        found = measured(lab, *BRIEF)
-        assert found["config"]["transmitted"] == 200
+        document = measured(lab, *BRIEF)
+        assert document["config"]["transmitted"] == 200
         with silent_vm(lab):
-            found = measured(lab, *BRIEF)
-    assert found["packets"]["matched"] == 200
-    assert found["config"]["transmitted"] == 200
+            document = measured(lab, *BRIEF)
+    assert document["packets"]["matched"] == 200
+    assert document["config"]["transmitted"] == 200
 
 
 @pytest.mark.parametrize("program", ["busybox ping", "/bin/ping"])
@@ -103,9 +103,9 @@ def test_all_pings_send_where_hping3_is_missing(lab: Lab, program: str) -> None:
     more = ("--traffic", "ping", "-c", "30", "--rate", "50", "-d")
     with hidden(lab.source, HPING3), lab.source.program("ping", f'exec {program} "$@"'):
         for destination in (lab.destination, f"{DATA6}:100"):
-            found = measured(lab, *more, destination)
-            assert found["config"]["transmitted"] == 30
-            assert 30 <= found["packets"]["matched"] < 40  # and neighbour discovery
+            document = measured(lab, *more, destination)
+            assert document["config"]["transmitted"] == 30
+            assert 30 <= document["packets"]["matched"] < 40  # and neighbour discovery
 
 
 def test_a_ping_that_sends_nothing_is_an_error(lab: Lab) -> None:
@@ -129,24 +129,24 @@ def test_the_achieved_rate_is_that_of_the_captured_packets(
     lab: Lab, rate: int, tmp_path: Path
 ) -> None:
     table = tmp_path / "packets.csv"
-    found = measured(lab, "-c", "200", "--rate", str(rate), "--csv", str(table))
-    achieved = found["config"]["traffic"]["achieved"]
+    document = measured(lab, "-c", "200", "--rate", str(rate), "--csv", str(table))
+    achieved = document["config"]["traffic"]["achieved"]
     assert achieved == pytest.approx(captured_rate(table), rel=0.01)
-    warnings = warnings_with(found, f"less than 95 % of --rate {rate}")
+    warnings = warnings_with(document, f"less than 95 % of --rate {rate}")
     assert len(warnings) == (achieved < 0.95 * rate)
 
 
 def test_a_rate_that_the_source_does_not_reach(lab: Lab) -> None:
-    found = measured(lab, "-c", "2000", "--rate", "900000")
-    assert 100 < found["config"]["traffic"]["achieved"] < 500_000
-    assert warnings_with(found, "less than 95 % of --rate 900000")
+    document = measured(lab, "-c", "2000", "--rate", "900000")
+    assert 100 < document["config"]["traffic"]["achieved"] < 500_000
+    assert warnings_with(document, "less than 95 % of --rate 900000")
 
 
 @pytest.mark.parametrize("pattern", ["syn", "ping"])
 def test_a_packet_a_second(lab: Lab, pattern: str) -> None:
-    found = measured(lab, "-c", "3", "--rate", "1", "--traffic", pattern)
-    assert found["packets"]["matched"] == 3
-    assert found["config"]["duration"] < 10
+    document = measured(lab, "-c", "3", "--rate", "1", "--traffic", pattern)
+    assert document["packets"]["matched"] == 3
+    assert document["config"]["duration"] < 10
 
 
 def test_fewer_packets_than_asked_for(lab: Lab) -> None:
@@ -157,23 +157,23 @@ def test_fewer_packets_than_asked_for(lab: Lab) -> None:
         stderr=subprocess.DEVNULL,
     )
     try:
-        found = measured(lab, "-c", "300", "--rate", "100")
+        document = measured(lab, "-c", "300", "--rate", "100")
     finally:
         other.kill()
         other.wait()
-    [warning] = warnings_with(found, "of 300")
-    assert str(found["config"]["transmitted"]) in warning
-    assert found["config"]["transmitted"] < 300
+    [warning] = warnings_with(document, "of 300")
+    assert str(document["config"]["transmitted"]) in warning
+    assert document["config"]["transmitted"] < 300
 
 
 def test_a_load_that_counts_as_probes(lab: Lab) -> None:
     load = f"hping3 -q -S -i u500 {lab.destination}"
     assert "--load" in failure(lab.netweaver(*one_source(lab, *BRIEF, "--load", load)), 2)
     hidden_load = f"sh -c 'exec {load}'"
-    found = measured(lab, *BRIEF, "--load", hidden_load)
-    assert warnings_with(found, "--load")
-    found = measured(lab, *BRIEF, "--load", f"{load} -p 9")
-    assert not warnings_with(found, "--load")
+    document = measured(lab, *BRIEF, "--load", hidden_load)
+    assert warnings_with(document, "--load")
+    document = measured(lab, *BRIEF, "--load", f"{load} -p 9")
+    assert not warnings_with(document, "--load")
 
 
 # -- tags --
@@ -204,8 +204,8 @@ def test_a_guest_that_is_a_vlan_trunk() -> None:
             code = [sys.executable, "-c", SWITCH_OFF_TAGGING, interface]
             subprocess.run([*inside, *code], check=True)
         for direction in ("in", "both"):
-            found = measured(lab, *BRIEF, "--direction", direction)
-            assert found["packets"]["pif"] == found["packets"]["matched"] == 200
+            document = measured(lab, *BRIEF, "--direction", direction)
+            assert document["packets"]["pif"] == document["packets"]["matched"] == 200
 
 
 # -- dry runs --

@@ -83,9 +83,9 @@ def test_few_sessions_on_a_connection(own_lab: Lab, sessions: int, pifs: int) ->
     own_lab.configure_sshd(own_lab.hv, f"MaxSessions {sessions}")
     interfaces = [word for name in names for word in ("-i", name)]
     arguments = own_lab.arguments("-c", "600", "--source-command", FAST, *interfaces)
-    found = report(own_lab.netweaver(*arguments))
-    assert found["packets"]["matched"] == 600
-    assert found["config"]["pif"] == ",".join(names)
+    document = report(own_lab.netweaver(*arguments))
+    assert document["packets"]["matched"] == 600
+    assert document["config"]["pif"] == ",".join(names)
     own_lab.wait_clean()
 
 
@@ -254,10 +254,10 @@ def test_a_host_whose_errors_come_late(own_lab: Lab) -> None:
         'exec /bin/sh "$@" 2> >(late)\n'
     )
     shell.chmod(0o755)
-    found = report(own_lab.netweaver(*own_lab.arguments("-c", "100", "--source-command", FAST)))
+    document = report(own_lab.netweaver(*own_lab.arguments("-c", "100", "--source-command", FAST)))
     for side in ("pif", "vif"):
-        assert found["capture"][side]["captured"] == 100
-        assert found["capture"][side]["dropped"] == 0
+        assert document["capture"][side]["captured"] == 100
+        assert document["capture"][side]["dropped"] == 0
 
 
 @pytest.mark.parametrize("stream", ["", ">&2"])
@@ -293,8 +293,8 @@ def test_a_busy_host_gets_longer_for_a_look_up_by_many_commands(own_lab: Lab) ->
     """A single command that takes as long is taken for one that hangs."""
     seconds = netweaver.ANSWER_SECONDS + 1
     own_lab.hv.write_program("df", f'sleep {seconds}; exec /bin/df "$@"')
-    found = report(own_lab.netweaver(*own_lab.arguments("-c", "20", "--source-command", FAST)))
-    assert found["packets"]["matched"] == 20
+    document = report(own_lab.netweaver(*own_lab.arguments("-c", "20", "--source-command", FAST)))
+    assert document["packets"]["matched"] == 20
     own_lab.wait_clean()
 
 

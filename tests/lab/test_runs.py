@@ -41,9 +41,9 @@ def one_source(lab: Lab, *more: str) -> list[str]:
     return lab.arguments(*more, source=lab.source.address)
 
 
-def lengths(found: dict[str, Any], directory: Path) -> set[int]:
+def lengths(document: dict[str, Any], directory: Path) -> set[int]:
     """Those of the IP packets of a saved run."""
-    analyzed("--pcaps", found["saved"], "--csv", str(directory / "x.csv"))
+    analyzed("--pcaps", document["saved"], "--csv", str(directory / "x.csv"))
     with open(directory / "x.csv", newline="") as file:
         return {int(row["length"]) for row in csv.DictReader(file)}
 
@@ -66,34 +66,34 @@ def test_patterns(lab: Lab, tmp_path: Path) -> None:
     common = ["-c", "200", "--rate", "1000", "--save", str(tmp_path), "-q"]
     lines = [one_source(lab, *common, "--traffic", row[0], *row[1]) for row in PATTERNS]
     for (pattern, more, flows, length), done in zip(PATTERNS, run_all(lab, lines)):
-        found = report(done)
-        assert found["packets"]["pif"] == found["packets"]["matched"] == 200
-        assert found["packets"]["ambiguous"] == 0
-        check_flows(found, flows)
-        assert lengths(found, tmp_path) == {length}
-        traffic = found["config"]["traffic"]
+        document = report(done)
+        assert document["packets"]["pif"] == document["packets"]["matched"] == 200
+        assert document["packets"]["ambiguous"] == 0
+        check_flows(document, flows)
+        assert lengths(document, tmp_path) == {length}
+        traffic = document["config"]["traffic"]
         assert (traffic["pattern"], traffic["rate"], traffic["load"]) == (pattern, 1000, None)
         name = f"Z-{NAME}-{pattern}-1000"
         if "--size" in more:
             name += f"-{more[1]}B"
-        assert found["saved"].endswith(name)
+        assert document["saved"].endswith(name)
 
 
-def check_flows(found: dict[str, Any], flows: int) -> None:
+def check_flows(document: dict[str, Any], flows: int) -> None:
     """Check the delays of the first and the later packets of 200, which are one flow or many."""
-    assert found["flows"]["count"] == flows
-    assert ("first" in found["flows"]) == (flows == 1)
+    assert document["flows"]["count"] == flows
+    assert ("first" in document["flows"]) == (flows == 1)
     if flows == 1:
-        first, later = found["flows"]["first"], found["flows"]["later"]
+        first, later = document["flows"]["first"], document["flows"]["later"]
         assert first["minimum"] == first["maximum"] == first["median"]
-        assert min(first["minimum"], later["minimum"]) == found["minimum"]
-        assert max(first["maximum"], later["maximum"]) == found["maximum"]
+        assert min(first["minimum"], later["minimum"]) == document["minimum"]
+        assert max(first["maximum"], later["maximum"]) == document["maximum"]
         total = first["average"] + 199 * later["average"]
-        assert total == pytest.approx(200 * found["average"], abs=0.5)
+        assert total == pytest.approx(200 * document["average"], abs=0.5)
 
 
 def test_ping_with_ipv6_and_the_rate(lab: Lab, tmp_path: Path) -> None:
-    found = report(
+    document = report(
         lab.netweaver(
             *one_source(
                 lab,
@@ -110,7 +110,7 @@ def test_ping_with_ipv6_and_the_rate(lab: Lab, tmp_path: Path) -> None:
             )
         )
     )
-    assert 50 <= found["packets"]["matched"] < 60  # and its neighbour discovery
+    assert 50 <= document["packets"]["matched"] < 60  # and its neighbour discovery
     with open(tmp_path / "x.csv", newline="") as file:
         times = [
             float(row["time"][-13:-1]) for row in csv.DictReader(file) if row["icmp_type"] == "128"
@@ -121,7 +121,7 @@ def test_ping_with_ipv6_and_the_rate(lab: Lab, tmp_path: Path) -> None:
 
 def test_a_command_of_ones_own_and_its_placeholders(lab: Lab, tmp_path: Path) -> None:
     template = "hping3 -c {count} -S -i u{interval} -d {size} {destination}"
-    found = report(
+    document = report(
         lab.netweaver(
             *one_source(
                 lab,
@@ -138,8 +138,10 @@ def test_a_command_of_ones_own_and_its_placeholders(lab: Lab, tmp_path: Path) ->
             )
         )
     )
-    assert found["config"]["source_command"] == f"hping3 -c 30 -S -i u2000 -d 10 {lab.destination}"
-    assert found["config"]["traffic"] == {
+    assert (
+        document["config"]["source_command"] == f"hping3 -c 30 -S -i u2000 -d 10 {lab.destination}"
+    )
+    assert document["config"]["traffic"] == {
         "pattern": None,
         "rate": 500,
         "size": 10,
@@ -148,7 +150,7 @@ def test_a_command_of_ones_own_and_its_placeholders(lab: Lab, tmp_path: Path) ->
         "load": None,
         "achieved": None,
     }
-    assert lengths(found, tmp_path) == {50}
+    assert lengths(document, tmp_path) == {50}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_a_load_is_not_counted(
     """It runs from before the probes until after them, and is gone then."""
     before = received(lab)
     load = load.format(lab.destination)
-    found = report(
+    document = report(
         lab.netweaver(
             *one_source(
                 lab,
@@ -186,27 +188,29 @@ def test_a_load_is_not_counted(
         )
     )
     assert received(lab) - before > 700
-    assert 1 <= found["config"]["duration"]
+    assert 1 <= document["config"]["duration"]
     assert (
         100
-        < found["packets"]["pif"]
-        == found["packets"]["matched"]
-        <= 200 * found["config"]["duration"] + 2
+        < document["packets"]["pif"]
+        == document["packets"]["matched"]
+        <= 200 * document["config"]["duration"] + 2
     )
     with open(tmp_path / "x.csv", newline="") as file:
         assert {(row["protocol"], row["destination_port"]) for row in csv.DictReader(file)} == {
             (protocol, "" if pattern == "ping" else "0")
         }
     if pattern != "udp":
-        assert found["outbound"]["packets"]["matched"] == found["guest"]["packets"]["answered"]
-    assert found["config"]["traffic"]["load"] == load
-    assert not [text for text in found["warnings"] if "load" in text]
+        assert (
+            document["outbound"]["packets"]["matched"] == document["guest"]["packets"]["answered"]
+        )
+    assert document["config"]["traffic"]["load"] == load
+    assert not [text for text in document["warnings"] if "load" in text]
 
 
 def test_loads_that_end_or_fail(lab: Lab) -> None:
     line = failure(lab.netweaver(*one_source(lab, *QUICK, "--load", "no-such-tool")), 4)
     assert f"root@{lab.source.address}: no-such-tool: exit status 127" in line
-    found = report(
+    document = report(
         lab.netweaver(
             *one_source(
                 lab,
@@ -219,10 +223,10 @@ def test_loads_that_end_or_fail(lab: Lab) -> None:
             )
         )
     )
-    assert 400 < found["packets"]["matched"] <= 1000 * found["config"]["duration"] + 2
+    assert 400 < document["packets"]["matched"] <= 1000 * document["config"]["duration"] + 2
     assert (
         f"root@{lab.source.address}: the load ended before the probes: no message"
-        in found["warnings"]
+        in document["warnings"]
     )
 
 
@@ -263,16 +267,16 @@ def test_this_machine_as_a_source_or_as_the_hypervisor(lab: Lab, host: str) -> N
         "hv": ["--hv", "local", "-s", lab.source.address],
         "src": ["--hv", lab.hv.address, "-s", "local"],
     }[host]
-    found = report(finished(on_host(lab, host, *ends, *QUICK, "--direction", "both")))
+    document = report(finished(on_host(lab, host, *ends, *QUICK, "--direction", "both")))
     assert (
-        found["packets"]["pif"]
-        == found["packets"]["matched"]
-        == found["guest"]["packets"]["answered"]
+        document["packets"]["pif"]
+        == document["packets"]["matched"]
+        == document["guest"]["packets"]["answered"]
         == 60
     )
-    assert "local" in (found["config"]["hypervisor"], *found["config"]["sources"])
-    assert (found["config"]["pif"], found["config"]["vif"]) == ("eth0", "vif5.0")
-    assert found["config"]["transmitted"] == 60
+    assert "local" in (document["config"]["hypervisor"], *document["config"]["sources"])
+    assert (document["config"]["pif"], document["config"]["vif"]) == ("eth0", "vif5.0")
+    assert document["config"]["transmitted"] == 60
 
 
 def test_a_local_run_that_is_killed_or_goes_wrong(lab: Lab) -> None:
@@ -299,20 +303,20 @@ def test_a_local_run_that_is_killed_or_goes_wrong(lab: Lab) -> None:
 
 def test_runs_share_their_connections_and_are_a_line_each(own_lab: Lab, tmp_path: Path) -> None:
     lab, target = own_lab, tmp_path / "all.json"
-    found = lines_of(
+    document = lines_of(
         lab.netweaver(*lab.arguments(*QUICK, "--runs", "3", "--save", str(tmp_path / "kept")))
     )
-    assert [one["packets"]["matched"] for one in found] == [60, 60, 60]
+    assert [one["packets"]["matched"] for one in document] == [60, 60, 60]
     assert (
-        len({one["config"]["started"] for one in found})
-        == len({one["saved"] for one in found})
+        len({one["config"]["started"] for one in document})
+        == len({one["saved"] for one in document})
         == 3
     )
     for host in lab.hosts:
         log = (host.directory / "sshd.log").read_text()
         assert log.count("Accepted publickey") == 1
     assert lines_of(offline("--pcaps", str(tmp_path / "kept"))) == [
-        {key: value for key, value in one.items() if key != "saved"} for one in found
+        {key: value for key, value in one.items() if key != "saved"} for one in document
     ]
     shown = Terminal(
         *lab.on_client(
@@ -335,14 +339,14 @@ def test_a_sweep(lab: Lab, tmp_path: Path) -> None:
     sweep = ["--rate", "500,1000", "--traffic", "syn", "--traffic", "ping", "--runs", "2"]
     files = ["--plot", str(tmp_path / "x.png"), "--save", kept]
     done = lab.netweaver(*one_source(lab, "-c", "30", *sweep, *files))
-    found = lines_of(done)
-    traffic = [one["config"]["traffic"] for one in found]
+    document = lines_of(done)
+    traffic = [one["config"]["traffic"] for one in document]
     order = [("syn", 500), ("syn", 1000), ("ping", 500), ("ping", 1000)] * 2
     assert [(kind["pattern"], kind["rate"]) for kind in traffic] == order
-    assert all(one["packets"]["matched"] == 30 for one in found)
+    assert all(one["packets"]["matched"] == 30 for one in document)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     notes = [line for line in done.stderr.splitlines() if "saved in" in line]
-    assert notes == [f"netweaver: saved in {one['saved']}" for one in found]
+    assert notes == [f"netweaver: saved in {one['saved']}" for one in document]
     plot = str(tmp_path / "y.svg")
     pictures = offline("--pcaps", kept, "--plot", plot, "--output", str(tmp_path / "y.json"))
     assert pictures.returncode == 0, pictures.stderr

@@ -79,9 +79,9 @@ def test_sudo_and_its_logs(sudo_lab: Lab, defaults: str) -> None:
     if defaults:
         lines.append(f"Defaults:{USER} {defaults}, iolog_dir=/tmp/log")
     write_rules(sudo_lab, *lines)
-    found = report(sudo_lab.netweaver(*arguments(sudo_lab, "--sudo")))
-    assert found["packets"]["matched"] == 300
-    assert found["config"]["hypervisor"] == f"{USER}@{sudo_lab.hv.address}"
+    document = report(sudo_lab.netweaver(*arguments(sudo_lab, "--sudo")))
+    assert document["packets"]["matched"] == 300
+    assert document["config"]["hypervisor"] == f"{USER}@{sudo_lab.hv.address}"
     for host in sudo_lab.hosts:
         host.run("rm", "-rf", "/tmp/log")
     sudo_lab.wait_clean()
@@ -90,16 +90,16 @@ def test_sudo_and_its_logs(sudo_lab: Lab, defaults: str) -> None:
 def test_one_host_with_sudo_and_one_with_root(sudo_lab: Lab) -> None:
     write_rules(sudo_lab, RULE)
     root = ["--hv", sudo_lab.hv.address]
-    found = report(sudo_lab.netweaver(*arguments(sudo_lab, "--sudo", *root)))
-    assert found["packets"]["matched"] == 300
+    document = report(sudo_lab.netweaver(*arguments(sudo_lab, "--sudo", *root)))
+    assert document["packets"]["matched"] == 300
 
 
 @pytest.mark.alone
 def test_the_trace_with_sudo(sudo_lab: Lab) -> None:
     """The trace's files are fetched by a user who isn't root."""
     write_rules(sudo_lab, RULE)
-    found = report(sudo_lab.netweaver(*arguments(sudo_lab, "--sudo", "--stages")))
-    assert found["stages"]["forwarding"]["packets"] == 300
+    document = report(sudo_lab.netweaver(*arguments(sudo_lab, "--sudo", "--stages")))
+    assert document["stages"]["forwarding"]["packets"] == 300
 
 
 def test_a_temporary_directory_of_root_only(sudo_lab: Lab) -> None:
@@ -109,11 +109,11 @@ def test_a_temporary_directory_of_root_only(sudo_lab: Lab) -> None:
         (host.directory / "etc" / "sudo-environment").write_text("TMPDIR=/root/private\n")
     write_rules(sudo_lab, RULE, "Defaults env_file=/etc/sudo-environment")
     try:
-        found = report(sudo_lab.netweaver(*arguments(sudo_lab, "--sudo")))
+        document = report(sudo_lab.netweaver(*arguments(sudo_lab, "--sudo")))
     finally:
         for host in sudo_lab.hosts:
             (host.directory / "root" / "private").rmdir()
-    assert found["packets"]["matched"] == 300
+    assert document["packets"]["matched"] == 300
     sudo_lab.wait_clean()
 
 

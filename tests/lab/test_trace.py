@@ -64,14 +64,14 @@ def instances(path: Path) -> list[str]:
 @pytest.mark.alone
 def test_both_directions_of_a_bridge() -> None:
     with Lab() as lab:
-        found = trace_run(lab, "--direction", "both", "-c", "1000", "--rate", "1000")
-        for part in (found, found["outbound"]):
+        document = trace_run(lab, "--direction", "both", "-c", "1000", "--rate", "1000")
+        for part in (document, document["outbound"]):
             check_sum(part)
             assert list(part["stages"]) == ["before_stack", "forwarding", "queueing"]
             assert part["lost_at"] == []
             assert part["after_vif"] is None
-        assert found["config"]["backend"] == ""
-        errors = found["config"]["stamp_error"]
+        assert document["config"]["backend"] == ""
+        errors = document["config"]["stamp_error"]
         assert all(0 < error < 20 for error in errors.values())
         lab.wait_clean()
     with tracefs() as path:
@@ -84,30 +84,30 @@ def test_loss_in_the_queue(tmp_path: Path) -> None:
     with Lab() as lab:
         lab.hv.run(*"tc qdisc add dev vif5.0 root tbf rate 1mbit burst 2000 limit 3000".split())
         traffic = ("--traffic", "udp", "--size", "200", "--rate", "1000", "-c", "1500")
-        found = trace_run(lab, *traffic, "--save", str(tmp_path))
+        document = trace_run(lab, *traffic, "--save", str(tmp_path))
         statistics = lab.hv.run("tc", "-s", "qdisc", "show", "dev", "vif5.0")
         dropped = re.search(r"dropped (\d+)", statistics)
         lab.wait_clean()
     assert dropped
-    [loss] = found["lost_at"]
+    [loss] = document["lost_at"]
     assert (loss["stage"], loss["reason"]) == ("queueing", "QDISC_DROP")
-    lost = found["packets"]["lost"]
+    lost = document["packets"]["lost"]
     # Of those that two chains of events fit the place is not known; a warning tells of 1 %.
     assert 0.99 * lost <= loss["packets"] <= lost
     assert lost <= int(dropped[1]) <= lost + 20  # of ARP and the like
-    assert found["stages"]["queueing"]["median"] > 0.9 * found["median"]
+    assert document["stages"]["queueing"]["median"] > 0.9 * document["median"]
     # A timer's interrupt sends each packet on, which takes the machine some microseconds.
-    assert 0 < found["config"]["stamp_error"]["vif"] < 20
-    check_sum(found)
-    check_saved_run(found, tmp_path)
+    assert 0 < document["config"]["stamp_error"]["vif"] < 20
+    check_sum(document)
+    check_saved_run(document, tmp_path)
 
 
-def check_saved_run(found: dict[str, Any], directory: Path) -> None:
+def check_saved_run(document: dict[str, Any], directory: Path) -> None:
     """Check that a saved run with stages gives them again, in each kind of output."""
-    saved = found["saved"]
+    saved = document["saved"]
     again = analyzed("--pcaps", saved)
-    assert again["stages"] == found["stages"]
-    assert again["lost_at"] == found["lost_at"]
+    assert again["stages"] == document["stages"]
+    assert again["lost_at"] == document["lost_at"]
     picture = directory / "x.png"
     shown = Terminal(
         sys.executable,
@@ -121,7 +121,7 @@ def check_saved_run(found: dict[str, Any], directory: Path) -> None:
         whole=True,
     )
     [lost] = [line for line in shown.text.splitlines() if "QDISC_DROP" in line]
-    assert str(found["lost_at"][0]["packets"]) in lost
+    assert str(document["lost_at"][0]["packets"]) in lost
     assert "tc -s qdisc show dev vif5.0" in lost
     assert re.search(r"\n queueing .* ms .* █{35,40}\n", shown.text)
     assert picture.exists()
@@ -137,12 +137,12 @@ def check_saved_run(found: dict[str, Any], directory: Path) -> None:
 def test_loss_in_the_firewall() -> None:
     with Lab() as lab:
         lab.hv.run("nft", NFT_RULE)
-        found = trace_run(lab, "--source-command", DROPPED_AND_PASSED)
+        document = trace_run(lab, "--source-command", DROPPED_AND_PASSED)
         counter = re.search(r"counter packets (\d+)", lab.hv.run("nft", "list", "ruleset"))
         assert counter
         assert int(counter[1]) == 40
-        assert found["packets"]["matched"] == 60
-        [loss] = found["lost_at"]
+        assert document["packets"]["matched"] == 60
+        [loss] = document["lost_at"]
         assert loss == {
             "stage": "forwarding",
             "where": "nft_do_chain",
@@ -154,10 +154,10 @@ def test_loss_in_the_firewall() -> None:
         assert "30 packets lost in nft_do_chain (NETFILTER_DROP)" in line
         lab.hv.run("nft", NFT_RULE.replace("dport 7", "sport 8"))
         command = f"hping3 -c 20 -S -p 9 -i u2000 {{destination}} & {DROPPED_AND_PASSED}"
-        found = trace_run(lab, "--direction", "both", "--source-command", command)
-        assert [place["packets"] for place in found["lost_at"]] == [40]
-        assert found["outbound"]["packets"]["lost"] == 60
-        assert found["outbound"]["lost_at"] == [{**loss, "packets": 60}]
+        document = trace_run(lab, "--direction", "both", "--source-command", command)
+        assert [place["packets"] for place in document["lost_at"]] == [40]
+        assert document["outbound"]["packets"]["lost"] == 60
+        assert document["outbound"]["lost_at"] == [{**loss, "packets": 60}]
         lab.wait_clean()
 
 
@@ -170,11 +170,11 @@ def test_open_vswitch_in_userspace() -> None:
     A busy machine lets it wait, and packets of one length that wait together can't be told apart.
     """
     with OpenVSwitchLab("patch ports") as lab:
-        found = trace_run(lab, "-c", "100", "--rate", "40", "--traffic", "flow")
-        matched = found["packets"]["matched"]
+        document = trace_run(lab, "-c", "100", "--rate", "40", "--traffic", "flow")
+        matched = document["packets"]["matched"]
         assert matched > 90
-        assert found["stages"]["forwarding"]["packets"] >= 0.98 * matched
-        assert 0.8 < found["stages"]["forwarding"]["median"] / found["median"] < 1.2
+        assert document["stages"]["forwarding"]["packets"] >= 0.98 * matched
+        assert 0.8 < document["stages"]["forwarding"]["median"] / document["median"] < 1.2
         lab.wait_clean()
 
 
@@ -210,8 +210,8 @@ def test_the_next_run_removes_a_trace_that_was_left() -> None:
         before = [(path / name).read_text() for name in names]
         (path / "instances" / "netweaver-99999999").mkdir()
         lab.hv.run("mount", "-t", "tracefs", "netweaver", "/sys/kernel/tracing")
-        found = trace_run(lab, "-c", "20", "--rate", "1000")
-        assert found["stages"]["forwarding"]["packets"] == 20
+        document = trace_run(lab, "-c", "20", "--rate", "1000")
+        assert document["stages"]["forwarding"]["packets"] == 20
         assert instances(path) == []
         assert "netweaver /sys/kernel/tracing" not in lab.hv.run("cat", "/proc/mounts")
         assert [(path / name).read_text() for name in names] == before
@@ -228,10 +228,10 @@ def test_a_host_that_forbids_tracing(own_lab: Lab) -> None:
             f'exec /bin/{program} "$@"\n'
         )
         path.chmod(0o755)
-    found = trace_run(own_lab, "-c", "600", "--rate", "1000")
-    assert found["packets"]["matched"] == 600
-    assert "stages" not in found
-    [warning] = [text for text in found["warnings"] if "trace" in text]
+    document = trace_run(own_lab, "-c", "600", "--rate", "1000")
+    assert document["packets"]["matched"] == 600
+    assert "stages" not in document
+    [warning] = [text for text in document["warnings"] if "trace" in text]
     assert re.match(r"kernel trace unavailable: m\w+: not permitted", warning)
     own_lab.wait_clean()
 
@@ -242,10 +242,10 @@ def test_a_trace_that_fills_its_disk_space(own_lab: Lab) -> None:
     """A trace that reaches its limit ends, and the result is there."""
     own_lab.hv.run("mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", "/tmp")
     options = ("--rate", "8000", "-c", "40000", "--traffic", "flow")
-    found = trace_run(own_lab, *options)
-    assert found["packets"]["matched"] > 0
-    assert 0 < found["stages"]["forwarding"]["packets"] < found["packets"]["matched"]
-    [warning] = [text for text in found["warnings"] if "no known stages" in text]
+    document = trace_run(own_lab, *options)
+    assert document["packets"]["matched"] > 0
+    assert 0 < document["stages"]["forwarding"]["packets"] < document["packets"]["matched"]
+    [warning] = [text for text in document["warnings"] if "no known stages" in text]
     assert "ended early" in warning
     own_lab.wait_clean()
 
@@ -255,13 +255,13 @@ def test_a_trace_that_fills_its_disk_space(own_lab: Lab) -> None:
 def test_two_sources_at_once() -> None:
     """Packets of equal size that several processors forward at the same time."""
     with Lab(sources=2) as lab:
-        found = trace_run(lab, "--traffic", "udp", "--rate", "5000", "-c", "10000")
+        document = trace_run(lab, "--traffic", "udp", "--rate", "5000", "-c", "10000")
         lab.wait_clean()
-    stages = found["stages"]
-    matched = found["packets"]["matched"]
+    stages = document["stages"]
+    matched = document["packets"]["matched"]
     assert matched > 15_000
     assert 0.9 * matched <= stages["forwarding"]["packets"] <= matched
     for stage in stages.values():
         assert stage["minimum"] >= 0
-    assert stages["before_stack"]["maximum"] <= found["maximum"]
-    assert stages["forwarding"]["maximum"] <= found["maximum"]
+    assert stages["before_stack"]["maximum"] <= document["maximum"]
+    assert stages["forwarding"]["maximum"] <= document["maximum"]

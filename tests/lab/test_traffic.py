@@ -22,14 +22,21 @@ pytestmark = pytest.mark.lab
 @pytest.mark.parametrize("tags", [[7], [100, 200]], ids=len)
 def test_a_tagged_pif_against_a_plain_vif(tags: list[int]) -> None:
     with Lab(forwarder=[], tags=tags) as lab:
-        found = report(
+        document = report(
             lab.netweaver(
                 *lab.arguments("-c", "60", "--source-command", FAST, "--direction", "both")
             )
         )
         lab.wait_clean()
-    assert found["packets"]["pif"] == found["packets"]["vif"] == found["packets"]["matched"] == 60
-    assert found["outbound"]["packets"]["vif"] == found["outbound"]["packets"]["matched"] == 60
+    assert (
+        document["packets"]["pif"]
+        == document["packets"]["vif"]
+        == document["packets"]["matched"]
+        == 60
+    )
+    assert (
+        document["outbound"]["packets"]["vif"] == document["outbound"]["packets"]["matched"] == 60
+    )
 
 
 def test_a_vxlan_pif_against_a_plain_vif() -> None:
@@ -127,7 +134,7 @@ def test_three_sources_at_once() -> None:
     Started in the same one, all send the same numbers.
     """
     with Lab(sources=3) as lab:
-        found = report(
+        document = report(
             lab.netweaver(
                 *lab.arguments(
                     "-c",
@@ -141,15 +148,20 @@ def test_three_sources_at_once() -> None:
         )
         table = (lab.directory / "table.csv").read_text().splitlines()[1:]
         lab.wait_clean()
-    assert found["packets"]["pif"] == found["packets"]["vif"] == found["packets"]["matched"] == 3000
-    assert found["warnings"] == []
+    assert (
+        document["packets"]["pif"]
+        == document["packets"]["vif"]
+        == document["packets"]["matched"]
+        == 3000
+    )
+    assert document["warnings"] == []
     assert len({line.split(",")[1] for line in table}) == 3
 
 
 @pytest.mark.alone
 def test_each_directions_delay_and_the_guest_between() -> None:
     with Lab(forwarder=["--delay", "3000", "--back", "1000"]) as lab:
-        found = report(
+        document = report(
             lab.netweaver(
                 *lab.arguments("-c", "1000", "--source-command", FAST, "--direction", "both")
             )
@@ -160,10 +172,10 @@ def test_each_directions_delay_and_the_guest_between() -> None:
             )
         )
         lab.wait_clean()
-    assert 3000 <= found["median"] < 3300
-    assert 1000 <= found["outbound"]["median"] < 1300
-    assert 0 < found["guest"]["median"] < 300
-    assert found["guest"]["packets"] == {
+    assert 3000 <= document["median"] < 3300
+    assert 1000 <= document["outbound"]["median"] < 1300
+    assert 0 < document["guest"]["median"] < 300
+    assert document["guest"]["packets"] == {
         "answered": 1000,
         "unanswered": 0,
         "undecided": 0,
@@ -193,21 +205,23 @@ wait $! || :
 def test_packets_that_take_long(command: str, wait: str, undecided: bool) -> None:
     """All that matched counts, and of the lost ones those that were watched for long enough."""
     with Lab(forwarder=["--delay", "500000", "--loss", "0.05"]) as lab:
-        found = report(lab.netweaver(*lab.arguments("--wait", wait, "--source-command", command)))
+        document = report(
+            lab.netweaver(*lab.arguments("--wait", wait, "--source-command", command))
+        )
         truth = lab.truth()
         lab.wait_clean()
-    packets = found["packets"]
+    packets = document["packets"]
     assert packets["pif"] + packets["undecided"] == len(truth) >= 1000
     counted = truth[: packets["pif"]]  # the set ends before the first undecided packet
     assert packets["matched"] == sum(bool(packet["sent"]) for packet in counted)
     assert packets["lost"] == len(counted) - packets["matched"] > 0
-    assert found["loss_ratio"] == packets["lost"] / len(counted)
-    assert found["config"]["wait"] == float(wait)
+    assert document["loss_ratio"] == packets["lost"] / len(counted)
+    assert document["config"]["wait"] == float(wait)
     assert (packets["undecided"] > 0) == undecided
-    warnings = [text for text in found["warnings"] if "--wait" in text]
+    warnings = [text for text in document["warnings"] if "--wait" in text]
     assert len(warnings) == undecided
     assert all(str(packets["undecided"]) in re.findall(r"\d+", text) for text in warnings)
-    assert 5e5 <= found["median"] < 5.2e5
+    assert 5e5 <= document["median"] < 5.2e5
 
 
 def test_an_open_port(lab: Lab) -> None:
@@ -222,7 +236,7 @@ def test_an_open_port(lab: Lab) -> None:
     try:
         assert server.stdout is not None
         server.stdout.readline()
-        found = report(
+        document = report(
             lab.netweaver(
                 *lab.arguments(
                     "-c",
@@ -238,9 +252,9 @@ def test_an_open_port(lab: Lab) -> None:
     finally:
         server.kill()
         server.communicate()
-    assert found["packets"]["pif"] == found["packets"]["matched"] == 1000
-    assert found["guest"]["packets"]["answered"] == 500
-    assert found["warnings"] == []
+    assert document["packets"]["pif"] == document["packets"]["matched"] == 1000
+    assert document["guest"]["packets"]["answered"] == 500
+    assert document["warnings"] == []
 
 
 def test_traffic_that_is_there_anyway(lab: Lab) -> None:
@@ -260,25 +274,25 @@ def test_traffic_that_is_there_anyway(lab: Lab) -> None:
     ]
     arguments = lab.passive_arguments("2")
     try:
-        found = report(lab.netweaver(*arguments))
+        document = report(lab.netweaver(*arguments))
         both = report(lab.netweaver(*arguments, "--direction", "both"))
     finally:
         for process in foreign:
             process.kill()
             process.wait()
-    for one in (found, both, both["outbound"]):
+    for one in (document, both, both["outbound"]):
         assert one["packets"]["matched"] > 500
         assert one["packets"]["lost"] == 0
     assert (
-        found["packets"]["vif_only"]
+        document["packets"]["vif_only"]
         == both["packets"]["vif_only"]
         == both["outbound"]["packets"]["pif_only"]
         == 0
     )
     assert both["guest"]["packets"]["answered"] > 500
-    assert 2 <= found["config"]["duration"] < 3
-    assert found["config"]["source_command"] is None
-    assert found["config"]["sources"] == []
+    assert 2 <= document["config"]["duration"] < 3
+    assert document["config"]["source_command"] is None
+    assert document["config"]["sources"] == []
 
 
 def test_no_traffic_at_all(lab: Lab) -> None:
@@ -303,24 +317,24 @@ def test_a_passive_run_can_be_interrupted(lab: Lab) -> None:
 
 
 def test_a_duration_ends_traffic_without_an_end(lab: Lab) -> None:
-    found = report(
+    document = report(
         lab.netweaver(
             *lab.arguments(
                 "--duration", "1.5", "--source-command", "hping3 -S -i u5000 {destination}"
             )
         )
     )
-    assert 1.5 <= found["config"]["duration"] < 5
-    assert not [warning for warning in found["warnings"] if "stopped" in warning]
+    assert 1.5 <= document["config"]["duration"] < 5
+    assert not [warning for warning in document["warnings"] if "stopped" in warning]
 
 
 def test_filters_of_ones_own(lab: Lab) -> None:
     expression = f"tcp and dst host {lab.destination} and src host {DATA}.1"
     words = ("-c", "60", "--source-command", FAST, "--filter", expression)
-    found = report(lab.netweaver(*lab.arguments(*words)))
-    assert found["packets"]["matched"] == 60  # of two sources
-    assert "-- 'tcp and dst host" in found["config"]["pif_command"]
-    assert found["warnings"] == []
+    document = report(lab.netweaver(*lab.arguments(*words)))
+    assert document["packets"]["matched"] == 60  # of two sources
+    assert "-- 'tcp and dst host" in document["config"]["pif_command"]
+    assert document["warnings"] == []
     cases = [
         (["--filter", "tcp and and"], 5, "syntax error"),
         (["--filter", "; touch /tmp/owned"], 5, "the capture on "),
@@ -332,13 +346,13 @@ def test_filters_of_ones_own(lab: Lab) -> None:
 def test_a_filter_that_captures_answers_too(lab: Lab, direction: str, first: str) -> None:
     """Only packets of the direction that is measured count."""
     words = ("-c", "60", "--source-command", FAST, "--direction", direction)
-    found = report(
+    document = report(
         lab.netweaver(*lab.arguments(*words, "--filter", f"tcp and host {lab.destination}"))
     )
     sent = 60 * len(lab.sources)
-    assert found["packets"][first] == found["packets"]["matched"] == sent
-    assert found["negative"] == 0
-    assert found["capture"]["pif"]["filtered"] >= sent
+    assert document["packets"][first] == document["packets"]["matched"] == sent
+    assert document["negative"] == 0
+    assert document["capture"]["pif"]["filtered"] >= sent
 
 
 def test_the_keyword_vlan_with_an_old_libpcap(own_lab: Lab) -> None:
@@ -351,9 +365,9 @@ def test_the_keyword_vlan_with_an_old_libpcap(own_lab: Lab) -> None:
             f"case $* in *--help*) echo 'libpcap version {version}' >&2; exit 1 ;; esac\n"
             f'exec {real} "$@"',
         )
-        found = report(own_lab.netweaver(*own_lab.arguments(*words)))
-        assert found["packets"]["matched"] == 60
-        warnings = [text for text in found["warnings"] if "keyword vlan" in text]
+        document = report(own_lab.netweaver(*own_lab.arguments(*words)))
+        assert document["packets"]["matched"] == 60
+        warnings = [text for text in document["warnings"] if "keyword vlan" in text]
         assert len(warnings) == warns, version
         assert all(version.rpartition(".")[0] in text for text in warnings)
 
@@ -368,13 +382,13 @@ def test_the_keyword_vlan_with_an_old_libpcap(own_lab: Lab) -> None:
     ],
 )
 def test_usual_source_commands(lab: Lab, command: str) -> None:
-    found = report(
+    document = report(
         lab.netweaver(
             *lab.arguments("-c", "500", "--source-command", command, source=lab.source.address)
         )
     )
-    assert found["packets"]["pif"] == found["packets"]["matched"] >= 500
-    assert found["warnings"] == []
+    assert document["packets"]["pif"] == document["packets"]["matched"] >= 500
+    assert document["warnings"] == []
 
 
 def test_bulk_tcp_by_iperf3(lab: Lab) -> None:
@@ -386,7 +400,7 @@ def test_bulk_tcp_by_iperf3(lab: Lab) -> None:
     try:
         assert server.stdout is not None
         assert any(b"Server listening" in line for line in iter(server.stdout.readline, b""))
-        found = report(
+        document = report(
             lab.netweaver(
                 *lab.arguments(
                     "--source-command",
@@ -400,9 +414,9 @@ def test_bulk_tcp_by_iperf3(lab: Lab) -> None:
     finally:
         server.kill()
         server.communicate()
-    assert found["packets"]["pif"] == found["packets"]["matched"] > 100
-    assert found["outbound"]["packets"]["vif"] == found["outbound"]["packets"]["matched"] > 10
-    assert found["guest"]["packets"]["answered"] == 2  # its two connections
+    assert document["packets"]["pif"] == document["packets"]["matched"] > 100
+    assert document["outbound"]["packets"]["vif"] == document["outbound"]["packets"]["matched"] > 10
+    assert document["guest"]["packets"]["answered"] == 2  # its two connections
 
 
 def test_labels(lab: Lab) -> None:

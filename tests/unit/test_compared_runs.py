@@ -96,14 +96,14 @@ def numbers_in(value: Any, name: str = "") -> list[tuple[str, float]]:
 
 def test_numbers_have_three_decimals(tmp_path: Path) -> None:
     """Those of a delay: nothing knows more than nanoseconds."""
-    found = analyzed(
+    document = analyzed(
         "--pcaps",
         *pair(tmp_path, noisy(997, 1)),
         "--baseline",
         ",".join(pair(tmp_path, noisy(991, 2), "b-")),
     )
     numbers = [
-        (name, value) for name, value in numbers_in(found) if name not in ("loss_ratio", "ratio")
+        (name, value) for name, value in numbers_in(document) if name not in ("loss_ratio", "ratio")
     ]
     assert len(numbers) > 20
     assert [(name, value) for name, value in numbers if round(value, 3) != value] == []

@@ -24,9 +24,9 @@ def test_each_packet_with_its_delay_and_flags(tmp_path: Path) -> None:
     vif = [(pif[rank][0] + delay, pif[rank][1]) for rank, delay in arrivals]
     target = tmp_path / "table.csv"
     target.write_text("old")
-    found = analyzed("--pcaps", *captures(tmp_path, pif, sorted(vif)), "--csv", str(target))
+    document = analyzed("--pcaps", *captures(tmp_path, pif, sorted(vif)), "--csv", str(target))
     rows = table(target)
-    assert (found["packets"]["pif"], found["packets"]["undecided"]) == (7, 1)
+    assert (document["packets"]["pif"], document["packets"]["undecided"]) == (7, 1)
     assert len(rows) == 8
     delays = ["1.001", "3000.007", "2.000", "-0.050", "", "", "", ""]
     assert [row["delay_us"] for row in rows] == delays

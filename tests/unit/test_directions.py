@@ -51,11 +51,11 @@ def test_both_directions_and_the_guest(tmp_path: Path) -> None:
     probes.append((ipv4(tcp(3000, 82), ident=300), None))  # no answer
     probes.append((ipv4(tcp(3001, 82, flags=0x10), ident=301), None))  # no probe
     probes.append((ipv4(b"", 132, ident=302), None))  # nothing but a header
-    found = analyzed(
+    document = analyzed(
         "--pcaps", *conversation(tmp_path, probes), "-d", "10.0.0.1", "--direction", "both"
     )
-    assert found["config"]["direction"] == "both"
-    assert found["packets"] == {
+    assert document["config"]["direction"] == "both"
+    assert document["packets"] == {
         "pif": 27,
         "vif": 27,
         "matched": 27,
@@ -66,8 +66,8 @@ def test_both_directions_and_the_guest(tmp_path: Path) -> None:
         "reordered": 0,
         "vif_only": 0,
     }
-    assert found["minimum"] == found["maximum"] == 5
-    assert found["outbound"]["packets"] == {
+    assert document["minimum"] == document["maximum"] == 5
+    assert document["outbound"]["packets"] == {
         "vif": 24,
         "pif": 24,
         "matched": 24,
@@ -78,16 +78,16 @@ def test_both_directions_and_the_guest(tmp_path: Path) -> None:
         "reordered": 0,
         "pif_only": 0,
     }
-    assert found["outbound"]["minimum"] == found["outbound"]["maximum"] == 3
-    assert found["outbound"]["unit"] == found["guest"]["unit"] == "microseconds"
-    assert found["guest"]["minimum"] == found["guest"]["maximum"] == 20
-    assert found["guest"]["packets"] == {
+    assert document["outbound"]["minimum"] == document["outbound"]["maximum"] == 3
+    assert document["outbound"]["unit"] == document["guest"]["unit"] == "microseconds"
+    assert document["guest"]["minimum"] == document["guest"]["maximum"] == 20
+    assert document["guest"]["packets"] == {
         "answered": 24,
         "unanswered": 1,
         "undecided": 0,
         "ambiguous": 0,
     }
-    assert found["capture"]["pif"]["filtered"] == 0
+    assert document["capture"]["pif"]["filtered"] == 0
 
 
 def test_the_guest_over_ipv6(tmp_path: Path) -> None:
@@ -99,16 +99,16 @@ def test_the_guest_over_ipv6(tmp_path: Path) -> None:
         (ipv6(tcp(n + 1, 80, seq=5, payload=b"x")), ipv6(tcp(80, n + 1, ack=6, flags=0x12), **back))
         for n in range(4)
     ]
-    found = analyzed(
+    document = analyzed(
         "--pcaps", *conversation(tmp_path, probes), "-d", "fd00::1", "--direction", "both"
     )
-    assert found["guest"]["packets"] == {
+    assert document["guest"]["packets"] == {
         "answered": 8,
         "unanswered": 0,
         "undecided": 0,
         "ambiguous": 0,
     }
-    assert found["guest"]["average"] == 20
+    assert document["guest"]["average"] == 20
 
 
 def test_answers_are_told_from_packets_that_a_clock_put_in_the_past(tmp_path: Path) -> None:
@@ -156,23 +156,23 @@ def test_what_only_looks_like_an_answer(tmp_path: Path) -> None:
         )
         for name, records in (("pif", pif), ("vif", vif))
     ]
-    found = analyzed("--pcaps", *paths, "-d", "10.0.0.1", "--direction", "both")
-    assert found["guest"] == {
+    document = analyzed("--pcaps", *paths, "-d", "10.0.0.1", "--direction", "both")
+    assert document["guest"] == {
         "packets": {"answered": 0, "unanswered": 1, "undecided": 0, "ambiguous": 2}
     }
-    assert [text for text in found["warnings"] if text.startswith("guest: left out 2 probes")]
+    assert [text for text in document["warnings"] if text.startswith("guest: left out 2 probes")]
 
 
 def test_a_vm_that_never_answers(tmp_path: Path) -> None:
     paths = conversation(tmp_path, [(ipv4(tcp(1000 + n), ident=n), None) for n in range(5)])
-    found = analyzed("--pcaps", *paths, "-d", "10.0.0.1", "--direction", "both")
-    assert found["outbound"] is None
-    assert found["guest"] == {
+    document = analyzed("--pcaps", *paths, "-d", "10.0.0.1", "--direction", "both")
+    assert document["outbound"] is None
+    assert document["guest"] == {
         "packets": {"answered": 0, "unanswered": 5, "undecided": 0, "ambiguous": 0}
     }
     assert any(
         text.startswith("outbound: no packet was seen on both interfaces (0 on ")
-        for text in found["warnings"]
+        for text in document["warnings"]
     )
     assert offline("--pcaps", *paths, "-d", "10.0.0.1", "--direction", "out").returncode == 6
 
@@ -186,8 +186,8 @@ def test_out_alone(tmp_path: Path) -> None:
         for n in range(5)
     ]
     paths = conversation(tmp_path, pairs)
-    found = analyzed("--pcaps", *paths, "-d", "10.0.0.1", "--direction", "out")
-    assert found["packets"] == {
+    document = analyzed("--pcaps", *paths, "-d", "10.0.0.1", "--direction", "out")
+    assert document["packets"] == {
         "vif": 5,
         "pif": 5,
         "matched": 5,
@@ -198,8 +198,8 @@ def test_out_alone(tmp_path: Path) -> None:
         "reordered": 0,
         "pif_only": 0,
     }
-    assert found["average"] == 3
-    assert found["capture"]["vif"]["filtered"] == 5
+    assert document["average"] == 3
+    assert document["capture"]["vif"]["filtered"] == 5
     done = offline("--pcaps", *paths, "--direction", "both")
     assert done.returncode == 2
     assert "requires the VM's address (-d)" in done.stderr

@@ -80,8 +80,8 @@ def test_the_unit_of_a_limit_is_that_of_its_message(text: str, value: str, tmp_p
     delays: list[int | None] = [100_000] * 300
     delays += [None] * 300
     delays += [100_000] * 300
-    found = analyzed("--pcaps", *pair(tmp_path, delays))
-    assert breach(text, found) == f"{value} (limit {text})"
+    document = analyzed("--pcaps", *pair(tmp_path, delays))
+    assert breach(text, document) == f"{value} (limit {text})"
 
 
 @pytest.mark.parametrize("limit", ["median>1us", "median>1s"])

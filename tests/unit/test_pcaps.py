@@ -91,9 +91,11 @@ def test_a_short_snap_length(tmp_path: Path) -> None:
     assert done.returncode == 6
     assert "too short to identify 600 packets" in done.stderr
     mixed = [*pif, (T + 10**9, ipv4(udp(payload=bytes(90)), 17))]
-    found = analyzed("--pcaps", *captures(tmp_path, mixed, through(mixed, [500] * 601), snaplen=56))
-    assert found["packets"]["matched"] == 600
-    assert "too short to identify 1 packet," in found["warnings"][0]
+    document = analyzed(
+        "--pcaps", *captures(tmp_path, mixed, through(mixed, [500] * 601), snaplen=56)
+    )
+    assert document["packets"]["matched"] == 600
+    assert "too short to identify 1 packet," in document["warnings"][0]
 
 
 def test_files_that_can_not_be_read(tmp_path: Path) -> None:

@@ -22,24 +22,24 @@ def analyzed_with(directory: Path, traffic: Traffic, **config: Any) -> dict[str,
     return analyzed("--pcaps", str(directory))
 
 
-def rate_of(found: dict[str, Any]) -> Any:
-    return found["config"]["traffic"]["achieved"]
+def rate_of(document: dict[str, Any]) -> Any:
+    return document["config"]["traffic"]["achieved"]
 
 
 @pytest.mark.parametrize(("asked", "warns"), [(1000, False), (1050, False), (1053, True)])
 def test_a_rate_below_95_percent(tmp_path: Path, asked: int, warns: bool) -> None:
-    found = analyzed_with(tmp_path, Traffic(rate=asked))
-    assert rate_of(found) == RATE
+    document = analyzed_with(tmp_path, Traffic(rate=asked))
+    assert rate_of(document) == RATE
     assert (
-        any(f"less than 95 % of --rate {asked}" in warning for warning in found["warnings"])
+        any(f"less than 95 % of --rate {asked}" in warning for warning in document["warnings"])
         == warns
     )
 
 
 def test_the_rate_of_each_of_two_sources(tmp_path: Path) -> None:
-    found = analyzed_with(tmp_path, Traffic(rate=500), sources=["one", "two"])
-    assert rate_of(found) == pytest.approx(RATE / 2, rel=0.01)
-    assert found["warnings"] == []
+    document = analyzed_with(tmp_path, Traffic(rate=500), sources=["one", "two"])
+    assert rate_of(document) == pytest.approx(RATE / 2, rel=0.01)
+    assert document["warnings"] == []
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_the_rate_of_each_of_two_sources(tmp_path: Path) -> None:
 def test_a_command_without_an_interval_was_asked_for_no_rate(
     tmp_path: Path, command: str, warns: bool
 ) -> None:
-    found = analyzed_with(tmp_path, Traffic(rate=5000, command=command))
-    assert any("less than 95 %" in warning for warning in found["warnings"]) == warns
+    document = analyzed_with(tmp_path, Traffic(rate=5000, command=command))
+    assert any("less than 95 %" in warning for warning in document["warnings"]) == warns
 
 
 def test_fragments_count_as_their_datagram(tmp_path: Path) -> None:
@@ -72,14 +72,14 @@ def test_fragments_count_as_their_datagram(tmp_path: Path) -> None:
             records.append((time + 1, ethernet(ipv4(whole[24:], 17, number, fragment=3))))
         [path] = tmp_path.glob(f"*/{point}*")
         path.write_bytes(pcap(records))
-    found = analyzed("--pcaps", str(tmp_path))
-    assert rate_of(found) == RATE
-    assert found["warnings"] == []
+    document = analyzed("--pcaps", str(tmp_path))
+    assert rate_of(document) == RATE
+    assert document["warnings"] == []
 
 
 def test_traffic_of_others_has_no_rate(tmp_path: Path) -> None:
-    found = analyzed_with(tmp_path, Traffic(), sources=[])
-    assert rate_of(found) is None
+    document = analyzed_with(tmp_path, Traffic(), sources=[])
+    assert rate_of(document) is None
 
 
 @pytest.mark.parametrize(("duration", "warns"), [(0.6, False), (0.55, False), (0.5, True)])
@@ -88,5 +88,5 @@ def test_more_probes_than_the_sources_can_have_sent(
 ) -> None:
     traffic = Traffic(rate=RATE, load="sh load.sh")
     selection = {"probes": [6, None]}
-    found = analyzed_with(tmp_path, traffic, duration=duration, selection=selection)
-    assert any("--load" in warning for warning in found["warnings"]) == warns
+    document = analyzed_with(tmp_path, traffic, duration=duration, selection=selection)
+    assert any("--load" in warning for warning in document["warnings"]) == warns

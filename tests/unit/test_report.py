@@ -104,10 +104,10 @@ def test_a_packet_that_is_seen_much_later_is_lost(tmp_path: Path) -> None:
     pif = distinct(10_000)
     delays: list[int | None] = [2000] * 10_000
     delays[5000] = 4_000_000_000
-    found = document(tmp_path, pif, through(pif, delays))
-    assert found["packets"]["matched"] == 9999
-    assert found["packets"]["lost"] == 1
-    assert found["maximum"] == found["median"] == 2
+    report = document(tmp_path, pif, through(pif, delays))
+    assert report["packets"]["matched"] == 9999
+    assert report["packets"]["lost"] == 1
+    assert report["maximum"] == report["median"] == 2
 
 
 def test_identical_packets_are_counted_and_not_timed(tmp_path: Path) -> None:
@@ -116,13 +116,13 @@ def test_identical_packets_are_counted_and_not_timed(tmp_path: Path) -> None:
     delays: list[int | None] = [1_900_000] * 1600
     delays[300] = None
     delays[700] = None
-    found = document(tmp_path, sorted(pif), through(pif, delays))
-    assert found["packets"]["matched"] == 1598
-    assert found["packets"]["lost"] == 2
-    assert found["packets"]["ambiguous"] == 998
-    assert found["minimum"] == found["maximum"] == 1900
-    assert found["loss_ratio"] == 2 / 1600
-    [warning] = [text for text in found["warnings"] if "998 matched packets" in text]
+    report = document(tmp_path, sorted(pif), through(pif, delays))
+    assert report["packets"]["matched"] == 1598
+    assert report["packets"]["lost"] == 2
+    assert report["packets"]["ambiguous"] == 998
+    assert report["minimum"] == report["maximum"] == 1900
+    assert report["loss_ratio"] == 2 / 1600
+    [warning] = [text for text in report["warnings"] if "998 matched packets" in text]
     assert "Capture packets that differ" in warning
 
 
@@ -144,11 +144,11 @@ def test_equal_packets_of_two_sources_behind_a_translation(tmp_path: Path) -> No
     pif.append((T + 2_000_000, syn(10_000, "192.0.2.3")))
     vif.append((T + 2_000_000, syn(10_000, "10.0.0.9")))
     arrived = through(vif, [500] * 100 + [None] + [500] * 1100)
-    found = document(tmp_path, pif, arrived, "--match-nat")
-    assert found["packets"]["matched"] == 1200
-    assert found["packets"]["lost"] == 1
-    assert found["packets"]["ambiguous"] == 1199
-    assert found["minimum"] == found["maximum"] == 0.5
+    report = document(tmp_path, pif, arrived, "--match-nat")
+    assert report["packets"]["matched"] == 1200
+    assert report["packets"]["lost"] == 1
+    assert report["packets"]["ambiguous"] == 1199
+    assert report["minimum"] == report["maximum"] == 0.5
 
 
 def test_packets_of_other_streams_overtake_nobody(tmp_path: Path) -> None:
@@ -159,9 +159,9 @@ def test_packets_of_other_streams_overtake_nobody(tmp_path: Path) -> None:
     assert document(tmp_path, pif, slow)["packets"]["reordered"] == 0
     delays: list[int | None] = [50_000] * 900
     delays[300] = 90_000
-    found = document(tmp_path, pif, through(pif, delays))
-    assert found["packets"]["reordered"] == 1
-    assert found["reordering"]["maximum_extent"] == 13
+    report = document(tmp_path, pif, through(pif, delays))
+    assert report["packets"]["reordered"] == 1
+    assert report["reordering"]["maximum_extent"] == 13
 
 
 def segment(number: int, size: int, flags: int = 0) -> bytes:
@@ -186,10 +186,10 @@ def test_merged_segments_are_recognised(flags: int, tmp_path: Path) -> None:
         time = T + number * 10_000
         pif.append((time, segment(number, 10)))
         vif.append((time + 5000, segment(number, 10)))
-    found = document(tmp_path, pif, vif)
-    assert found["packets"]["lost"] == 300
-    assert found["packets"]["matched"] == 5
-    warnings = " ".join(found["warnings"])
+    report = document(tmp_path, pif, vif)
+    assert report["packets"]["lost"] == 300
+    assert report["packets"]["matched"] == 5
+    warnings = " ".join(report["warnings"])
     assert "300 packets are not matched" in warnings
     assert "GRO, TSO" in warnings
     assert "--match-nat" not in warnings
@@ -205,9 +205,9 @@ def test_stamps_of_two_precisions(coarse: str, tmp_path: Path) -> None:
         data = pcap(records, nanoseconds=side != coarse)
         paths.append(write(tmp_path / side, data))
         units.append("microseconds" if side == coarse else "nanoseconds")
-    found = analyzed("--pcaps", *paths)
-    assert found["packets"]["matched"] == 600
-    [warning] = [text for text in found["warnings"] if "time stamps of the pif" in text]
+    document = analyzed("--pcaps", *paths)
+    assert document["packets"]["matched"] == 600
+    [warning] = [text for text in document["warnings"] if "time stamps of the pif" in text]
     assert warning.index(units[0]) < warning.index(units[1])
 
 
@@ -290,9 +290,9 @@ def test_most_packets_were_captured_twice_on_the_pif(tmp_path: Path) -> None:
     packets = distinct(600)
     copies = [(time + 5000, content) for time, content in packets[:590]]
     paths = captures(tmp_path, sorted([*packets, *copies]), through(packets, [9000] * 600))
-    found = analyzed("--pcaps", *paths)
-    assert found["packets"]["matched"] - found["packets"]["ambiguous"] == 10
-    assert "captured twice on the pif" in " ".join(found["warnings"])
+    document = analyzed("--pcaps", *paths)
+    assert document["packets"]["matched"] - document["packets"]["ambiguous"] == 10
+    assert "captured twice on the pif" in " ".join(document["warnings"])
 
 
 def test_answers_were_captured_twice_on_the_pif(tmp_path: Path) -> None:
@@ -300,8 +300,8 @@ def test_answers_were_captured_twice_on_the_pif(tmp_path: Path) -> None:
     copies = [(time + 12_000, content) for time, content in packets]
     arrived = through(packets, [9000] * 60)
     paths = captures(tmp_path, sorted([*arrived, *copies]), packets)
-    found = analyzed("--pcaps", *paths, "--direction", "out")
-    assert "captured twice on the pif" in " ".join(found["warnings"])
+    document = analyzed("--pcaps", *paths, "--direction", "out")
+    assert "captured twice on the pif" in " ".join(document["warnings"])
 
 
 def test_most_answers_were_captured_twice_and_one_more_often(tmp_path: Path) -> None:
@@ -309,8 +309,8 @@ def test_most_answers_were_captured_twice_and_one_more_often(tmp_path: Path) -> 
     copies = [(time + 12_000, content) for time, content in packets]
     copies += [(packets[7][0] + 13_000 + number, packets[7][1]) for number in range(11)]
     paths = captures(tmp_path, sorted([*through(packets, [9000] * 60), *copies]), packets)
-    found = analyzed("--pcaps", *paths, "--direction", "out")
-    assert "captured twice on the pif" in " ".join(found["warnings"])
+    document = analyzed("--pcaps", *paths, "--direction", "out")
+    assert "captured twice on the pif" in " ".join(document["warnings"])
 
 
 def test_identical_answers_were_captured_twice_on_the_pif(tmp_path: Path) -> None:
@@ -319,9 +319,9 @@ def test_identical_answers_were_captured_twice_on_the_pif(tmp_path: Path) -> Non
     vif = [(T, same), (T + 10_000, same), (T + 20_000, other), (T + 30_000, last)]
     pif = [(T + 5_000 + number, same) for number in range(8)]
     pif += [(T + 25_000, other), (T + 35_000, last)]
-    found = analyzed("--pcaps", *captures(tmp_path, pif, vif), "--direction", "out")
-    assert found["packets"]["matched"] == 4
-    assert found["packets"]["duplicated"] == 6
+    document = analyzed("--pcaps", *captures(tmp_path, pif, vif), "--direction", "out")
+    assert document["packets"]["matched"] == 4
+    assert document["packets"]["duplicated"] == 6
 
 
 @pytest.mark.parametrize("retransmissions", [0, 2])
@@ -331,8 +331,8 @@ def test_fragments_that_can_not_be_told_apart(retransmissions: int, tmp_path: Pa
     packets += [(T + 10**9 + number, packets[number][1]) for number in range(retransmissions)]
     later = ipv4(bytes(60), 17, fragment=185, ident=7)
     packets += [(T + 2 * 10**9 + 1000 * number, later) for number in range(20)]
-    found = analyzed("--pcaps", *captures(tmp_path, packets, through(packets, [9000] * 50)))
-    [warning] = [text for text in found["warnings"] if "told apart" in text]
+    document = analyzed("--pcaps", *captures(tmp_path, packets, through(packets, [9000] * 50)))
+    [warning] = [text for text in document["warnings"] if "told apart" in text]
     assert ("fragments" in warning) == (retransmissions == 0)
     assert "another run" not in warning
 
@@ -347,8 +347,8 @@ def test_retransmissions_were_not_captured_twice(tmp_path: Path) -> None:
 
 def test_the_document_has_a_value_for_each_figure(tmp_path: Path) -> None:
     pif = distinct(1000)
-    found = document(tmp_path, pif, through(pif, [1000 + number for number in range(1000)]))
-    missing = [figure.name for figure in netweaver.FIGURES if figure.find(found) is None]
+    report = document(tmp_path, pif, through(pif, [1000 + number for number in range(1000)]))
+    missing = [figure.name for figure in netweaver.FIGURES if figure.find(report) is None]
     assert missing == ["dropped"]  # known only of captures that netweaver makes
 
 

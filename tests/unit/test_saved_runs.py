@@ -49,8 +49,8 @@ def test_other_versions_are_refused(run: Path, version: object, word: str) -> No
 def test_the_advice_for_version_1_works(run: Path) -> None:
     change(run, schema_version=1)
     line = failure(offline("--pcaps", str(run)), 2)
-    found = analyzed("--pcaps", *line.split()[-2:])
-    assert found["packets"]["matched"] == 600
+    document = analyzed("--pcaps", *line.split()[-2:])
+    assert document["packets"]["matched"] == 600
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def test_sources_that_send_the_same_numbers_are_not_taken_for_copies(tmp_path: P
 )
 def test_udp_to_a_tunnels_port_that_is_no_tunnel(port: int, payload: bytes, tmp_path: Path) -> None:
     packets = [(T + i * 1000, ipv4(udp(1024 + i, port, payload), 17, ident=i)) for i in range(100)]
-    found = analyzed("--pcaps", *captures(tmp_path, packets, through(packets, [700] * 100)))
-    assert (found["packets"]["matched"], found["capture"]["pif"]["other"]) == (100, 0)
+    document = analyzed("--pcaps", *captures(tmp_path, packets, through(packets, [700] * 100)))
+    assert (document["packets"]["matched"], document["capture"]["pif"]["other"]) == (100, 0)
 
 
 @pytest.mark.parametrize("direction", ["in", "both"])
@@ -75,7 +75,7 @@ def test_a_tunnel_that_the_guest_terminates(direction: str, tmp_path: Path) -> N
         *((when + 100, content) for when, content in inward),
         *((when - 50, content) for when, content in outward),
     ]
-    found = analyzed(
+    document = analyzed(
         "--pcaps",
         *captures(tmp_path, sorted([*inward, *outward]), sorted(vif)),
         "-d",
@@ -83,9 +83,13 @@ def test_a_tunnel_that_the_guest_terminates(direction: str, tmp_path: Path) -> N
         "--direction",
         direction,
     )
-    assert (found["packets"]["matched"], found["minimum"], found["maximum"]) == (100, 0.1, 0.1)
+    assert (document["packets"]["matched"], document["minimum"], document["maximum"]) == (
+        100,
+        0.1,
+        0.1,
+    )
     if direction == "both":
-        assert (found["outbound"]["packets"]["matched"], found["outbound"]["maximum"]) == (
+        assert (document["outbound"]["packets"]["matched"], document["outbound"]["maximum"]) == (
             100,
             0.05,
         )

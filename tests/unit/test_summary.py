@@ -122,33 +122,33 @@ def document(tmp_path: Path, **changes: object) -> dict[str, Any]:
     pif = sorted([*inward, *through(outward, [700_000] * 600)])
     vif = sorted([*through(inward, noisy(600, 1, loss=0.1)), *through(outward, [200_000] * 600)])
     paths = captures(tmp_path, pif, vif)
-    found = analyzed("--pcaps", *paths, "-d", "10.0.0.1", "--direction", "both")
+    document = analyzed("--pcaps", *paths, "-d", "10.0.0.1", "--direction", "both")
     names = ("average", "median", "minimum", "maximum", "stdev", "percentiles")
-    stage = {**{name: found[name] for name in names}, "packets": 540}
+    stage = {**{name: document[name] for name in names}, "packets": 540}
     loss = {
         "stage": "forwarding",
         "where": "nft_do_chain",
         "reason": "NETFILTER_DROP",
         "packets": 9,
     }
-    for part in (found, found["outbound"]):
+    for part in (document, document["outbound"]):
         part["stages"] = dict.fromkeys(netweaver.STAGES, stage)
         part["lost_at"] = [{**loss, "packets": 9 - number} for number in range(5)]
-    found["after_vif"] = {"delivered": 530, "dropped": 10, "stuck": 0}
+    document["after_vif"] = {"delivered": 530, "dropped": 10, "stuck": 0}
     packets = {"answered": 540, "unanswered": 0, "ambiguous": 0}
-    found["guest"] = {**stage, "packets": packets, "own": stage}
+    document["guest"] = {**stage, "packets": packets, "own": stage}
     counters = {"rx_dropped": 0, "tx_dropped": 3}
     queue = {"qdisc": "pfifo_fast", "queue_length": 32, "queues": 1, "before": counters}
     queue["after"] = {"rx_dropped": 0, "tx_dropped": 28}
     traffic = netweaver.Traffic("syn", 100).to_json()
-    found["config"] |= {"name_label": "web1", "pif": "eth0", "vif": "vif5.0", "toolstack": "xe"}
-    found["config"] |= {"platform": {"vif": queue}, "traffic": traffic, **changes}
-    return found
+    document["config"] |= {"name_label": "web1", "pif": "eth0", "vif": "vif5.0", "toolstack": "xe"}
+    document["config"] |= {"platform": {"vif": queue}, "traffic": traffic, **changes}
+    return document
 
 
 def test_everything_at_once_fits_a_terminal(tmp_path: Path) -> None:
-    found = document(tmp_path)
-    lines = netweaver.summary(found, [])
+    report = document(tmp_path)
+    lines = netweaver.summary(report, [])
     assert len(lines) <= 23
     assert max(map(len, lines)) <= 80
     assert lines[0].startswith("web1, syn-100 (100 packets a second); pif eth0, vif vif5.0")
@@ -159,27 +159,27 @@ def test_everything_at_once_fits_a_terminal(tmp_path: Path) -> None:
     assert "vif5.0: pfifo_fast, length 32, dropped 25 to the guest" in shown
     assert "--stages" not in shown
     assert "by tc" not in shown
-    for part in (found, found["outbound"]):
+    for part in (report, report["outbound"]):
         del part["stages"]
-    lines = netweaver.summary(found, [1, 2, 3])
+    lines = netweaver.summary(report, [1, 2, 3])
     assert " --stages shows where packets are lost" in lines
     assert any(line.endswith("0 from it (not by tc)") for line in lines)
 
 
 def test_nothing_is_cut_where_names_are_long(tmp_path: Path) -> None:
     vif = "tapf81d4fae-7de"
-    found = document(tmp_path, name_label=f"instance-{'7' * 36}", pif="enp65s0f0np0", vif=vif)
+    report = document(tmp_path, name_label=f"instance-{'7' * 36}", pif="enp65s0f0np0", vif=vif)
     places = [
         ("forwarding", "__netif_receive_skb_core.constprop.0", "UNHANDLED_PROTO", 12345),
         ("queueing", "__dev_queue_xmit", "QDISC_OVERLIMIT", 120),
         ("before_stack", "ip_rcv_core", "NOT_SPECIFIED", 2),
     ]
     names = ("stage", "where", "reason", "packets")
-    for part in (found, found["outbound"]):
+    for part in (report, report["outbound"]):
         part["lost_at"] = [dict(zip(names, place)) for place in places]
     series = [{"median": 200.0 + run, "p99": 300.0, "loss_ratio": 0.0} for run in range(5)]
-    found["comparison"] = {"path": "old", **netweaver.compare_runs(series, series[:1])}
-    for lines in (netweaver.summary(found, []), netweaver.table([found, found])):
+    report["comparison"] = {"path": "old", **netweaver.compare_runs(series, series[:1])}
+    for lines in (netweaver.summary(report, []), netweaver.table([report, report])):
         assert max(map(len, lines)) <= 80
         words = " ".join(" ".join(lines).split())
         assert "12345 lost in forwarding (UNHANDLED_PROTO), at __netif_receive_skb_core" in words
@@ -187,35 +187,37 @@ def test_nothing_is_cut_where_names_are_long(tmp_path: Path) -> None:
         assert "too few runs for a verdict" in words
     assert f"120 lost in the queue (QDISC_OVERLIMIT): tc -s qdisc show dev {vif}" in words
     assert "2 lost in before_stack, at ip_rcv_core in" in words
-    found["stages"] = {**found["stages"], "queueing": {**found["guest"], "average": 1e9}}
-    found["stages"]["queueing"]["packets"] = 1000
-    lines = netweaver.summary(found, [])
+    report["stages"] = {**report["stages"], "queueing": {**report["guest"], "average": 1e9}}
+    report["stages"]["queueing"]["packets"] = 1000
+    lines = netweaver.summary(report, [])
     assert len(lines) <= 23
     assert lines[0].startswith("instance-777")
     assert sum("█" in line for line in lines) == 1
 
 
 def test_the_histogram_leaves_room_for_the_warnings(tmp_path: Path) -> None:
-    found = analyzed("--pcaps", *pair(tmp_path, noisy(1000, 1)))
+    document = analyzed("--pcaps", *pair(tmp_path, noisy(1000, 1)))
     delays = list(range(1000))
-    usual = netweaver.summary(found, delays)
-    assert len(usual) + len(netweaver.summary({**found, "warnings": []}, delays)) == 2 * len(usual)
-    found["warnings"] = ["x" * 200, "y" * 200, "z" * 200, "short"]
-    assert len(netweaver.summary(found, delays)) <= 23 - 10
+    usual = netweaver.summary(document, delays)
+    assert len(usual) + len(netweaver.summary({**document, "warnings": []}, delays)) == 2 * len(
+        usual
+    )
+    document["warnings"] = ["x" * 200, "y" * 200, "z" * 200, "short"]
+    assert len(netweaver.summary(document, delays)) <= 23 - 10
 
 
 def test_a_long_heading_is_wrapped(tmp_path: Path) -> None:
     vm = "instance-f81d4fae-7dec-11d0-a765-00a0c91e6bf6"
-    found = document(tmp_path, name_label=vm, pif="enp65s0f0np0,enp65s0f1np1", vif="vif123.0")
-    first, second, *_ = netweaver.summary(found, [])
+    report = document(tmp_path, name_label=vm, pif="enp65s0f0np0,enp65s0f1np1", vif="vif123.0")
+    first, second, *_ = netweaver.summary(report, [])
     assert f"{first}{second}".startswith(f"{vm}, syn-100 (100 packets a second); pif enp65s0f0np0")
     assert second.endswith("enp65s0f1np1, vif vif123.0 (found by xe)")
 
 
 def test_a_table_of_runs(tmp_path: Path) -> None:
-    found = document(tmp_path)
-    interrupted = {**found, "interrupted": True}
-    lines = netweaver.table([found, found, interrupted])
+    report = document(tmp_path)
+    interrupted = {**report, "interrupted": True}
+    lines = netweaver.table([report, report, interrupted])
     assert lines[0] == "web1, 3 runs; pif eth0, vif vif5.0 (found by xe)"
     rows = [line.split() for line in lines]
     for run in ("1", "2", "3"):
@@ -244,8 +246,8 @@ def test_a_table_of_runs(tmp_path: Path) -> None:
     ],
 )
 def test_a_small_loss_leaves_a_table_its_columns(ratio: float, shown: str, tmp_path: Path) -> None:
-    found = {**document(tmp_path), "loss_ratio": ratio}
-    row = netweaver.table([found, found])[2]
+    report = {**document(tmp_path), "loss_ratio": ratio}
+    row = netweaver.table([report, report])[2]
     assert row.split()[-2:] == shown.split()
     assert len(row) <= 80
 
@@ -253,33 +255,33 @@ def test_a_small_loss_leaves_a_table_its_columns(ratio: float, shown: str, tmp_p
 @pytest.mark.parametrize("achieved", [None, 5900.4])
 def test_the_achieved_rate_is_shown(achieved: float | None, tmp_path: Path) -> None:
     traffic = {**netweaver.Traffic("syn", 10_000).to_json(), "achieved": achieved}
-    found = document(tmp_path, traffic=traffic)
+    report = document(tmp_path, traffic=traffic)
     rate = "5900" if achieved else "10000"
-    assert f"syn-10000 ({rate} packets a second)" in netweaver.summary(found, [])[0]
-    row = netweaver.table([found, found])[2]
+    assert f"syn-10000 ({rate} packets a second)" in netweaver.summary(report, [])[0]
+    row = netweaver.table([report, report])[2]
     assert ("5900/s" if achieved else "10000/s") in row
 
 
 def test_a_difference_is_told_in_percentage_points(tmp_path: Path) -> None:
-    found = document(tmp_path)
+    report = document(tmp_path)
     before = [{"median": 200.0 + run, "p99": 300.0 + run, "loss_ratio": 0.0} for run in range(5)]
     now = [{"median": 300.0 + run, "p99": 400.0 - run, "loss_ratio": 0.02} for run in range(5)]
-    found["comparison"] = {"path": "old", **netweaver.compare_runs(before, now)}
-    lines = netweaver.comparison_lines(found, "web1 syn-100")
+    report["comparison"] = {"path": "old", **netweaver.compare_runs(before, now)}
+    lines = netweaver.comparison_lines(report, "web1 syn-100")
     assert lines[0] == "web1 syn-100 compared with old"
     assert lines[1].startswith(" significant difference: median is higher, p99 is higher (")
-    found["comparison"] = {"path": "old", **netweaver.compare_runs(now, before)}
-    assert "median is lower" in netweaver.comparison_lines(found, "web1")[1]
+    report["comparison"] = {"path": "old", **netweaver.compare_runs(now, before)}
+    assert "median is lower" in netweaver.comparison_lines(report, "web1")[1]
     assert any(line.startswith(" median  +100 µs (") for line in lines)
     assert any("+2 percentage points" in line for line in lines)
 
 
 def test_a_wide_interval_fits_a_terminal(tmp_path: Path) -> None:
-    found = document(tmp_path)
+    report = document(tmp_path)
     before = [{"median": 217e3, "p99": 289e3, "loss_ratio": 0.0112 * run} for run in range(3)]
     now = [{"median": 282e3, "p99": 376e3, "loss_ratio": 0.0223 * run} for run in range(3)]
-    found["comparison"] = {"path": "old", **netweaver.compare_runs(before, now)}
-    *_, loss = netweaver.table([found])
+    report["comparison"] = {"path": "old", **netweaver.compare_runs(before, now)}
+    *_, loss = netweaver.table([report])
     assert re.search(r" percentage points \(99 %: -[\d.]+ to \+[\d.]+\)$", loss)
 
 
@@ -346,8 +348,8 @@ def test_an_error_before_any_connection_names_the_run(
 def test_an_error_of_an_output_names_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = document(tmp_path)
-    monkeypatch.setattr(netweaver.NetWeaver, "measure", lambda weaver, traffic: found)
+    report = document(tmp_path)
+    monkeypatch.setattr(netweaver.NetWeaver, "measure", lambda weaver, traffic: report)
     monkeypatch.setattr(netweaver.NetWeaver, "results", [], raising=False)
     hosts = ("--hv", "local", "-s", "local", "-d", "192.0.2.2")
     done = offline("-n", "web1", *hosts, "--output", "/dev/full")

@@ -158,9 +158,9 @@ def test_many_tiny_records_are_bounded(tmp_path: Path, monkeypatch: pytest.Monke
     path = run.save(tmp_path / "run")
     tiny = struct.pack("<QQ", 0, PAGE - 16) + struct.pack("<II", 1, 0) * ((PAGE - 16) // 8)
     (tmp_path / "run" / "trace-cpu1").write_bytes(tiny * 1000)
-    found = analyzed("--pcaps", path)
-    assert found["packets"]["matched"] == 4
-    assert any("10000 events" in warning for warning in found["warnings"])
+    document = analyzed("--pcaps", path)
+    assert document["packets"]["matched"] == 4
+    assert any("10000 events" in warning for warning in document["warnings"])
 
 
 def test_a_sparse_file_is_not_read_whole(tmp_path: Path) -> None:
@@ -168,9 +168,9 @@ def test_a_sparse_file_is_not_read_whole(tmp_path: Path) -> None:
     with open(tmp_path / "run" / "trace-cpu1", "wb") as file:
         file.truncate(1 << 31)
     begun = time.process_time()
-    found = analyzed("--pcaps", path)
+    document = analyzed("--pcaps", path)
     assert time.process_time() - begun < 5
-    assert found["packets"]["matched"] == 4
+    assert document["packets"]["matched"] == 4
 
 
 def test_pipes_in_a_saved_run_are_ignored(tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_pipes_in_a_saved_run_are_ignored(tmp_path: Path) -> None:
     for name in ("formats", "stats", "offset", "symbols"):
         (tmp_path / "run" / f"trace-{name}").unlink()
         os.mkfifo(tmp_path / "run" / f"trace-{name}")
-    found = analyzed("--pcaps", path)
-    assert found["packets"]["matched"] == 4
-    assert found["stages"] == {}
+    document = analyzed("--pcaps", path)
+    assert document["packets"]["matched"] == 4
+    assert document["stages"] == {}
 
 
 # -- which packet an event belongs to --
@@ -191,11 +191,11 @@ def test_ordinary_packets(tmp_path: Path) -> None:
     run = SavedTrace()
     for packet in range(10):
         ordinary(run, packet, packet * MILLISECOND)
-    found = analyzed("--pcaps", run.save(tmp_path / "run"))
-    medians = {name: part["median"] for name, part in found["stages"].items()}
+    document = analyzed("--pcaps", run.save(tmp_path / "run"))
+    medians = {name: part["median"] for name, part in document["stages"].items()}
     assert medians == {"before_stack": 0.4, "forwarding": 0.9, "queueing": 0.5}
-    assert found["config"]["stamp_error"] == {"pif": 0.4, "vif": 0.2}
-    assert not [warning for warning in found["warnings"] if "stages" in warning]
+    assert document["config"]["stamp_error"] == {"pif": 0.4, "vif": 0.2}
+    assert not [warning for warning in document["warnings"] if "stages" in warning]
 
 
 def test_two_processors(tmp_path: Path) -> None:
@@ -210,11 +210,11 @@ def test_two_processors(tmp_path: Path) -> None:
         run.received(processor, times[0], skb)
         run.queued(processor, times[1], skb)
         run.sent(processor, times[2], skb)
-    found = analyzed("--pcaps", with_others(run).save(tmp_path / "run"))
-    assert stage(found, "queueing")["packets"] == 6
-    assert stage(found, "queueing")["maximum"] == 0.6
-    assert stage(found, "forwarding")["minimum"] == 0.65
-    assert stage(found, "before_stack")["maximum"] == 0.4
+    document = analyzed("--pcaps", with_others(run).save(tmp_path / "run"))
+    assert stage(document, "queueing")["packets"] == 6
+    assert stage(document, "queueing")["maximum"] == 0.6
+    assert stage(document, "forwarding")["minimum"] == 0.65
+    assert stage(document, "before_stack")["maximum"] == 0.4
 
 
 def test_a_lost_event(tmp_path: Path) -> None:
@@ -225,11 +225,11 @@ def test_a_lost_event(tmp_path: Path) -> None:
     run.queued(0, 1300, 10)
     run.sent(0, 1800, 10)
     run.received(0, 8 * MILLISECOND, 12)
-    found = analyzed("--pcaps", with_others(run).save(tmp_path / "run"))
-    assert stage(found, "before_stack")["packets"] == 4
-    assert stage(found, "before_stack")["maximum"] == 0.4
-    assert stage(found, "queueing")["packets"] == 5
-    assert any("1 of 5 packets" in warning for warning in found["warnings"])
+    document = analyzed("--pcaps", with_others(run).save(tmp_path / "run"))
+    assert stage(document, "before_stack")["packets"] == 4
+    assert stage(document, "before_stack")["maximum"] == 0.4
+    assert stage(document, "queueing")["packets"] == 5
+    assert any("1 of 5 packets" in warning for warning in document["warnings"])
 
 
 @pytest.mark.parametrize(("sent", "packets"), [(3000, 5), (8 * MILLISECOND, 4)])
@@ -241,11 +241,11 @@ def test_a_late_event_of_the_driver(tmp_path: Path, sent: int, packets: int) -> 
     run.queued(0, 1300, 10)
     run.seen_at("vif", 0, 1600)
     run.sent(0, sent, 10)
-    found = analyzed("--pcaps", with_others(run).save(tmp_path / "run"))
-    assert found["packets"]["matched"] == 5
-    assert stage(found, "queueing")["packets"] == packets
-    assert stage(found, "queueing")["maximum"] < 10
-    warned = any("1 of 5 packets" in warning for warning in found["warnings"])
+    document = analyzed("--pcaps", with_others(run).save(tmp_path / "run"))
+    assert document["packets"]["matched"] == 5
+    assert stage(document, "queueing")["packets"] == packets
+    assert stage(document, "queueing")["maximum"] < 10
+    warned = any("1 of 5 packets" in warning for warning in document["warnings"])
     assert warned == (packets == 4)
 
 
@@ -256,8 +256,8 @@ def test_a_batch_with_a_packet_that_was_not_captured(tmp_path: Path) -> None:
     run.consumed(0, 900, 12, TCP)
     run.received(0, 1000, 10)
     run.dropped(0, 1300, 10, NFT, 6)
-    found = analyzed("--pcaps", with_others(run).save(tmp_path / "run"))
-    [place] = found["lost_at"]
+    document = analyzed("--pcaps", with_others(run).save(tmp_path / "run"))
+    [place] = document["lost_at"]
     assert place == {
         "stage": "forwarding",
         "where": "nft_do_chain",
@@ -274,10 +274,10 @@ def test_a_batch_with_two_causes_of_loss(tmp_path: Path) -> None:
     run.dropped(0, 900, 12, TCP, 2)
     run.received(0, 1000, 10)
     run.dropped(0, 1300, 10, NFT, 6)
-    found = analyzed("--pcaps", with_others(run).save(tmp_path / "run"))
-    assert found["packets"]["lost"] == 1
-    assert found["lost_at"] == []
-    assert any("1 of 5 packets" in warning for warning in found["warnings"])
+    document = analyzed("--pcaps", with_others(run).save(tmp_path / "run"))
+    assert document["packets"]["lost"] == 1
+    assert document["lost_at"] == []
+    assert any("1 of 5 packets" in warning for warning in document["warnings"])
 
 
 def test_packets_of_another_size_are_no_candidates(tmp_path: Path) -> None:
@@ -288,8 +288,8 @@ def test_packets_of_another_size_are_no_candidates(tmp_path: Path) -> None:
     run.received(0, 1000, 10)
     run.queued(0, 1200, 10)
     run.dropped(0, 1300, 10, QDISC, 51)
-    found = analyzed("--pcaps", with_others(run).save(tmp_path / "run"))
-    [place] = found["lost_at"]
+    document = analyzed("--pcaps", with_others(run).save(tmp_path / "run"))
+    [place] = document["lost_at"]
     assert (place["stage"], place["reason"]) == ("queueing", "QDISC_DROP")
 
 
@@ -300,12 +300,12 @@ def test_netback_that_gives_packets_to_the_guest(tmp_path: Path) -> None:
         ordinary(run, packet, packet * MILLISECOND)
         end = packet * MILLISECOND + 4800
         run.dropped(1, end, 1000 + packet, NETBACK if packet else NFT)
-    found = analyzed("--pcaps", run.save(tmp_path / "run"))
-    assert found["after_vif"] == {"delivered": 2, "dropped": 1, "stuck": 0}
-    assert stage(found, "to_guest")["median"] == 3.0
-    [place] = found["lost_at"]
+    document = analyzed("--pcaps", run.save(tmp_path / "run"))
+    assert document["after_vif"] == {"delivered": 2, "dropped": 1, "stuck": 0}
+    assert stage(document, "to_guest")["median"] == 3.0
+    [place] = document["lost_at"]
     assert (place["stage"], place["where"]) == ("to_guest", "nft_do_chain")
-    assert any("never reached the guest" in warning for warning in found["warnings"])
+    assert any("never reached the guest" in warning for warning in document["warnings"])
 
 
 # -- the shell commands that record a trace --
@@ -479,8 +479,8 @@ def test_a_trace_that_cannot_be_fetched(tmp_path: Path, error: netweaver.NetWeav
 def test_events_that_are_missing(tmp_path: Path, stats: str, words: str) -> None:
     run = with_others(SavedTrace())
     run.stats = stats
-    found = analyzed("--pcaps", run.save(tmp_path / "run"))
-    [warning] = [warning for warning in found["warnings"] if "no known stages" in warning]
+    document = analyzed("--pcaps", run.save(tmp_path / "run"))
+    [warning] = [warning for warning in document["warnings"] if "no known stages" in warning]
     assert words in warning
 
 
@@ -510,8 +510,8 @@ def test_causes_of_an_empty_trace(tmp_path: Path) -> None:
             run.queued(0, 900_000_001, 1)
             run.sent(0, 900_000_002, 1)
         directory = tmp_path / "-".join(("run", *packets))
-        found = analyzed("--pcaps", run.save(directory))
-        [warning] = [text for text in found["warnings"] if "no known stages" in text]
+        document = analyzed("--pcaps", run.save(directory))
+        [warning] = [text for text in document["warnings"] if "no known stages" in text]
         assert words in warning
         assert "buffer" not in warning
 

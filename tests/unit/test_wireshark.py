@@ -120,16 +120,16 @@ def test_files_that_editcap_wrote(convert: list[str], tmp_path: Path) -> None:
             ["editcap", *convert, source, f"{source}.out"], check=True, capture_output=True
         )
         files.append(f"{source}.out")
-    found = analyzed("--pcaps", *files)
+    document = analyzed("--pcaps", *files)
     if convert != ["-F", "pcap"]:
-        path.check(found)
+        path.check(document)
         return
     counts, delays = by_tshark(*files)  # which reads the same microseconds
     for name in ("pif", "vif", "duplicated", "vif_only"):
-        assert found["packets"][name] == counts[name]
-    assert found["packets"]["matched"] == len(delays) > 0
-    assert found["average"] == pytest.approx(sum(delays) / len(delays), abs=1e-3)
-    assert found["maximum"] == pytest.approx(max(delays), abs=1e-3)
+        assert document["packets"][name] == counts[name]
+    assert document["packets"]["matched"] == len(delays) > 0
+    assert document["average"] == pytest.approx(sum(delays) / len(delays), abs=1e-3)
+    assert document["maximum"] == pytest.approx(max(delays), abs=1e-3)
 
 
 @wireshark
@@ -168,6 +168,6 @@ def test_a_file_that_text2pcap_wrote(tmp_path: Path) -> None:
         capture_output=True,
     )
     shutil.copy(tmp_path / "out", tmp_path / "copy")
-    found = analyzed("--pcaps", str(tmp_path / "out"), str(tmp_path / "copy"))
-    assert found["packets"]["matched"] == 5
-    assert found["maximum"] == 0
+    document = analyzed("--pcaps", str(tmp_path / "out"), str(tmp_path / "copy"))
+    assert document["packets"]["matched"] == 5
+    assert document["maximum"] == 0
