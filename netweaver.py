@@ -98,6 +98,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from decimal import Decimal
 from enum import Enum, IntEnum
 from functools import cached_property, partial
 from getpass import getpass
@@ -745,7 +746,7 @@ def _u16(data: bytes, offset: int) -> int:
 
 def _part(data: bytes, offset: int, size: int) -> bytes:
     """Return a part of the data; raises IndexError if the data end before it does."""
-    if offset + size > len(data):
+    if size and offset + size > len(data):
         raise IndexError
     return data[offset : offset + size]
 
@@ -2306,13 +2307,19 @@ def _flows(result: DirectionResult) -> Iterable[bytes]:
         identity = result.identities[packet_id]
         if identity[0] & NOT_FIRST:
             flows.append(datagrams.get(_datagram_of(identity), b""))
-        else:
-            flows.append(identity[:2] + addresses_and_ports)
+            continue
+        flow = identity[:2] + addresses_and_ports
+        flows.append(flow)
+        if datagrams and _datagram_of(identity) in datagrams:
+            datagrams[_datagram_of(identity)] = flow  # of a later one with the same IP id
     return flows
 
 
 def _fragmented_flows(result: DirectionResult) -> dict[bytes, bytes]:
-    """Return the flow of each datagram of which there are fragments, by `_datagram_of`."""
+    """Return the flow of each datagram of which there are fragments, by `_datagram_of`.
+
+    Of several datagrams with the same IP id it is that of the first.
+    """
     if not any(kind[0] & NOT_FIRST for kind in result.kinds):
         return {}
     fragmented = {
@@ -2320,7 +2327,7 @@ def _fragmented_flows(result: DirectionResult) -> dict[bytes, bytes]:
     }
     return {
         _datagram_of(identity): flow_of(identity)
-        for identity in result.identities
+        for identity in reversed(result.identities)
         if not identity[0] & NOT_FIRST and _datagram_of(identity) in fragmented
     }
 
@@ -2490,6 +2497,7 @@ def _answer_key(identity: bytes) -> bytes:
 COMPARED = {"median": 3, "p99": 3, "loss_ratio": 6}  # figures, and the decimals to report them with
 FEWEST_RUNS = 3  # on each side, to know how much equal runs vary
 CONFIDENCE = 0.99  # that the intervals of all COMPARED figures hold together
+EQUAL_RUNS = "equal runs don't show how much runs vary"
 # Student's t for that confidence, by degrees of freedom: two-sided, and with the error divided
 # among the figures (Bonferroni).
 STUDENT_T = {
@@ -2519,7 +2527,7 @@ class Shift:
     shift: float
     interval: list[float] | None = None
     run_to_run: float | None = None  # standard deviation of the runs of a set
-    distinguishable: bool | None = None
+    distinguishable: bool | None = None  # None, too, if the runs of each set are equal
 
 
 def run_figures(result: DirectionResult) -> dict[str, float]:
@@ -2540,9 +2548,10 @@ def compare_runs(
         name: _shift([run[name] for run in baseline], [run[name] for run in current], decimals)
         for name, decimals in COMPARED.items()
     }
-    verdict = None
-    if min(len(baseline), len(current)) >= FEWEST_RUNS:
-        verdict = any(shift.distinguishable for shift in shifts.values())
+    verdicts = [shift.distinguishable for shift in shifts.values()]
+    verdict: bool | None = any(verdicts)
+    if not verdict and None in verdicts:
+        verdict = None
     return {
         **{name: asdict(shift) for name, shift in shifts.items()},
         "distinguishable": verdict,
@@ -2561,8 +2570,8 @@ def _shift(baseline: Sequence[float], current: Sequence[float], decimals: int) -
         high = round(after - before + margin, decimals)
         shift.interval = [low, high]
         # Runs that are all equal don't show how much equal runs vary: they decide nothing.
-        has_width = low < high
-        shift.distinguishable = has_width and (low > 0 or high < 0)
+        if low < high or low == 0:
+            shift.distinguishable = low > 0 or high < 0
         run_to_run = math.sqrt((_variance(baseline) + _variance(current)) / 2)
         shift.run_to_run = round(run_to_run, decimals)
     return shift
@@ -9854,19 +9863,26 @@ def measuring_advice(info: RunInfo) -> Advice:
 def file_advice(info: RunInfo) -> Advice:
     """Return advice on existing captures."""
     no_traffic = "Do they contain IP packets?"
-    if info.selection.sources or info.selection.destinations:
+    has_addresses = bool(info.selection.sources or info.selection.destinations)
+    if has_addresses:
         no_traffic = "Give other addresses with -s and -d, or swap them"
     or_destination = ""
     if not info.selection.destinations:
         or_destination = ", or the VM's address with -d"
+    translation = ""
+    if has_addresses and info.selection.translated:
+        translation = ". With --match-nat leave out -s and -d, which hold on both interfaces"
+    elif has_addresses:
+        translation = f". Are addresses translated ({match_nat_option(info)}, without -s and -d)?"
     return Advice(
         distinct="Capture packets that differ, such as TCP SYNs or pings",
         undecided="Capture for longer after the traffic",
         late=" Do the captures overlap in time?",
         translation=translation_advice(info),
-        other_pif=f"Give the capture of the interface that the packets pass{or_destination}",
-        other_vif=f"Give the capture of the VM's interface{or_destination}. Does a firewall drop "
-        "the packets?",
+        other_pif="Give the capture of the interface that the packets pass"
+        f"{or_destination}{translation}",
+        other_vif="Does a firewall drop the packets? Give the capture of the VM's interface"
+        f"{or_destination}{translation}",
         backwards="Are pif and vif swapped, or -s and -d, or is another --direction wanted?",
         no_traffic=no_traffic,
         no_answers="Is the address after -d the VM's?",
@@ -10229,12 +10245,19 @@ LIMIT_ALIASES = {
     "p50": "median",
     "loss_ratio": "loss",
 }
-# The units that a limit may be given in, and their size in the figure's own unit.
+# The units that a limit may be given in, and their size in the figure's own unit; exact, since
+# figures may equal the limit.
 LIMIT_UNITS = {
-    Unit.MICROSECONDS: {"": 1.0, "ns": 1e-3, "µs": 1.0, "ms": 1e3, "s": 1e6},
-    Unit.RATIO: {"": 1.0, "%": 0.01},
-    Unit.PACKETS: {"": 1.0},
-    Unit.DELAYS: {"": 1.0},
+    Unit.MICROSECONDS: {
+        "": Decimal(1),
+        "ns": Decimal("0.001"),
+        "µs": Decimal(1),
+        "ms": Decimal(1000),
+        "s": Decimal(1_000_000),
+    },
+    Unit.RATIO: {"": Decimal(1), "%": Decimal("0.01")},
+    Unit.PACKETS: {"": Decimal(1)},
+    Unit.DELAYS: {"": Decimal(1)},
 }
 LIMIT_PARTS = ("in", "out", "outbound", "guest", *STAGES)
 
@@ -10265,10 +10288,11 @@ class FigureLimit:
 
     def _show(self, value: float) -> str:
         """Return a value in the unit that the limit was given in."""
-        if self.figure.unit is Unit.MICROSECONDS and not self.unit:
-            return duration_text(value)
-        converted = value / LIMIT_UNITS[self.figure.unit][self.unit]
-        return f"{converted:.6g} {self.unit}".strip()
+        unit = self.unit
+        if self.figure.unit is Unit.MICROSECONDS:
+            unit = unit or "µs"
+        converted = value / float(LIMIT_UNITS[self.figure.unit][unit])
+        return f"{converted:.6g} {unit}".strip()
 
 
 @dataclass(frozen=True)
@@ -10288,17 +10312,23 @@ class ChangeLimit:
         comparison = report.get("comparison")
         if comparison is None:  # only the last run of its kind has a comparison
             return None
-        if comparison["distinguishable"] is None:  # too few runs
+        if min(comparison["runs"]) < FEWEST_RUNS:
             return f"{self.text!r} can't be decided: it requires {FEWEST_RUNS} runs on each side"
-        changes = [
-            self._show(name, comparison[name])
+        matching = {
+            name: comparison[name]
             for name in self.figures
-            if comparison[name]["distinguishable"]
-            and (self.either_way or comparison[name]["shift"] > 0)
+            if self.either_way or comparison[name]["shift"] > 0
+        }
+        changes = [
+            self._show(name, change)
+            for name, change in matching.items()
+            if change["distinguishable"]
         ]
-        if not changes:
-            return None
-        return f"{self.text} {self.preposition} {comparison['path']}: {'; '.join(changes)}"
+        if changes:
+            return f"{self.text} {self.preposition} {comparison['path']}: {'; '.join(changes)}"
+        if any(change["distinguishable"] is None for change in matching.values()):
+            return f"{self.text!r} can't be decided: {EQUAL_RUNS}"
+        return None
 
     def _show(self, name: str, change: Report) -> str:
         """Return a figure before and now, and by which factor it has grown."""
@@ -10320,6 +10350,21 @@ CHANGE_LIMITS = {
     "slower": ChangeLimit("slower", "than", ("median", "p99"), either_way=False),
     "lossier": ChangeLimit("lossier", "than", ("loss_ratio",), either_way=False),
 }
+
+
+def is_on_change(text: str) -> bool:
+    """Return whether the text of a limit is one on the change from a baseline."""
+    return text.strip().lower() in CHANGE_LIMITS
+
+
+def parse_limits(
+    texts: Sequence[str], directions: Iterable[str], stages: bool
+) -> dict[str, list[Limit]]:
+    """Return the limits for runs of these directions, by direction, as `parse_limit` does."""
+    return {
+        direction: [parse_limit(text, direction, stages) for text in texts]
+        for direction in dict.fromkeys(directions)
+    }
 
 
 def parse_limit(text: str, direction: str, stages: bool) -> Limit:
@@ -10366,7 +10411,7 @@ def _threshold(name: str, figure_unit: Unit, number: str, unit: str) -> float:
     if unit not in units:
         accepted = ", ".join(symbol for symbol in units if symbol) or "none"
         raise UsageError(f"{unit!r} is not a unit of {name} (units: {accepted})")
-    value = float(number) * units[unit]
+    value = float(Decimal(number) * units[unit])
     if figure_unit is Unit.RATIO and value > 1:
         hint = "" if unit else f". Did you mean {number}%?"
         raise UsageError(f"{name} is at most 1, or 100 %{hint}")
@@ -10553,7 +10598,14 @@ def is_terminal(stream: IO[str] | None) -> bool:
     return stream is not None and stream.isatty()
 
 
-RunResult = tuple[Report, Sequence[DirectionResult]]  # report, and each direction
+@dataclass
+class RunResult:
+    """What a run has given."""
+
+    position: int  # among the runs that are measured or analysed, from 0
+    report: Report
+    results: Sequence[DirectionResult]
+    ends_series: bool = False  # since it was interrupted
 
 
 class Output:
@@ -10997,12 +11049,14 @@ def comparison_lines(report: Report, subject: str) -> list[str]:
         if change["distinguishable"]:
             word = "higher" if change["shift"] > 0 else "lower"
             differences.append(f"{label} is {word}")
-    if comparison["distinguishable"] is None:
+    if min(before, now) < FEWEST_RUNS:
         shifts = ", ".join(" ".join(change.split()) for change in changes)
         too_few = f"too few runs for a verdict ({FEWEST_RUNS} needed on each side)"
         return [f"{subject}: {too_few}; baseline {comparison['path']}", f" {shifts} {runs}"]
     heading = f"{subject} compared with {comparison['path']}"
     verdict = "no significant difference; within run-to-run variation"
+    if comparison["distinguishable"] is None:
+        verdict = f"no verdict: {EQUAL_RUNS}"
     if differences:
         verdict = f"significant difference: {', '.join(differences)}"
     return [heading, f" {verdict} {runs}", *(f" {change}" for change in changes)]
@@ -11612,13 +11666,13 @@ class Outcome:
     def __init__(
         self,
         options: Options,
-        limits: Sequence[Limit],
+        limits: Mapping[str, Sequence[Limit]],
         screen: Screen,
         signals: Signals,
         several: bool,
         subject: str = "",
     ) -> None:
-        self._limits = limits
+        self._limits = limits  # by the direction of a run
         self._screen = screen
         self._signals = signals
         self._several = several
@@ -11676,8 +11730,9 @@ class Outcome:
     def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
         """Check and publish the result of the next run."""
         self._reports.append(report)
-        label = self._label(run_name(info_of(report)), [len(self._reports)])
-        for limit in self._limits:
+        info = info_of(report)
+        label = self._label(run_name(info), [len(self._reports)])
+        for limit in self._limits[info.direction]:
             breach = limit.breach(report)
             if breach:
                 self._breaches.append(f"{label}: {breach}")
@@ -11705,7 +11760,10 @@ class Outcome:
             f"{self._label(name, numbers)}: {warning}" for (name, warning), numbers in runs.items()
         ]
         percentiles = [
-            limit.figure.name for limit in self._limits if isinstance(limit, FigureLimit)
+            limit.figure.name
+            for limits in self._limits.values()
+            for limit in limits
+            if isinstance(limit, FigureLimit)
         ]
         if self._screen.has_people:
             percentiles += ["p90", "p95", "p99"]
@@ -12013,7 +12071,7 @@ class Options:
     match_nat: bool = analysis_option(
         "--match-nat",
         "match packets regardless of their addresses, for a path that translates them; DESTINATION "
-        "is the address that the sources send to",
+        "is the address that the sources send to (with --pcaps leave out -s and -d)",
         with_pcaps=True,
     )
 
@@ -12278,7 +12336,7 @@ def _check_requirements(options: Options) -> None:
     check_number_of_runs(options, len(sweep(options)))
     if options.keep and not options.save:
         raise UsageError("--keep requires --save")
-    compared = [text for text in options.limits if text.strip().lower() in CHANGE_LIMITS]
+    compared = list(filter(is_on_change, options.limits))
     if compared and not options.baseline:
         raise UsageError(f"--fail-if {compared[0]} requires --baseline")
 
@@ -12387,7 +12445,11 @@ def sweep(options: Options) -> list[Traffic]:
 
 def capture_paths(pif: str, vif: str) -> dict[str, list[str]]:
     """Return the capture files of each point: one, or several separated by commas."""
-    return {"pif": split_paths(pif), "vif": split_paths(vif)}
+    paths = {"pif": split_paths(pif), "vif": split_paths(vif)}
+    for text, names in ((pif, paths["pif"]), (vif, paths["vif"])):
+        if "" in names:
+            raise UsageError(f"{text!r} has a comma too many: the name of a file is empty")
+    return paths
 
 
 def split_paths(text: str) -> list[str]:
@@ -12445,7 +12507,7 @@ def select_packets(info: RunInfo, options: Options) -> RunInfo:
     return replace(info, version=__version__, labels=labels, selection=selection)
 
 
-def analyze_run(options: Options, run: SavedRun) -> RunResult:
+def analyze_run(options: Options, run: SavedRun) -> tuple[Report, Sequence[DirectionResult]]:
     """Return the report on a saved run, and the result of each direction."""
     info = select_packets(run.info, options)
     analysis = analyze_measured(info, run.files, run.report["capture"])
@@ -12461,13 +12523,13 @@ def analyze_run(options: Options, run: SavedRun) -> RunResult:
 
 def analyze_each(
     runs: Sequence[SavedRun], analyze: Callable[[SavedRun], T], warn: Callable[[str], None]
-) -> Iterator[T]:
-    """Yield the analysis of each run; a run with a damaged capture is left out, with a warning.
+) -> Iterator[tuple[int, T]]:
+    """Yield the position and the analysis of each run, but leave damaged ones out, with a warning.
 
     Errors name the directory of the run.  Raises CaptureError if no run is left.
     """
     left = len(runs)
-    for run in runs:
+    for position, run in enumerate(runs):
         try:
             with naming(run.files.directory):
                 analysis = analyze(run)
@@ -12477,10 +12539,10 @@ def analyze_each(
                 raise
             warn(f"left out: {error}")
         else:
-            yield analysis
+            yield position, analysis
 
 
-def analyze_files(options: Options) -> RunResult:
+def analyze_files(options: Options) -> tuple[Report, Sequence[DirectionResult]]:
     """Return the report on the captures that --pcaps names, and the result of each direction."""
     pif, vif = options.pcaps
     paths = capture_paths(pif, vif)
@@ -12519,17 +12581,28 @@ class Baseline:
         return text
 
 
+def baseline_selection(options: Options, direction: Direction) -> Selection:
+    """Return which packets of captures that are a baseline count: the same as of the others."""
+    if options.pcaps:
+        return replace(select_packets(RunInfo(), options).selection, directions=[direction])
+    selection = Selection([direction], translated=options.match_nat)
+    if options.direction == "both" and options.destination:  # it separates the directions
+        selection = replace(selection, destinations=[resolve(options.destination)])
+    return selection
+
+
 def load_baseline(
     path: str,
-    direction: Direction,
-    destination: str | None,
+    selection: Selection,
     kind: RunKind | None,
     warn: Callable[[str], None],
 ) -> Baseline:
     """Return the figures of a baseline: of saved runs, or of two captures given as PIF,VIF.
 
-    Of several saved runs those of the `kind` are taken; None takes all.
+    Of several saved runs those of the `kind` are taken; None takes all.  Of captures the packets
+    of the `selection`, which has one direction, are taken.
     """
+    [direction] = selection.directions
     if os.path.isdir(path):
         return _baseline_of_runs(path, direction, kind, warn)
     if path.count(",") != 1:
@@ -12537,9 +12610,6 @@ def load_baseline(
             f"--baseline {path}: give a directory made by --save, or two captures as "
             "PIF.pcap,VIF.pcap"
         )
-    selection = Selection([direction])
-    if destination:
-        selection = Selection([direction], destinations=[resolve(destination)])
     pif, vif = path.split(",")
     analysis = analyze_captures(capture_paths(pif, vif), selection)
     return Baseline(path, [path], 0, _baseline_figures(path, direction, analysis))
@@ -12563,7 +12633,8 @@ def _baseline_of_runs(
     names = []
     starts = []
     figures = []
-    for run, analysis in analyze_each(runs, _analyze_saved, warn):
+    for position, analysis in analyze_each(runs, _analyze_saved, warn):
+        run = runs[position]
         names.append(os.path.basename(run.files.directory.rstrip("/")))
         if run.info.started is not None:
             starts.append(run.info.started)
@@ -12571,8 +12642,8 @@ def _baseline_of_runs(
     return Baseline(path, names, len(saved) - len(names), figures, starts)
 
 
-def _analyze_saved(run: SavedRun) -> tuple[SavedRun, Analysis]:
-    return run, analyze_measured(run.info, run.files, run.report["capture"])
+def _analyze_saved(run: SavedRun) -> Analysis:
+    return analyze_measured(run.info, run.files, run.report["capture"])
 
 
 def _baseline_figures(
@@ -12584,6 +12655,8 @@ def _baseline_figures(
             continue
         if not result.counts.timed:
             raise UsageError(f"--baseline {path}: no packet has a delay in its captures")
+        if max(result.delays) < 0:
+            raise UsageError(f"--baseline {path}: every delay is negative in its captures")
         figures.append(run_figures(result))
     return figures
 
@@ -12724,7 +12797,7 @@ def measure(
 ) -> Iterator[RunResult]:
     """Make runs with this traffic, one after the other, until one is interrupted.
 
-    Yields the report and the results of each run.
+    Yields what each run has given.
     """
     for index, traffic in enumerate(probes):
         progress.begin(index)
@@ -12741,7 +12814,7 @@ def measure(
             if directory and options.keep:
                 kind = info_of(report).kind
                 outcome.attempt(delete_old_runs, options.save, kind, options.keep)
-        yield report, weaver.results
+        yield RunResult(index, report, weaver.results, weaver.interrupted)
         if weaver.interrupted:
             break
 
@@ -12792,11 +12865,10 @@ class Comparer:
     The kind None stands for runs of any kind.  Creating a Comparer loads the baseline.
     """
 
-    def __init__(
-        self, options: Options, direction: str, kinds: Sequence[RunKind | None], screen: Screen
-    ) -> None:
-        self._kinds = kinds  # of the runs, in order
-        self._figures: list[dict[str, float]] = []  # of the runs so far
+    def __init__(self, options: Options, kinds: Sequence[RunKind | None], screen: Screen) -> None:
+        self._kinds = kinds  # of the runs, by position
+        self._last = {kind: position for position, kind in enumerate(kinds)}
+        self._figures: defaultdict[RunKind | None, list[dict[str, float]]] = defaultdict(list)
         self._baselines: dict[RunKind | None, Baseline] = {}
         self._too_few_advice = f"Use --runs {FEWEST_RUNS}"
         if not options.result_format.takes_several_runs:
@@ -12805,20 +12877,20 @@ class Comparer:
             self._too_few_advice = "Give more saved runs"
         if options.baseline is None:
             return
-        compared = DIRECTIONS[direction][0]  # of both directions the way in
-        # Captures of both directions are separated by the destination.
-        destination = options.destination if direction == "both" else None
-        for kind in dict.fromkeys(kinds):
-            baseline = load_baseline(options.baseline, compared, destination, kind, screen.warn)
+        for kind in self._last:
+            direction = kind.direction if kind else options.direction or "in"
+            compared = DIRECTIONS[direction][0]  # of both directions the way in
+            selection = baseline_selection(options, compared)
+            baseline = load_baseline(options.baseline, selection, kind, screen.warn)
             self._baselines[kind] = baseline
             if len(baseline.runs) + baseline.left_out > 1:  # else the option names the only one
                 screen.step(str(baseline))
                 for name in baseline.names:
                     screen.log(f"  {name}")
 
-    def check(self, limits: Iterable[Limit]) -> None:
+    def check(self, limits: Iterable[str]) -> None:
         """Raise UsageError if a limit needs a verdict, and there will be too few runs for one."""
-        if not any(isinstance(limit, ChangeLimit) for limit in limits):
+        if not any(map(is_on_change, limits)):
             return
         for kind, baseline in self._baselines.items():
             before = len(baseline.runs)
@@ -12834,19 +12906,17 @@ class Comparer:
                 f"the baseline has {before}, this measurement {now}. {advice}"
             )
 
-    def compared(self, report: Report, results: Sequence[DirectionResult]) -> Report:
+    def compared(self, run: RunResult) -> Report:
         """Take the next run; return its report, that of the last of its kind with a comparison."""
         if not self._baselines:
-            return report
-        position = len(self._figures)
-        kind = self._kinds[position]
-        self._figures.append(run_figures(results[0]))
-        if kind in self._kinds[position + 1 :]:
-            return report
-        current = [figures for figures, other in zip(self._figures, self._kinds) if other == kind]
+            return run.report
+        kind = self._kinds[run.position]
+        self._figures[kind].append(run_figures(run.results[0]))
+        if run.position != self._last[kind] and not run.ends_series:
+            return run.report
         baseline = self._baselines[kind]
-        comparison = {**baseline.to_json(), **compare_runs(baseline.runs, current)}
-        return {**report, "comparison": comparison}
+        comparison = compare_runs(baseline.runs, self._figures[kind])
+        return {**run.report, "comparison": {**baseline.to_json(), **comparison}}
 
 
 def run(options: Options, signals: Signals, screen: Screen) -> int:
@@ -12865,30 +12935,63 @@ def run(options: Options, signals: Signals, screen: Screen) -> int:
 def run_analysis(options: Options, signals: Signals, screen: Screen) -> int:
     """Analyse saved runs or existing captures, and return the exit code."""
     saved = saved_runs(options.pcaps, screen.warn)
-    direction = options.direction or "in"
     kinds: list[RunKind | None] = [None]
+    directions = [options.direction or "in"]
+    if saved and options.baseline:
+        saved = without_damaged_ends(saved, options, screen.warn)
     if saved:
-        direction = options.direction or saved[0].info.direction
-        kinds = [replace(each.info.kind, direction=direction) for each in saved]
-    limits = [parse_limit(text, direction, stages=True) for text in options.limits]
+        kinds = [saved_kind(options, each) for each in saved]
+        directions = [options.direction or each.info.direction for each in saved]
+    limits = parse_limits(options.limits, directions, stages=True)
     check_number_of_runs(options, len(saved))
     outcome = Outcome(options, limits, screen, signals, several=len(saved) > 1)
-    comparer = Comparer(options, direction, kinds, screen)
-    comparer.check(limits)
+    comparer = Comparer(options, kinds, screen)
+    comparer.check(options.limits)
     with ExitStack() as stack:
         stack.callback(outcome.end)
         if saved:
-            results = analyze_each(saved, partial(analyze_run, options), screen.warn)
-            publish(results, comparer, outcome)
+            analyses = analyze_each(saved, partial(analyze_run, options), screen.warn)
         else:
-            publish([analyze_files(options)], comparer, outcome)
+            analyses = iter([(0, analyze_files(options))])
+        runs = (RunResult(position, *analysis) for position, analysis in analyses)
+        publish(runs, comparer, outcome)
     return outcome.exit_code
+
+
+def saved_kind(options: Options, run: SavedRun) -> RunKind:
+    """Return the kind of a saved run, of which the options may select a direction."""
+    return replace(run.info.kind, direction=options.direction or run.info.direction)
+
+
+def without_damaged_ends(
+    runs: Sequence[SavedRun], options: Options, warn: Callable[[str], None]
+) -> list[SavedRun]:
+    """Return the runs without damaged ones at the end of a kind, with a warning for each.
+
+    The report of the last run of a kind gets the comparison: it must not be left out later.
+    """
+    intact: set[RunKind] = set()
+    damaged: list[str] = []
+    for run in reversed(runs):
+        kind = saved_kind(options, run)
+        if kind in intact:
+            continue
+        try:
+            with naming(run.files.directory):
+                _analyze_saved(run)
+            intact.add(kind)
+        except CaptureError as error:
+            if len(damaged) == len(runs) - 1:
+                raise
+            damaged.append(run.files.directory)
+            warn(f"left out: {error}")
+    return [run for run in runs if run.files.directory not in damaged]
 
 
 def publish(runs: Iterable[RunResult], comparer: Comparer, outcome: Outcome) -> None:
     """Compare and publish runs as they come, until nobody reads the result any more."""
-    for report, results in runs:
-        outcome.add(comparer.compared(report, results), results)
+    for run in runs:
+        outcome.add(comparer.compared(run), run.results)
         if outcome.exit_code == ReaderGone.exit_code:
             break
 
@@ -12896,13 +12999,13 @@ def publish(runs: Iterable[RunResult], comparer: Comparer, outcome: Outcome) -> 
 def run_measurement(options: Options, signals: Signals, screen: Screen) -> int:
     """Measure, or show what would be measured, and return the exit code."""
     direction = options.direction or "in"
-    limits = [parse_limit(text, direction, options.stages) for text in options.limits]
+    limits = parse_limits(options.limits, [direction], options.stages)
     probes = sweep(options)
     kinds = [planned_kind(options, traffic) for traffic in probes]
     several = len(probes) > 1
     outcome = Outcome(options, limits, screen, signals, several, planned_subject(options))
-    comparer = Comparer(options, direction, kinds, screen)
-    comparer.check(limits)
+    comparer = Comparer(options, kinds, screen)
+    comparer.check(options.limits)
     packets = options.count or USUAL_COUNT
     seconds = [options.duration or packets / traffic.rate for traffic in probes]
     progress = Progress(screen, [traffic.name for traffic in probes], seconds)

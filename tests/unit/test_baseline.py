@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 from frames import pcap, write
-from helpers import analyzed, failure, noisy, offline, pair, save_runs
+from helpers import (
+    analyzed,
+    captures,
+    distinct,
+    failure,
+    noisy,
+    offline,
+    pair,
+    save_runs,
+    through,
+)
 
 
 def test_two_runs_are_compared_without_a_verdict(tmp_path: Path) -> None:
@@ -79,3 +89,43 @@ def test_many_runs_are_a_line_and_a_period(tmp_path: Path) -> None:
     assert "from 2026-01-01 00:00 UTC to 2026-01-03 00:00 UTC" in shown[0]
     assert len(shown) == 6
     assert sum(line.endswith("web1-later") for line in shown) == 2
+
+
+def with_answers(directory: Path, name: str) -> list[str]:
+    """Return captures of SYNs that take 5 µs, and of their answers, which take 0.5 µs."""
+    syns = distinct(200)
+    answers = distinct(200, source="10.0.0.1", destination="10.0.0.2")
+    answers = [(time + 100_000, content) for time, content in answers]
+    arrived = through(syns, [5000] * 200)
+    pif = sorted([*syns, *through(answers, [500] * 200)])
+    return captures(directory, pif, sorted([*arrived, *answers]), name)
+
+
+@pytest.mark.parametrize("selection", [("-d", "10.0.0.1"), ("-s", "10.0.0.2")])
+def test_captures_are_compared_by_the_same_packets(
+    tmp_path: Path, selection: tuple[str, str]
+) -> None:
+    paths = with_answers(tmp_path, "")
+    arguments = ("--pcaps", *paths, *selection, "--baseline", ",".join(paths))
+    assert analyzed(*arguments)["comparison"]["median"] == {
+        "baseline": 5,
+        "current": 5,
+        "shift": 0,
+        "interval": None,
+        "run_to_run": None,
+        "distinguishable": None,
+    }
+
+
+def test_captures_of_translated_packets_are_compared(tmp_path: Path) -> None:
+    sent = distinct(100, destination="192.0.2.1")
+    arrived = [(time + 5000, content) for time, content in distinct(100)]
+    paths = captures(tmp_path, sent, arrived)
+    arguments = ("--pcaps", *paths, "--match-nat", "--baseline", ",".join(paths))
+    assert analyzed(*arguments)["comparison"]["median"]["shift"] == 0
+
+
+def test_a_baseline_whose_captures_are_swapped(tmp_path: Path) -> None:
+    paths = pair(tmp_path, [5000] * 100)
+    done = offline("--pcaps", *paths, "--baseline", ",".join(reversed(paths)))
+    assert "every delay is negative" in failure(done, 2)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from helpers import analyzed, failure, noisy, offline, pair, save_runs
 
+import netweaver
+
 
 def lines_of(done: subprocess.CompletedProcess[str], code: int = 0) -> list[dict[str, Any]]:
     """Return the documents of several runs."""
@@ -107,3 +109,79 @@ def test_numbers_have_three_decimals(tmp_path: Path) -> None:
     ]
     assert len(numbers) > 20
     assert [(name, value) for name, value in numbers if round(value, 3) != value] == []
+
+
+def damage(directory: Path) -> None:
+    capture = directory / "vif.pcap"
+    capture.write_bytes(b"XXXX" + capture.read_bytes()[4:])
+
+
+@pytest.mark.parametrize("damaged", [0, 2, 3])
+def test_a_damaged_run_among_compared_ones(tmp_path: Path, damaged: int) -> None:
+    """The others are compared, also if the one that would have told of it is left out."""
+    save_runs(tmp_path / "before", "web1", runs=4)
+    save_runs(tmp_path / "now", "web1", 10.0, runs=4, seed=1)
+    damage(sorted((tmp_path / "now").iterdir())[damaged])
+    arguments = ("--pcaps", str(tmp_path / "now"), "--baseline", str(tmp_path / "before"))
+    done = offline(*arguments, "--fail-if", "slower")
+    documents = lines_of(done, 7)
+    assert [("comparison" in document) for document in documents] == [False, False, True]
+    assert documents[-1]["comparison"]["runs"] == [4, 3]
+    assert done.stderr.count("left out") == 1
+
+
+def test_too_few_intact_runs_decide_nothing(tmp_path: Path) -> None:
+    save_runs(tmp_path / "before", "web1", runs=3)
+    save_runs(tmp_path / "now", "web1", runs=3, seed=1)
+    damage(min((tmp_path / "now").iterdir()))
+    arguments = ("--pcaps", str(tmp_path / "now"), "--baseline", str(tmp_path / "before"))
+    done = offline(*arguments, "--fail-if", "slower")
+    assert lines_of(done, 7)[-1]["comparison"]["distinguishable"] is None
+    assert "can't be decided" in done.stderr
+
+
+def test_a_damaged_run_among_those_of_two_kinds(tmp_path: Path) -> None:
+    for side, seed in (("before", 0), ("now", 1)):
+        save_runs(tmp_path / side, "a", runs=4, seed=seed)
+        flow = netweaver.Traffic("flow", 100).to_json()
+        save_runs(tmp_path / side, "b", 10.0, runs=4, seed=seed, traffic=flow)
+    damage(min((tmp_path / "now").iterdir()))
+    arguments = ("--pcaps", str(tmp_path / "now"), "--baseline", str(tmp_path / "before"))
+    *_, syn, flow = lines_of(offline(*arguments, "--fail-if", "changed"))
+    for document, runs in ((syn, [4, 3]), (flow, [4, 4])):
+        assert document["comparison"]["runs"] == runs
+        assert document["comparison"]["median"]["current"] == pytest.approx(
+            document["median"], rel=0.1
+        )
+
+
+def save_runs_of_two_directions(directory: Path, seed: int = 0) -> None:
+    """Save three runs of each; those on the way out are ten times as slow."""
+    save_runs(directory, "in", runs=3, seed=seed)
+    save_runs(directory, "out", 10.0, runs=3, seed=seed, direction="out")
+    for run in directory.glob("*-out"):
+        (run / "vif.pcap").rename(run / "first.pcap")
+        (run / "pif.pcap").rename(run / "vif.pcap")
+        (run / "first.pcap").rename(run / "pif.pcap")
+
+
+def test_runs_of_two_directions(tmp_path: Path) -> None:
+    for side, seed in (("before", 0), ("now", 1)):
+        save_runs_of_two_directions(tmp_path / side, seed)
+    arguments = ("--pcaps", str(tmp_path / "now"), "--baseline", str(tmp_path / "before"))
+    documents = lines_of(offline(*arguments))
+    compared = [document for document in documents if "comparison" in document]
+    assert [document["config"]["direction"] for document in compared] == ["in", "out"]
+    for document in compared:
+        assert document["comparison"]["runs"] == [3, 3]
+        assert document["comparison"]["median"]["current"] == pytest.approx(
+            document["median"], rel=0.1
+        )
+
+
+def test_limits_on_runs_of_two_directions(tmp_path: Path) -> None:
+    """A limit that the runs of one direction can't have is refused, whichever comes first."""
+    save_runs_of_two_directions(tmp_path / "runs")
+    for limit, code in (("in.p99>1s", 2), ("out.p99>1s", 2), ("p99>1s", 0)):
+        done = offline("--pcaps", str(tmp_path / "runs"), "--fail-if", limit)
+        assert done.returncode == code, done.stderr

@@ -85,6 +85,13 @@ def test_loss_and_a_longer_tail_are_distinguished() -> None:
 def test_an_interval_without_width_decides_nothing() -> None:
     same = netweaver.compare_runs(figures(2, 2, 2), figures(3, 3, 3))
     assert same["median"]["interval"] == [1, 1]
+    assert same["median"]["distinguishable"] is None
+    assert same["distinguishable"] is None
+    assert same["loss_ratio"]["distinguishable"] is False
+
+
+def test_equal_runs_without_a_shift_are_not_distinguished() -> None:
+    same = netweaver.compare_runs(figures(2, 2, 2), figures(2, 2, 2))
     assert same["distinguishable"] is False
 
 

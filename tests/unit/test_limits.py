@@ -180,7 +180,7 @@ def shift(before: float, now: float, distinguishable: bool | None) -> dict[str, 
 def test_limits_on_a_comparison(text: str, message: str | None) -> None:
     comparison = {
         "path": "before",
-        "distinguishable": True,
+        "runs": [3, 3],
         "median": shift(7.9, 414, True),
         "p99": shift(20, 500, False),
         "loss_ratio": shift(0.03, 0.01, True),
@@ -189,7 +189,37 @@ def test_limits_on_a_comparison(text: str, message: str | None) -> None:
     assert breach(text, {}) is None
 
 
-def test_a_comparison_without_a_verdict_meets_every_limit() -> None:
-    message = breach("slower", {"comparison": {"distinguishable": None}})
+@pytest.mark.parametrize("runs", [[2, 3], [3, 1]])
+def test_a_comparison_of_few_runs_breaches_every_limit(runs: list[int]) -> None:
+    message = breach("slower", {"comparison": {"runs": runs}})
     assert message is not None
     assert "can't be decided" in message
+
+
+@pytest.mark.parametrize(("text", "decided"), [("slower", False), ("lossier", True)])
+def test_equal_runs_decide_nothing(text: str, decided: bool) -> None:
+    comparison = {
+        "runs": [3, 3],
+        "median": shift(5, 500, None),
+        "p99": shift(9, 9, False),
+        "loss_ratio": shift(0.5, 0, None),
+    }
+    message = breach(text, {"comparison": comparison})
+    assert (message is None) == decided
+    assert message is None or "can't be decided" in message
+
+
+@pytest.mark.parametrize("loss", ["0.007", "0.7%", "1.4%", "2.8%", "5.8%", "35%", "57%", "95%"])
+def test_a_figure_that_equals_its_limit(loss: str) -> None:
+    share = float(loss.rstrip("%"))
+    lost = round(10 * share) if "%" in loss else 7
+    document = {"loss_ratio": lost / 1000, "percentiles": {"99": 0.009}}
+    assert breach(f"loss>{loss}", document) is None
+    assert breach(f"loss>={loss}", document) is not None
+    assert breach("p99>9ns", document) is None
+    assert breach("p99>=9ns", document) is not None
+
+
+def test_a_value_near_its_limit_is_shown_with_all_digits() -> None:
+    message = breach("p99>200", {"percentiles": {"99": 200.4}})
+    assert message == "p99 is 200.4 µs (limit p99>200)"

@@ -85,6 +85,20 @@ def test_packets_are_distinguished_by_payload(protocol: int, payloads: list[byte
         assert count_identities(frames) == 2
 
 
+@pytest.mark.parametrize(
+    ("body", "protocol", "captured"),
+    [(tcp(flags=16, payload=b"data"), 6, 14), (udp(), 17, 6)],
+)
+def test_a_frame_that_ends_after_what_identifies_it(
+    body: bytes, protocol: int, captured: int
+) -> None:
+    frame = ethernet(ipv4(body, protocol))
+    whole = netweaver.identify(frame, 1)
+    assert netweaver.identify(frame[: 34 + captured], 1) == whole
+    with pytest.raises(netweaver.TOO_SHORT):
+        netweaver.identify(frame[: 34 + captured - 1], 1)
+
+
 def test_fragments_are_distinguished_by_offset() -> None:
     frames = []
     for offset in range(1, 4):

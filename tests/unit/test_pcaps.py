@@ -219,3 +219,9 @@ def test_damaged_files_yield_a_report_or_an_error(seed: int) -> None:
         tracemalloc.stop()
     assert ends["report"] > 25
     assert ends["CaptureError"] > 25
+
+
+@pytest.mark.parametrize("arguments", [("a,", "b"), ("a", ",b"), ("a", "b", "--baseline", "a,")])
+def test_a_comma_too_many(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    done = offline("--pcaps", *arguments)
+    assert "comma too many" in failure(done, 2)

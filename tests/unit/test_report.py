@@ -412,3 +412,22 @@ def test_advice_on_files_leaves_out_the_address_that_is_given() -> None:
         advice = netweaver.file_advice(info)
         assert ("with -d" in advice.other_pif) == is_advised
         assert ("with -d" in advice.other_vif) == is_advised
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("-d", "192.0.2.1"), "(--match-nat, without -s and -d)"),
+        (("-d", "192.0.2.1", "--match-nat"), "leave out -s and -d"),
+        (("-d", "10.0.0.1", "--match-nat"), "leave out -s and -d"),
+    ],
+)
+def test_translated_addresses_that_are_given(
+    arguments: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    """Captures of a DNAT have no destination in common."""
+    sent = distinct(100, destination="192.0.2.1")
+    arrived = [(time + 5000, content) for time, content in distinct(100)]
+    paths = captures(tmp_path, sent, arrived)
+    assert words in failure(offline("--pcaps", *paths, *arguments), 6)
+    assert analyzed("--pcaps", *paths, "--match-nat")["packets"]["matched"] == 100

@@ -80,6 +80,24 @@ def test_fragments_are_no_flow_of_their_own(missing: int) -> None:
     assert by_flow.whole.total() == len(sent)
 
 
+def test_a_fragment_belongs_to_the_last_datagram_with_its_ip_id() -> None:
+    whole = netweaver.identify(ethernet(ipv4(udp(2001, 53), 17, 1)), 1)[-1]
+    first, later = [identity for identity, _ in fragments(1)]
+    other_first = netweaver.identify(
+        ethernet(ipv4(udp(4001, 53, payload=bytes(16)), 17, 1, fragment=0x2000)), 1
+    )[-1]
+    for sent, delays in (
+        ([first, later, whole], [10, 12]),
+        ([whole, first, later], [10, 11]),
+        ([whole, other_first, later, first], [10, 11, 13]),
+    ):
+        seen = netweaver.Sightings(netweaver.IN)
+        seen.add("pif", sent, [100 * rank for rank in range(len(sent))])
+        seen.add("vif", sent, [100 * rank + 10 + rank for rank in range(len(sent))])
+        by_flow = netweaver.delays_by_flow(netweaver.match(seen))
+        assert sorted(by_flow.first) == delays
+
+
 def test_each_statistic_is_a_figure() -> None:
     """Limits, README's table and Prometheus have it then."""
     paths = {figure.path[0] for figure in netweaver.FIGURES}

@@ -351,8 +351,9 @@ def test_an_error_of_an_output_names_the_run(
     report = document(tmp_path)
     monkeypatch.setattr(netweaver.NetWeaver, "measure", lambda weaver, traffic: report)
     monkeypatch.setattr(netweaver.NetWeaver, "results", [], raising=False)
+    monkeypatch.setattr(netweaver.NetWeaver, "interrupted", False)
     hosts = ("--hv", "local", "-s", "local", "-d", "192.0.2.2")
-    done = offline("-n", "web1", *hosts, "--output", "/dev/full")
+    done = offline("-n", "web1", *hosts, "--direction", "both", "--output", "/dev/full")
     assert done.returncode == 2
     assert "netweaver: error: web1 syn-100: can't write /dev/full" in done.stderr
 
