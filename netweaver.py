@@ -6531,6 +6531,9 @@ NETBACK_ADDRESS = "fe:ff:ff:ff:ff:ff"  # of all vifs of Xen
 REPRESENTED_FUNCTION = r"(c\d+)?pf\d+[vs]f\d+"
 TUNNEL_KINDS = ("vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "stt")
 STACKED_KINDS = ("vlan", "macvlan", "macvtap", "ipvlan", "ipvtap", "macsec")
+# Kinds of interfaces on another one that reach each other, unless their mode keeps them apart.
+SIBLING_KINDS = (("macvlan", "macvtap"), ("ipvlan", "ipvtap"))
+SEPARATE_MODES = ("vepa", "private")
 HOST_KINDS = ("bridge", "openvswitch")  # by these the host takes part in a switch
 # Frames that leave a switch by these go nowhere else.
 DEAD_END_KINDS = (*HOST_KINDS, "patch", "ifb")
@@ -6571,6 +6574,8 @@ class Link:
     lower: str = ""  # the interface on which it is stacked, or the other end of a veth or patch
     remote: str = ""  # the IP address where a tunnel ends
     local: str = ""  # the IP address where it begins
+    mode: str = ""  # of a macvlan
+    encrypts: bool = False  # what it sends through the interface below (MACsec)
     tunnel_port: int | None = None  # UDP
     function: str = ""  # of a card, that it stands for
     guest_address: str = ""  # MAC of the VM behind it
@@ -6644,6 +6649,8 @@ def parse_link(line: str) -> Link | None:
         lower=lower,
         remote=details.get("remote", ""),
         local=details.get("local", ""),
+        mode=details.get("mode", ""),
+        encrypts=details.get("encrypt") == "on",
         tunnel_port=whole_number(details.get("dstport")),
         function=details.get("portname", ""),
         qdisc=state.get("qdisc", ""),
@@ -6691,9 +6698,12 @@ class Links:
             elif kind == "ovs-interfaces":
                 self._add_settings(words)
         self._ports: defaultdict[str, list[str]] = defaultdict(list)
-        for name in self.by_name:
+        self._stacked: defaultdict[str, list[str]] = defaultdict(list)
+        for name, link in self.by_name.items():
             for switch in self.switches(name):
                 self._ports[switch].append(name)
+            if link.lower and link.kind in STACKED_KINDS:
+                self._stacked[link.lower].append(name)
 
     @cached_property
     def has_hardware(self) -> bool:
@@ -6718,6 +6728,33 @@ class Links:
         switches = [name for name in (link.switch, link.master) if name]
         return [name for name in switches if self.get(name).kind != "vrf"]
 
+    def leads_out(self, name: str) -> bool:
+        """Return whether what is bound to an interface leaves by it: not by one without a cable."""
+        link = self.get(name)
+        return bool(name) and link.medium != "loopback" and link.kind != "dummy"
+
+    def vrf(self, name: str) -> str:
+        """Return the VRF that an interface belongs to, or ""."""
+        master = self.get(name).master
+        return master if self.get(master).kind == "vrf" else ""
+
+    def stacked_on(self, name: str) -> list[Link]:
+        """Return the VLANs and the like on an interface."""
+        return [self.by_name[stacked] for stacked in self._stacked[name]]
+
+    def siblings(self, name: str) -> list[Link]:
+        """Return the interfaces on the same one that an interface reaches within the host."""
+        own = self.get(name)
+        for kinds in SIBLING_KINDS:
+            if own.lower and own.kind in kinds and own.mode not in SEPARATE_MODES:
+                others = self.stacked_on(own.lower)
+                return [link for link in others if link.kind in kinds and link.name != name]
+        return []
+
+    def ports(self, switches: Iterable[str]) -> list[Link]:
+        """Return the interfaces that belong to some switches."""
+        return [self.get(port) for switch in switches for port in self._ports[switch]]
+
     def is_cable_end(self, name: str) -> bool:
         """Return whether an interface is one of the two ends of a veth or patch on this host."""
         lower = self.get(name).lower
@@ -6728,6 +6765,8 @@ class Links:
         link = self.get(name)
         if self.is_cable_end(name):
             return self.switches(link.lower)
+        if link.encrypts:
+            return []
         if link.lower and link.kind in ("", *STACKED_KINDS):  # busybox prints no kinds
             return [link.lower]
         if link.kind == "openvswitch" and name != "ovs-system":  # between the host and a switch
@@ -6803,12 +6842,12 @@ class Ways:
         self._cards: set[str] = set()
         self._substitutes: set[str] = set()  # where the host has no card
         self._visited = {vif}
-        start = links.get(vif)
         self._follow(links.switches(vif) or links.next_hops(vif))
-        if start.kind in STACKED_KINDS and start.lower:
-            for link in links.by_name.values():
-                if link.kind == start.kind and link.lower == start.lower and link.name != vif:
-                    self.guests.append(link)
+        for link in links.stacked_on(vif):  # the host may take apart what a VM has tagged itself
+            self._follow(links.switches(link.name))
+        self.guests += links.siblings(vif)
+        for switch in sorted(self._visited):
+            self._add_guests_above(switch)
 
     @property
     def pifs(self) -> set[str]:
@@ -6816,11 +6855,29 @@ class Ways:
         likely = {name for name in self._substitutes if not re.match(CONTAINER_NAME, name)}
         return self._cards or likely or self._substitutes
 
+    def _add_guests_above(self, switch: str) -> None:
+        """Add the guests that reach a switch of the VM by a VLAN or the like on it."""
+        if self._links.get(switch).kind not in HOST_KINDS:
+            return
+        for link in self._links.stacked_on(switch):
+            if link.name in self._visited:
+                continue
+            ports = self._links.ports(self._links.switches(link.name))
+            self.guests += [port for port in (link, *ports) if port.is_guest]
+
     @property
     def gateways(self) -> list[str]:
-        """The host's own interfaces in the switches that were visited."""
-        links = (self._links.get(name) for name in sorted(self._visited))
-        return [link.name for link in links if link.index and link.kind in HOST_KINDS]
+        """The host's own interfaces in the switches that were visited, and on those switches."""
+        links = self._links.by_name.values()
+        return sorted(link.name for link in links if link.index and self._is_gateway(link))
+
+    def _is_gateway(self, link: Link) -> bool:
+        if link.name in self._visited:
+            return link.kind in HOST_KINDS
+        lower = self._links.get(link.lower)
+        if lower.name not in self._visited or self._links.switches(link.name):
+            return False
+        return link.kind == "veth" or lower.kind in HOST_KINDS
 
     @property
     def open_vswitches(self) -> list[str]:
@@ -6834,7 +6891,11 @@ class Ways:
             link = self._links.get(name)
             if name in self._visited or link.medium == "loopback":
                 continue
-            if link.is_guest and not self._links.next_hops(name):  # a VPN's
+            if link.kind == "vrf":
+                self._visited.add(name)
+                members = self._links.by_name.values()
+                self._follow([member.name for member in members if member.master == name])
+            elif link.is_guest and not self._links.next_hops(name):  # a VPN's
                 self._visited.add(name)
                 self._cards.add(name)
             else:
@@ -6899,11 +6960,12 @@ def find_uplinks(
     kind = RouteKind.SWITCHED
     local = local_sources(run, links, ways, sources)
     are_local = 0 < len(local) == len(sources)
-    follow_tunnels(run, ways)
+    follow_tunnels(run, links, ways)
     if not are_local and not ways.pifs and is_gateway(run, [vif, *ways.gateways]):
         kind = RouteKind.ROUTED
-        ways.follow_host(route_interfaces(run, sources))
-        follow_tunnels(run, ways)
+        vrfs = filter(None, map(links.vrf, [vif, *ways.gateways]))
+        ways.follow_host(route_interfaces(run, sources, next(vrfs, "")))
+        follow_tunnels(run, links, ways)
         local = local_sources(run, links, ways, neighbours(run, sources))
         are_local = 0 < len(local) == len(sources)
     pifs = set(local.values())
@@ -6954,12 +7016,20 @@ def neighbours(run: RunCommand, sources: Mapping[str, str]) -> dict[str, str]:
 def local_sources(
     run: RunCommand, links: Links, ways: Ways, sources: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the interfaces of the sources that are guests on the VM's switches, by IP address."""
+    """Return the interfaces of the sources that are on the VM's switches, by IP address.
+
+    These are guests, or the host itself.
+    """
     macs = {address: mac.lower() for address, mac in sources.items() if mac}
+    host_macs = {links.get(name).address for name in ways.gateways}
+    local: dict[str, str] = {}
+    for address, mac in macs.items():
+        if mac in host_macs:
+            for name in interfaces_with(run, [address]):
+                local[address] = name
     if not macs or not ways.guests:
-        return {}
+        return local
     learned = learned_addresses(run, links, ways, sorted(set(macs.values())))
-    local = {}
     for address, mac in macs.items():
         for guest in ways.guests:
             if guest.leads_to(mac) or (guest.name, mac) in learned:
@@ -6992,22 +7062,22 @@ def learned_addresses(
     return learned
 
 
-def follow_tunnels(run: RunCommand, ways: Ways) -> None:
+def follow_tunnels(run: RunCommand, links: Links, ways: Ways) -> None:
     """Follow all tunnels to the interfaces that carry them, also tunnels in tunnels."""
     followed = 0
     while followed < len(ways.tunnels):
         tunnels = ways.tunnels[followed:]
         followed = len(ways.tunnels)
-        ways.follow_host(tunnel_carriers(run, tunnels))
+        ways.follow_host(tunnel_carriers(run, links, tunnels))
 
 
-def tunnel_carriers(run: RunCommand, tunnels: Sequence[Link]) -> list[str]:
+def tunnel_carriers(run: RunCommand, links: Links, tunnels: Sequence[Link]) -> list[str]:
     """Return the interfaces by which the host sends the packets of tunnels.
 
     Where a tunnel has many ends they are in the bridge's table, as in zones of Proxmox.
     """
-    carriers = [tunnel.lower for tunnel in tunnels if tunnel.lower]
-    unbound = [tunnel for tunnel in tunnels if not tunnel.lower]
+    carriers = [tunnel.lower for tunnel in tunnels if links.leads_out(tunnel.lower)]
+    unbound = [tunnel for tunnel in tunnels if not links.leads_out(tunnel.lower)]
     remotes = {tunnel.remote for tunnel in unbound}
     multipoint = [tunnel for tunnel in unbound if not is_address(tunnel.remote)]
     names = [tunnel.name for tunnel in multipoint]
@@ -7019,9 +7089,14 @@ def tunnel_carriers(run: RunCommand, tunnels: Sequence[Link]) -> list[str]:
     carriers += route_interfaces(run, remotes)
     if not carriers:
         beginnings = sorted({tunnel.local for tunnel in multipoint if is_address(tunnel.local)})
-        lines = _ask_each(run, "ip -o addr show to {}", beginnings)
-        carriers += [line.split()[1] for line in lines if len(line.split()) > 1]
+        carriers += interfaces_with(run, beginnings)
     return carriers
+
+
+def interfaces_with(run: RunCommand, addresses: Sequence[str]) -> list[str]:
+    """Return the host's interfaces that have one of these IP addresses."""
+    lines = _ask_each(run, "ip -o addr show to {}", addresses)
+    return [line.split()[1] for line in lines if len(line.split()) > 1]
 
 
 def is_address(text: str) -> bool:
@@ -7032,14 +7107,23 @@ def is_gateway(run: RunCommand, names: Sequence[str]) -> bool:
     """Return whether the host has routes to networks by any of these interfaces."""
     routes = _ask_each(run, "ip -4 -o route show table all dev {}", names)
     routes += _ask_each(run, "ip -6 -o route show table all dev {}", names)
-    # Every interface that is up has the two others.
-    return any("fe80:" not in route and "ff00:" not in route for route in routes if route)
+    # Every interface that is up has routes to link-local and multicast addresses.
+    return any(not re.match(r"(\w+ )?(fe80:|ff00:)", route) for route in routes if route)
 
 
-def route_interfaces(run: RunCommand, addresses: Iterable[str]) -> list[str]:
-    """Return the interfaces by which the host sends packets to IP addresses."""
-    lines = _ask_each(run, "ip -o route get {}", sorted(filter(is_address, addresses)))
-    return [words_after(line)["dev"] for line in lines if "dev" in words_after(line)]
+def route_interfaces(run: RunCommand, addresses: Iterable[str], vrf: str = "") -> list[str]:
+    """Return the interfaces by which the host sends packets to IP addresses, in a VRF if given.
+
+    `fibmatch`, which old kernels don't know, shows all interfaces of a route with several.
+    """
+    command = "ip -o route get {0}"
+    if vrf:
+        command += f" vrf {quote(vrf)}"
+    lines = _ask_each(
+        run, f"{{{{ {command} fibmatch || {command}; }}}}", sorted(filter(is_address, addresses))
+    )
+    names = [name for line in lines for word, name in pairwise(line.split()) if word == "dev"]
+    return list(dict.fromkeys(names))
 
 
 def _ask_each(run: RunCommand, command: str, subjects: Sequence[str]) -> list[str]:
@@ -9797,7 +9881,8 @@ class Advice:
 # Where packets passed the vif, but not the pif.
 ROUTE_ADVICE = {
     RouteKind.GIVEN: "Try -i auto, or the interface of the source if that is a VM of this host",
-    RouteKind.SWITCHED: "If the source is a VM of this host, give its interface as -i",
+    RouteKind.SWITCHED: "If the source is a VM of this host, give its interface as -i; if this "
+    "host routes the VM's packets, the interface that leads to the source",
     RouteKind.ROUTED: "The host routes the VM's packets: try another interface as -i",
     RouteKind.ASSUMED: "Give the interface that leads to the VM's network as -i",
 }

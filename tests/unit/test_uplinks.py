@@ -178,6 +178,24 @@ VXLAN_ANSWERS = {
 EVPN_ANSWERS = {
     "ip -o addr show to 10.0.0.1": "2: eno2    inet 10.0.0.1/24 scope global eno2\\  ",
 }
+# The tunnel begins at an address of the host that is on no card.
+VXLAN_OF_LOOPBACK = (
+    nic("eno1")
+    + LOOPBACK
+    + link("lo1", "dummy")
+    + link("vxlan1", "vxlan id 1 local 10.0.0.1 dev {} srcport 0 0 dstport 4789", "vnet1")
+    + bridge("vnet1")
+    + tap("tap100i0", "vnet1")
+)
+VXLAN_OF_LOOPBACK_ANSWERS = {
+    "bridge fdb show dev vxlan1": FLOODED,
+    "ip -o route get 10.0.0.2 fibmatch": "10.0.0.2 via 192.0.2.1 dev eno1 proto bgp",
+}
+# Two equal routes, of which `ip route get` alone chooses one.
+ECMP = (
+    "default proto static \\\tnexthop via 10.0.1.1 dev eno1 weight 1 "
+    "\\\tnexthop via 10.0.2.1 dev eno2 weight 1 "
+)
 PROXMOX_SIMPLE_ZONE = "".join(
     [
         nic("eno1", "vmbr0"),
@@ -313,6 +331,22 @@ STALE_PORTS = "".join(
 CABLE_TO_A_BRIDGE = (
     nic("eno1", "br0") + bridge("br0") + nic("eth0") + veth_pair("web0", "", "port0", "br0")
 )
+# The host takes apart what a VM has tagged itself.
+TRUNK = "".join(
+    [
+        nic("eno1"),
+        vlan("eno1.10", "eno1", "br10"),
+        bridge("br10"),
+        tap("vnet0"),
+        vlan("vnet0.10", "vnet0", "br10"),
+    ]
+)
+MACSEC = (
+    nic("eno1")
+    + link("macsec0", "macsec sci 1 protect on encrypt {} send_sci on", "br0", other="eno1")
+    + bridge("br0")
+    + tap("vnet0", "br0")
+)
 ALIASES = BRIDGED.replace(
     "numtxqueues", "numtxqueues 1 \\    alias to the master br9 dev eth9 \\    altname enp3s0", 1
 )
@@ -346,6 +380,9 @@ ALIASES = BRIDGED.replace(
         (ALIASES, "vif5.0", "eth0"),
         (STALE_PORTS, "vnet0", "eno1"),
         (CABLE_TO_A_BRIDGE, "web0", "eno1"),
+        (TRUNK, "vnet0", "eno1"),
+        (MACSEC.format("off"), "vnet0", "eno1"),
+        (MACSEC.format("on"), "vnet0", "macsec0"),
     ],
 )
 def test_layouts(tmp_path: Path, interfaces: str, vif: str, pifs: str) -> None:
@@ -363,6 +400,8 @@ def test_layouts(tmp_path: Path, interfaces: str, vif: str, pifs: str) -> None:
         (NATIVE, "tap01234567-89", route_by("ens3.30"), "ens3"),
         (OVN, "tap01234567-89", route_by("br0"), "ens3"),
         (LINUXBRIDGE_AGENT, "tap01234567-89", {}, "eth1"),
+        (VXLAN_OF_LOOPBACK.format("lo"), "tap100i0", VXLAN_OF_LOOPBACK_ANSWERS, "eno1"),
+        (VXLAN_OF_LOOPBACK.format("lo1"), "tap100i0", VXLAN_OF_LOOPBACK_ANSWERS, "eno1"),
     ],
 )
 def test_tunnels(
@@ -398,6 +437,35 @@ LIBVIRT_NAT = nic("eno1") + bridge("virbr0") + tap("vnet0", "virbr0")
 XEN_ROUTED = nic("eth0") + nic("vif5.0")
 
 
+# The host's own interface is on the VM's bridge, or behind a cable from there.
+GATEWAY_ON_A_BRIDGE = (
+    nic("eno1") + bridge("vmbr1") + vlan("vmbr1.10", "vmbr1") + tap("tap100i0", "vmbr1")
+)
+GATEWAY_BEHIND_A_CABLE = (
+    nic("eno1") + bridge("br1") + veth_pair("host0", "", "host0-br", "br1") + tap("vnet0", "br1")
+)
+VRF = (
+    nic("eno1")
+    + nic("eno2", "vrf1")
+    + link("vrf1", "vrf table 11")
+    + bridge("vnet1", "vrf1")
+    + tap("tap100i0", "vnet1")
+)
+IN_VRF = {
+    "ip -4 -o route show table all dev vnet1": CONNECTED,
+    f"ip -o route get {SOURCE}": f"{SOURCE} via 192.0.2.1 dev eno1 src 192.0.2.9 uid 0 ",
+    f"ip -o route get {SOURCE} vrf vrf1": f"{SOURCE} via 10.0.0.1 dev eno2 table 11 uid 0 ",
+}
+LEAKED = {
+    "ip -4 -o route show table all dev vnet2": CONNECTED,
+    f"ip -o route get {SOURCE}": f"{SOURCE} dev vrf1 src 192.0.2.9 uid 0 ",
+}
+IPV6_ONLY = {
+    "ip -6 -o route show table all dev virbr0": "2001:db8:ff00::/64 proto kernel metric 256",
+    f"ip -o route get {SOURCE}": f"{SOURCE} via 192.0.2.1 dev eno1 src 192.0.2.9 uid 0 ",
+}
+
+
 def routed(gateway: str, device: str) -> dict[str, str]:
     """Return the answers of a host that routes between a gateway and the source's interface."""
     return {
@@ -412,6 +480,17 @@ def routed(gateway: str, device: str) -> dict[str, str]:
         (LIBVIRT_NAT, "vnet0", routed("virbr0", "eno1"), "eno1"),
         (PROXMOX_SIMPLE_ZONE, "tap100i0", routed("vnet1", "vmbr0"), "eno1"),
         (XEN_ROUTED, "vif5.0", routed("vif5.0", "eth0"), "eth0"),
+        (GATEWAY_ON_A_BRIDGE, "tap100i0", routed("vmbr1.10", "eno1"), "eno1"),
+        (GATEWAY_BEHIND_A_CABLE, "vnet0", routed("host0", "eno1"), "eno1"),
+        (VRF, "tap100i0", IN_VRF, "eno2"),
+        (VRF + bridge("vnet2") + tap("tap200i0", "vnet2"), "tap200i0", LEAKED, "eno2"),
+        (LIBVIRT_NAT, "vnet0", IPV6_ONLY, "eno1"),
+        (
+            LIBVIRT_NAT + nic("eno2"),
+            "vnet0",
+            {**routed("virbr0", "eno1"), f"ip -o route get {SOURCE} fibmatch": ECMP},
+            "eno1 eno2",
+        ),
     ],
 )
 def test_routed(
@@ -471,6 +550,26 @@ OVS_LEARNED = {
     )
 }
 MACVTAPS = MACVTAP + link("macvtap1", "macvtap mode bridge", other="eno1", mac=SOURCE_MAC)
+MACVLAN = MACVTAP + link("web0", "macvlan mode bridge", other="eno1", mac=SOURCE_MAC)
+# Through the external switch, by the card.
+VEPA = MACVTAPS.replace("mode bridge", "mode vepa")
+VLAN_ZONE = "".join(
+    [
+        nic("eno1", "vmbr0"),
+        bridge("vmbr0"),
+        vlan("vmbr0.10", "vmbr0", "vnet1"),
+        bridge("vnet1"),
+        tap("tap100i0", "vnet1"),
+        tap("tap200i0", "vmbr0"),
+    ]
+)
+HYPERVISOR_AS_SOURCE = (
+    nic("eno1", "br0")
+    + link("br0", "bridge forward_delay 0", mac=SOURCE_MAC)
+    + tap("vnet0", "br0")
+    + tap("vnet1", "br0")
+)
+OWN_ADDRESS = {f"ip -o addr show to {SOURCE}": f"3: br0    inet {SOURCE}/24 scope global br0"}
 
 
 def learned_on(device: str) -> dict[str, str]:
@@ -489,6 +588,11 @@ def learned_on(device: str) -> dict[str, str]:
         (OVS_NEIGHBOURS, "tap100i0", {}, "eno1"),
         (OVS_ATTACHED, "tap100i0", {}, "tap101i0"),
         (MACVTAPS, "macvtap0", {}, "macvtap1"),
+        (MACVLAN, "macvtap0", {}, "web0"),
+        (VEPA, "macvtap0", {}, "eno1"),
+        (VLAN_ZONE, "tap200i0", learned_on("tap100i0"), "tap100i0"),
+        (VLAN_ZONE, "tap100i0", learned_on("tap200i0"), "tap200i0"),
+        (HYPERVISOR_AS_SOURCE, "vnet0", OWN_ADDRESS, "br0"),
     ],
 )
 def test_source_on_the_same_host(
