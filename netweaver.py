@@ -3494,7 +3494,7 @@ def account_for(
 ) -> TraceAccount:
     """Return the trace's account of the packets of one direction.
 
-    `backend` takes them from the second point, if it's known, and `unit` is the resolution of the
+    `backend` takes them from the second point, if it's known, and `unit_ns` the resolution of the
     captures' stamps in ns.
     """
     attachment = Attachment(result, trace, unit_ns)
@@ -4855,14 +4855,15 @@ def has_own_order(algorithms: Sequence[str] | None) -> bool:
     """Return whether ssh_config gives HostKeyAlgorithms an order, which ssh then keeps to.
 
     If they are the default's, with some appended or removed, ssh prefers those of known keys.  It
-    doesn't print which it is: a list that lacks half of the default is taken for a whole one.
+    doesn't print which it is: a list with less than a third of the default's is taken for one that
+    replaces it.
     """
     answer = run_openssh("ssh", "-G", "-F", "/dev/null", "host")
     default = SshOptions(answer.stdout).algorithms("hostkeyalgorithms")
     if algorithms is None or default is None:
         return False
     kept = [name for name in default if name in algorithms]
-    return len(kept) <= len(default) / 2 or algorithms[: len(kept)] != kept
+    return len(kept) < len(default) / 3 or algorithms[: len(kept)] != kept
 
 
 def decode_base64(text: str) -> bytes:
@@ -6533,7 +6534,7 @@ TUNNEL_KINDS = ("vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "stt"
 STACKED_KINDS = ("vlan", "macvlan", "macvtap", "ipvlan", "ipvtap", "macsec")
 # Kinds of interfaces on another one that reach each other, unless their mode keeps them apart.
 SIBLING_KINDS = (("macvlan", "macvtap"), ("ipvlan", "ipvtap"))
-SEPARATE_MODES = ("vepa", "private")
+SEPARATE_MODES = ("vepa", "private", "source")
 HOST_KINDS = ("bridge", "openvswitch")  # by these the host takes part in a switch
 # Frames that leave a switch by these go nowhere else.
 DEAD_END_KINDS = (*HOST_KINDS, "patch", "ifb")
@@ -6574,7 +6575,7 @@ class Link:
     lower: str = ""  # the interface on which it is stacked, or the other end of a veth or patch
     remote: str = ""  # the IP address where a tunnel ends
     local: str = ""  # the IP address where it begins
-    mode: str = ""  # of a macvlan
+    mode: str = ""  # by which a macvlan or a bond works
     encrypts: bool = False  # what it sends through the interface below (MACsec)
     tunnel_port: int | None = None  # UDP
     function: str = ""  # of a card, that it stands for
@@ -6729,7 +6730,7 @@ class Links:
         return [name for name in switches if self.get(name).kind != "vrf"]
 
     def leads_out(self, name: str) -> bool:
-        """Return whether what is bound to an interface leaves by it: not by one without a cable."""
+        """Return whether an interface may lead out of the host: not a loopback or dummy one."""
         link = self.get(name)
         return bool(name) and link.medium != "loopback" and link.kind != "dummy"
 
@@ -6744,16 +6745,15 @@ class Links:
 
     def siblings(self, name: str) -> list[Link]:
         """Return the interfaces on the same one that an interface reaches within the host."""
-        own = self.get(name)
+        start = self.get(name)
         for kinds in SIBLING_KINDS:
-            if own.lower and own.kind in kinds and own.mode not in SEPARATE_MODES:
-                others = self.stacked_on(own.lower)
-                return [link for link in others if link.kind in kinds and link.name != name]
+            if start.lower and start.kind in kinds and start.mode not in SEPARATE_MODES:
+                return [
+                    link
+                    for link in self.stacked_on(start.lower)
+                    if link.kind in kinds and link.mode not in SEPARATE_MODES and link.name != name
+                ]
         return []
-
-    def ports(self, switches: Iterable[str]) -> list[Link]:
-        """Return the interfaces that belong to some switches."""
-        return [self.get(port) for switch in switches for port in self._ports[switch]]
 
     def is_cable_end(self, name: str) -> bool:
         """Return whether an interface is one of the two ends of a veth or patch on this host."""
@@ -6846,24 +6846,12 @@ class Ways:
         for link in links.stacked_on(vif):  # the host may take apart what a VM has tagged itself
             self._follow(links.switches(link.name))
         self.guests += links.siblings(vif)
-        for switch in sorted(self._visited):
-            self._add_guests_above(switch)
 
     @property
     def pifs(self) -> set[str]:
         """Physical interfaces."""
         likely = {name for name in self._substitutes if not re.match(CONTAINER_NAME, name)}
         return self._cards or likely or self._substitutes
-
-    def _add_guests_above(self, switch: str) -> None:
-        """Add the guests that reach a switch of the VM by a VLAN or the like on it."""
-        if self._links.get(switch).kind not in HOST_KINDS:
-            return
-        for link in self._links.stacked_on(switch):
-            if link.name in self._visited:
-                continue
-            ports = self._links.ports(self._links.switches(link.name))
-            self.guests += [port for port in (link, *ports) if port.is_guest]
 
     @property
     def gateways(self) -> list[str]:
@@ -6877,7 +6865,14 @@ class Ways:
         lower = self._links.get(link.lower)
         if lower.name not in self._visited or self._links.switches(link.name):
             return False
+        if link.kind == "vlan" and self._has_entered_vlan(lower.name):  # a different one
+            return False
         return link.kind == "veth" or lower.kind in HOST_KINDS
+
+    def _has_entered_vlan(self, switch: str) -> bool:
+        """Return whether the VM's frames get to a switch by a VLAN on it."""
+        stacked = self._links.stacked_on(switch)
+        return any(link.kind == "vlan" and link.name in self._visited for link in stacked)
 
     @property
     def open_vswitches(self) -> list[str]:
@@ -7021,12 +7016,12 @@ def local_sources(
     These are guests, or the host itself.
     """
     macs = {address: mac.lower() for address, mac in sources.items() if mac}
-    host_macs = {links.get(name).address for name in ways.gateways}
+    gateways = {links.get(name).address: name for name in ways.gateways}
     local: dict[str, str] = {}
     for address, mac in macs.items():
-        if mac in host_macs:
+        if mac in gateways:  # which several interfaces of the host may have
             for name in interfaces_with(run, [address]):
-                local[address] = name
+                local[address] = name if name in ways.gateways else gateways[mac]
     if not macs or not ways.guests:
         return local
     learned = learned_addresses(run, links, ways, sorted(set(macs.values())))
@@ -7122,7 +7117,11 @@ def route_interfaces(run: RunCommand, addresses: Iterable[str], vrf: str = "") -
     lines = _ask_each(
         run, f"{{{{ {command} fibmatch || {command}; }}}}", sorted(filter(is_address, addresses))
     )
-    names = [name for line in lines for word, name in pairwise(line.split()) if word == "dev"]
+    routes = [line for line in lines if not line.startswith("local ")]  # to the host itself
+    hops = [hop.split() for route in routes for hop in route.split("\\")]
+    names = [
+        name for hop in hops for word, name in pairwise(hop) if word == "dev" and "dead" not in hop
+    ]
     return list(dict.fromkeys(names))
 
 
@@ -9954,10 +9953,11 @@ def file_advice(info: RunInfo) -> Advice:
     or_destination = ""
     if not info.selection.destinations:
         or_destination = ", or the VM's address with -d"
-    translation = ""
-    if has_addresses and info.selection.translated:
+    if info.measured or not has_addresses:
+        translation = ""
+    elif info.selection.translated:
         translation = ". With --match-nat leave out -s and -d, which hold on both interfaces"
-    elif has_addresses:
+    else:
         translation = f". Are addresses translated ({match_nat_option(info)}, without -s and -d)?"
     return Advice(
         distinct="Capture packets that differ, such as TCP SYNs or pings",
@@ -10377,7 +10377,8 @@ class FigureLimit:
         if self.figure.unit is Unit.MICROSECONDS:
             unit = unit or "µs"
         converted = value / float(LIMIT_UNITS[self.figure.unit][unit])
-        return f"{converted:.6g} {unit}".strip()
+        digits = 6 if self.figure.unit is Unit.RATIO else 12
+        return f"{converted:.{digits}g} {unit}".strip()
 
 
 @dataclass(frozen=True)
@@ -10467,7 +10468,7 @@ def parse_limit(text: str, direction: str, stages: bool) -> Limit:
 
 def _parse_figure_limit(text: str, direction: str, stages: bool) -> FigureLimit:
     parts = re.fullmatch(
-        r"(?:([a-z_]+)\.)?([a-z_]+[\d.]*)\s*(>=|<=|>|<)\s*(\d+\.?\d*(?:e-?\d+)?)\s*(\S*)", text
+        r"(?:([a-z_]+)\.)?([a-z_]+[\d.]*)\s*(>=|<=|>|<)\s*(\d+\.?\d*(?:e-?\d{1,2})?)\s*(\S*)", text
     )
     if not parts:
         raise UsageError(
@@ -10685,9 +10686,9 @@ def is_terminal(stream: IO[str] | None) -> bool:
 
 @dataclass
 class RunResult:
-    """What a run has given."""
+    """The result of a run, and its position in a series."""
 
-    position: int  # among the runs that are measured or analysed, from 0
+    position: int  # from 0
     report: Report
     results: Sequence[DirectionResult]
     ends_series: bool = False  # since it was interrupted
@@ -12882,7 +12883,7 @@ def measure(
 ) -> Iterator[RunResult]:
     """Make runs with this traffic, one after the other, until one is interrupted.
 
-    Yields what each run has given.
+    Yields the result of each run.
     """
     for index, traffic in enumerate(probes):
         progress.begin(index)
@@ -12992,7 +12993,10 @@ class Comparer:
             )
 
     def compared(self, run: RunResult) -> Report:
-        """Take the next run; return its report, that of the last of its kind with a comparison."""
+        """Take the next run; return its report, that of a kind's last run with a comparison.
+
+        A run that ends the series is the last of its own kind only.
+        """
         if not self._baselines:
             return run.report
         kind = self._kinds[run.position]
@@ -13023,7 +13027,11 @@ def run_analysis(options: Options, signals: Signals, screen: Screen) -> int:
     kinds: list[RunKind | None] = [None]
     directions = [options.direction or "in"]
     if saved and options.baseline:
+        planned = {saved_kind(options, each) for each in saved}
         saved = without_damaged_ends(saved, options, screen.warn)
+        for kind in planned.difference(saved_kind(options, each) for each in saved):
+            if any(map(is_on_change, options.limits)):
+                raise CaptureError(f"no run of {planned_name(kind)} is left for --fail-if")
     if saved:
         kinds = [saved_kind(options, each) for each in saved]
         directions = [options.direction or each.info.direction for each in saved]

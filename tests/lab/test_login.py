@@ -191,6 +191,7 @@ KNOWN_HOSTS = {
     "an algorithm first": ("HostKeyAlgorithms ^ecdsa-sha2-nistp256", "{name} {key}"),
     "an algorithm first, known": ("HostKeyAlgorithms ^ecdsa-sha2-nistp256", "{name} {ecdsa}"),
     "an algorithm more": ("HostKeyAlgorithms +ssh-rsa", "{name} {ecdsa}"),
+    "no certificates": ("HostKeyAlgorithms -*-cert-v01@openssh.com", "{name} {ecdsa}"),
     "an algorithm less": ("HostKeyAlgorithms -ecdsa-sha2-nistp384", "{name} {ecdsa}"),
 }
 FILES = {

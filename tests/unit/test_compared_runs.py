@@ -185,3 +185,18 @@ def test_limits_on_runs_of_two_directions(tmp_path: Path) -> None:
     for limit, code in (("in.p99>1s", 2), ("out.p99>1s", 2), ("p99>1s", 0)):
         done = offline("--pcaps", str(tmp_path / "runs"), "--fail-if", limit)
         assert done.returncode == code, done.stderr
+
+
+def test_a_kind_of_which_no_run_is_left(tmp_path: Path) -> None:
+    """The others don't decide for it."""
+    flow = netweaver.Traffic("flow", 100).to_json()
+    for side in ("before", "now"):
+        save_runs(tmp_path / side, "a", runs=3)
+        save_runs(tmp_path / side, "b", runs=3, traffic=flow)
+    for run in (tmp_path / "now").glob("*-b"):
+        damage(run)
+    arguments = ("--pcaps", str(tmp_path / "now"), "--baseline", str(tmp_path / "before"))
+    assert len(lines_of(offline(*arguments))) == 3
+    done = offline(*arguments, "--fail-if", "slower")
+    assert done.returncode == 5
+    assert "no run of web1 flow-100 is left" in done.stderr

@@ -221,5 +221,6 @@ def test_a_figure_that_equals_its_limit(loss: str) -> None:
 
 
 def test_a_value_near_its_limit_is_shown_with_all_digits() -> None:
-    message = breach("p99>200", {"percentiles": {"99": 200.4}})
-    assert message == "p99 is 200.4 µs (limit p99>200)"
+    for value in ("200.4", "1234567.8"):
+        message = breach("p99>200", {"percentiles": {"99": float(value)}})
+        assert message == f"p99 is {value} µs (limit p99>200)"

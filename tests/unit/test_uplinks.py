@@ -491,6 +491,12 @@ def routed(gateway: str, device: str) -> dict[str, str]:
             {**routed("virbr0", "eno1"), f"ip -o route get {SOURCE} fibmatch": ECMP},
             "eno1 eno2",
         ),
+        (
+            LIBVIRT_NAT + nic("eno2"),
+            "vnet0",
+            {**routed("virbr0", "eno1"), f"ip -o route get {SOURCE} fibmatch": ECMP + "dead"},
+            "eno1",
+        ),
     ],
 )
 def test_routed(
@@ -499,6 +505,14 @@ def test_routed(
     found, route = Host(tmp_path, interfaces, answers).find(vif)
     assert found == pifs.split()
     assert route.kind is RouteKind.ROUTED
+
+
+def test_the_hypervisor_as_source_of_a_routed_vm(tmp_path: Path) -> None:
+    """Its packets pass none of its cards."""
+    answers = routed("vif5.0", "eth0")
+    answers[f"ip -o route get {SOURCE} fibmatch"] = f"local {SOURCE} dev eth0 src {SOURCE} "
+    with pytest.raises(RemoteCommandError, match="routes its packets"):
+        Host(tmp_path, XEN_ROUTED, answers).find("vif5.0")
 
 
 def test_route_to_an_unknown_source(tmp_path: Path) -> None:
@@ -569,7 +583,11 @@ HYPERVISOR_AS_SOURCE = (
     + tap("vnet0", "br0")
     + tap("vnet1", "br0")
 )
+VLAN_ZONES = (
+    VLAN_ZONE + vlan("vmbr0.20", "vmbr0", "vnet2") + bridge("vnet2") + tap("tap300i0", "vnet2")
+)
 OWN_ADDRESS = {f"ip -o addr show to {SOURCE}": f"3: br0    inet {SOURCE}/24 scope global br0"}
+OTHER_OWN_ADDRESS = {key: answer.replace("br0", "eno1") for key, answer in OWN_ADDRESS.items()}
 
 
 def learned_on(device: str) -> dict[str, str]:
@@ -590,9 +608,10 @@ def learned_on(device: str) -> dict[str, str]:
         (MACVTAPS, "macvtap0", {}, "macvtap1"),
         (MACVLAN, "macvtap0", {}, "web0"),
         (VEPA, "macvtap0", {}, "eno1"),
-        (VLAN_ZONE, "tap200i0", learned_on("tap100i0"), "tap100i0"),
+        (VLAN_ZONES, "tap100i0", learned_on("tap300i0"), "eno1"),
         (VLAN_ZONE, "tap100i0", learned_on("tap200i0"), "tap200i0"),
         (HYPERVISOR_AS_SOURCE, "vnet0", OWN_ADDRESS, "br0"),
+        (HYPERVISOR_AS_SOURCE, "vnet0", OTHER_OWN_ADDRESS, "br0"),
     ],
 )
 def test_source_on_the_same_host(
