@@ -221,26 +221,26 @@ def counted(number: int, singular: str, plural: str = "") -> str:
 
 
 # ---- Times -----------------------------------------------------------------------------------
-# In seconds, with the values that follow from those before them.
+# In seconds.  The comment of a value that is computed from others begins with the result.
 
 HEARTBEAT_SECONDS = 2  # between two renewals of a job's lease, each of which the host answers
 # Without a sign of life for five heartbeats, either end gives the other up.
 IDLE_SECONDS = 5 * HEARTBEAT_SECONDS  # 10, which README names
 CONNECT_SECONDS = IDLE_SECONDS  # 10, for each step of a connection and each block of a file
-# The kernel gives up a peer that acknowledges nothing a heartbeat earlier: it knows the reason.
+# The kernel gives up a silent peer a heartbeat earlier, since the kernel's error names the reason.
 DEAD_PEER_SECONDS = IDLE_SECONDS - HEARTBEAT_SECONDS  # 8
-# An answer is overdue a heartbeat later, so that a lost connection is reported as such, and not as
+# An answer is overdue a heartbeat after IDLE_SECONDS, so that a lost connection is not reported as
 # a slow command. Wherever a connection stalls, the run ends within this time.
 ANSWER_SECONDS = IDLE_SECONDS + HEARTBEAT_SECONDS  # 12, for a look-up, or a tool's start or end
 LONG_ANSWER_SECONDS = 2 * ANSWER_SECONDS  # 24, for a look-up by many commands, on a busy host
 KILL_SECONDS = ANSWER_SECONDS // 4  # 3, from TERM to KILL
-GRACE_SECONDS = 0.5  # for a call to remove its files, when a signal ends the program meanwhile
+GRACE_SECONDS = 0.5  # after a signal, for the calls in other threads to remove their files
 
 # ---- Model -----------------------------------------------------------------------------------
 # The values that the phases of an analysis exchange.  All times and delays are integer nanoseconds.
 
-FOREVER = 1 << 62  # ns, and before 0 as well
-NO_DELAY = -(1 << 63)
+FOREVER = 1 << 62  # later than any time stamp; -FOREVER is earlier than any
+NO_DELAY = -(1 << 63)  # in place of a delay: the lowest value of an array("q")
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: there are just two
@@ -259,24 +259,24 @@ DIRECTIONS = {"in": (IN,), "out": (OUT,), "both": (IN, OUT)}
 
 @dataclass(frozen=True)
 class Window:
-    """The period that is measured, by the clock of the captures; without arguments, all of it.
+    """The period that is measured, by the clock of the captures; without arguments, all time.
 
-    If `is_live`, `watched_until` cuts through traffic that goes on: packets that may have been
-    under way then are undecided, and so is all that was sent after the first of them.
+    If `is_live`, packets may still be under way at `watched_until`: these are undecided, and so
+    are all packets that were sent after the first of them.
     """
 
     start: int = -FOREVER  # earlier packets and arrivals are in no count
     end: int = FOREVER  # of the traffic, or of the first point's capture
-    watched_until: int = FOREVER  # the second point; later packets are not certainly captured
+    watched_until: int = FOREVER  # at the second point; later packets may not have been captured
     wait: int = 0  # how long the user is willing to wait for a packet
-    watched_from: int = -FOREVER  # the second point
+    watched_from: int = -FOREVER  # at the second point
     is_live: bool = True
 
     def decided(self, longest: int) -> tuple[int, int]:
-        """Return the period in which a packet must have been sent to be lost if it is missing.
+        """Return the first and the last time of sending at which a missing packet counts as lost.
 
-        `longest` is the delay of the slowest packet: in live traffic the second point must have
-        been watched for so long.
+        A missing packet that was sent earlier or later is undecided.  In live traffic the second
+        point must have been watched for `longest`, the delay of the slowest packet, after sending.
         """
         if self.is_live:
             return self.watched_from, self.watched_until - longest
@@ -288,7 +288,7 @@ ALWAYS = Window()
 
 @dataclass
 class PointSightings:
-    """The packets that were seen at one capture point, in order of time."""
+    """The packets that were seen at one capture point; after `sort`, in order of time."""
 
     ids: array[int] = field(default_factory=lambda: array("I"))
     times: array[int] = field(default_factory=lambda: array("q"))
@@ -318,7 +318,7 @@ class PointSightings:
         return PointSightings(self.ids[begin:], self.times[begin:])
 
     def ranks_between(self, earliest: int, latest: int) -> range:
-        """Return the ranks of the sightings of a period."""
+        """Return the ranks (positions) of the sightings from `earliest` to `latest`, inclusive."""
         return range(bisect_left(self.times, earliest), bisect(self.times, latest))
 
     def truncate(self, size: int) -> None:
@@ -330,25 +330,28 @@ class PointSightings:
 class Sightings:
     """The packets of one direction that were seen at each capture point.
 
-    Packets with the same identity share an id: ids count distinct identities from 0.
+    Packets with the same identity share an id: ids count distinct identities from 0.  If
+    `translated`, addresses are ignored: packets that differ only in them share an id, too.
     """
 
     def __init__(self, direction: Direction, translated: bool = False) -> None:
         self.direction = direction
         self.points = {direction.first: PointSightings(), direction.second: PointSightings()}
         self.translated = translated
+        # By identity; looking up a new one adds it, with the next number as its id.
         self._ids: defaultdict[bytes, int] = defaultdict(count().__next__)
-        self._sequence: list[bytes] = []  # by id, what the capture points read so far have seen
-        self._next_id = 0  # of the packet that is expected next
-        self._originals: list[bytes] = []  # the identities with addresses, if those are ignored
+        self._sequence: list[bytes] = []  # identities by id, of the points that have been read
+        self._expected_id = 0  # of the packet that the second point probably sees next
+        self._originals: list[bytes] = []  # if `translated`: by id, an identity with addresses
 
     def take_identities(self) -> list[bytes]:
-        """Return the identity of each id, and forget them, since the table of ids is large.
+        """Return the identity of each id, and free the table of ids, which is large.
 
-        If addresses are ignored, it is the identity of the first sighting.
+        If addresses are ignored, an id has the identity of its first sighting.
         """
-        identities = self._originals
-        if not self.translated:
+        if self.translated:
+            identities = self._originals
+        else:
             self._complete_sequence()
             identities = self._sequence
         self._ids.clear()
@@ -359,12 +362,13 @@ class Sightings:
         if not self.translated:
             self.points[point].add(self._look_up(identities), times)
             return
-        ids = self._look_up(
+        without_addresses = (
             identity[:ADDRESSES] + _transport_of(identity) for identity in identities
         )
+        ids = self._look_up(without_addresses)
         self.points[point].add(ids, times)
         for packet_id, identity in zip(ids, identities):
-            if packet_id == len(self._originals):
+            if packet_id == len(self._originals):  # its first sighting
                 self._originals.append(identity)
 
     def end(self, point: str) -> None:
@@ -374,7 +378,7 @@ class Sightings:
 
     def _complete_sequence(self) -> None:
         if len(self._sequence) < len(self._ids):
-            self._sequence = list(self._ids)
+            self._sequence = list(self._ids)  # a dict keeps the order in which ids were given
 
     def _look_up(self, identities: Iterable[bytes]) -> list[int]:
         """Return the ids of packets; an identity that is new gets the next id.
@@ -383,9 +387,9 @@ class Sightings:
         that is expected next is faster than a look-up.
         """
         sequence = self._sequence
-        if not sequence:
+        if not sequence:  # the first point is being read
             return list(map(self._ids.__getitem__, identities))
-        expected = self._next_id
+        expected = self._expected_id
         ids = []
         for identity in identities:
             if expected < len(sequence) and identity == sequence[expected]:
@@ -394,7 +398,7 @@ class Sightings:
                 packet_id = self._ids[identity]
             ids.append(packet_id)
             expected = packet_id + 1
-        self._next_id = expected
+        self._expected_id = expected
         return ids
 
 
@@ -405,7 +409,7 @@ class PacketClass(IntEnum):
     AMBIGUOUS = 1  # shares its identity with other packets sent: counted, but never timed
     LOST = 2
     UNDECIDED = 3  # missing at the second point, which may not have been watched: not counted
-    # Only while packets are matched: copies of a repeated packet, as many as are missing.
+    # Until `match` makes them AMBIGUOUS: of packets that share an identity, as many as are missing.
     AMBIGUOUS_LOST = 4
     AMBIGUOUS_UNDECIDED = 5
 
@@ -416,8 +420,8 @@ class Undecided:
 
     under_way: int = 0  # when the captures were stopped, and all that were sent later
     unwatched: int = 0  # missing at the second point, which was not captured at that time
-    unwatched_first: int = 0  # the same, with the points exchanged
-    uncaptured: int = 0  # missing, as many as the second point's capture dropped or cut
+    unwatched_first: int = 0  # missing at the first point, which was not captured at that time
+    uncaptured: int = 0  # missing, up to the number that the second point's capture dropped or cut
 
     @property
     def sent(self) -> int:
@@ -431,13 +435,13 @@ class Undecided:
 
 @dataclass
 class Counts:
-    """The numbers of packets of one direction, those that are undecided apart."""
+    """The numbers of packets of one direction; the undecided ones are only in `undecided`."""
 
     matched: int  # seen at both points, ambiguous ones included
     ambiguous: int
     lost: int
     duplicated: int  # further arrivals of packets that had arrived already
-    second_only: int
+    second_only: int  # arrivals of packets that the first point has not seen
     strays: int  # packets with an arrival too long before or after they were sent
     undecided: Undecided
 
@@ -458,7 +462,7 @@ class Counts:
 
     @property
     def loss_ratio(self) -> float:
-        """The share of lost packets (RFC 7680)."""
+        """The share of lost packets (RFC 7680), given that at least one passed the first point."""
         return self.lost / self.first
 
 
@@ -486,8 +490,8 @@ class DirectionResult:
 
     @cached_property
     def kinds(self) -> dict[bytes, bytes]:
-        """One identity of each kind: IP version and protocol."""
-        return dict(zip(map(itemgetter(slice(2)), self.identities), self.identities))
+        """One identity of each kind, by its first two bytes: IP version and protocol."""
+        return {identity[:2]: identity for identity in self.identities}
 
     def identity(self, rank: int) -> bytes:
         return self.identities[self.ids[rank]]
@@ -505,7 +509,7 @@ class DirectionResult:
 class GuestTimes:
     """The VM's times to answer probes, and the numbers of answered and unanswered ones."""
 
-    times: dict[int, int]  # from the probe's arrival at the vif to its answer's departure, by rank
+    times: dict[int, int]  # by a probe's rank: from its arrival at the vif until its answer leaves
     unanswered: int
     undecided: int  # not answered, but not watched for as long as the slowest answer took
     ambiguous: int  # sent several times, so that it is unknown which of them was answered
@@ -542,9 +546,9 @@ ADDRESSES = 6  # offset of the addresses in an identity
 PAYLOAD = 32  # bytes of payload in an identity
 MOST_HEADERS = 32  # in one frame; real traffic has fewer
 
-# Ethertypes, and two values that are none.
+# Ethertypes, and two values that stand in for one.
 UNKNOWN = 0  # no IP packet follows
-ANY_IP = -1  # an IP header follows, which has the version
+ANY_IP = -1  # an IP header follows, whose first byte has the version
 IPV4 = 0x0800
 ARP = 0x0806
 TRANSPARENT_ETHERNET = 0x6558
@@ -552,8 +556,8 @@ IPV6 = 0x86DD
 MPLS = (0x8847, 0x8848)
 PPPOE_SESSION = 0x8864
 MACSEC = 0x88E5
-LARGEST_LENGTH = 1500  # a field with less is no ethertype, but the length of a frame with LLC
-# Bytes after the ethertypes of headers that end with the ethertype of what follows; that counts.
+LARGEST_LENGTH = 1500  # up to this, a field is no ethertype, but the length of a frame with LLC
+# By ethertype: the bytes after it, in headers whose last field is the ethertype of what follows.
 TAG_SIZES = {
     0x8100: 4,  # VLAN (802.1Q)
     0x88A8: 4,  # service VLAN (802.1ad)
@@ -578,12 +582,12 @@ LINUX_SLL = 113  # of tcpdump -i any
 LINUX_SLL2 = 276
 IP_OFFSETS = {  # of link types that have only IP packets, after a header of this size
     0: 4,  # BSD's loopback
-    12: 0,
-    14: 0,
-    101: 0,
+    12: 0,  # raw IP
+    14: 0,  # raw IP of OpenBSD
+    101: 0,  # raw IP, as pcap files have it
     108: 4,  # OpenBSD's loopback
-    228: 0,
-    229: 0,
+    228: 0,  # raw IPv4
+    229: 0,  # raw IPv6
 }
 LINK_TYPES = {EN10MB, LINUX_SLL, LINUX_SLL2, *IP_OFFSETS}
 
@@ -625,18 +629,18 @@ CWR = 0x80
 # A plain frame is Ethernet, with one VLAN tag at most, and contains a TCP segment or UDP datagram
 # in an IPv4 packet without options.
 PLAIN_FRAME = (
-    "12x3s"  # ethertype, version and size of the IP header
-    "x4s"  # length and identification
+    "12x3s"  # skips MAC addresses; ethertype, version and size of the IP header
+    "x4s"  # skips the type of service; length and identification
     "2s"  # flags and offset of fragmentation
-    "xB"  # protocol
-    "2x22s"  # addresses; transport header up to TCP's flags
+    "xB"  # skips the time to live; protocol
+    "2x22s"  # skips the checksum; addresses (8), transport header up to TCP's flags (14)
 )
 PLAIN_FIELDS_SIZE = 48  # up to TCP's flags
 PLAIN_SIZE = 54  # up to the end of TCP's header without options
 TAGGED = b"\x81\x00"
 PLAIN_IPV4 = b"\x08\x00\x45"
 UNFRAGMENTED = (b"\0\0", b"\x40\0")  # without and with the flag "don't fragment"
-NO_TCP_OPTIONS = 0x50
+NO_TCP_OPTIONS = 0x50  # the byte of TCP's header that has its size: 5 words
 PLAIN_TCP = bytes([4, TCP])
 PLAIN_UDP = bytes([4, UDP])
 
@@ -653,10 +657,10 @@ def identify(
 ) -> list[bytes]:
     """Return the identities of the IP packets in a frame, the outermost first.
 
-    A frame with ARP has none, even if that is in a tunnel.  `tunnel_ports` are the kinds of UDP
-    tunnels by port.
-    Raises one of TOO_SHORT if the frame ends before the innermost packet is identified, unless the
-    packet around it is whole: then its content is malformed.
+    A frame with ARP has none, even if that is in a tunnel.  `linktype` is one of LINK_TYPES, and
+    `tunnel_ports` are the kinds of UDP tunnels by port.
+    Raises one of TOO_SHORT if the frame ends before the innermost packet is identified.  But if the
+    packet around that is whole, its content is malformed, and is ignored.
     """
     if linktype == EN10MB:
         identity = _identify_plain(frame, 0, len(frame), tunnel_ports)
@@ -674,7 +678,7 @@ def _dissect(frame: bytes, linktype: int, tunnel_ports: Mapping[int, str]) -> li
         for _ in range(MOST_HEADERS):
             if ethertype in (IPV4, IPV6, ANY_IP):
                 version = frame[offset] >> 4
-                if version == 4 and frame[offset] >= 0x45:  # whose header has 20 bytes or more
+                if version == 4 and frame[offset] >= 0x45:  # a header of 5 words or more
                     identity, transport, size = _identify_ipv4(frame, offset)
                 elif version == 6:
                     identity, transport, size = _identify_ipv6(frame, offset)
@@ -690,7 +694,7 @@ def _dissect(frame: bytes, linktype: int, tunnel_ports: Mapping[int, str]) -> li
             else:
                 ethertype, offset = _after_header(frame, ethertype, offset)
     except TOO_SHORT:
-        if not packets or packet_end > len(frame):
+        if not packets or packet_end > len(frame):  # else the last packet's content is malformed
             raise
     return packets
 
@@ -702,21 +706,22 @@ def _identify_plain(data: bytes, start: int, end: int, tunnel_ports: Mapping[int
     """
     if end - start < PLAIN_SIZE:
         return b""
+    # `header` begins with the addresses (8 bytes): [20] is TCP's header size, and [21] its flags.
     kind, length_and_id, fragmentation, protocol, header = _plain_fields(data, start)
     if kind != PLAIN_IPV4 and kind[:2] == TAGGED and end - start >= PLAIN_SIZE + 4:
-        start += 4  # from here on the frame is as one without a tag
+        start += 4  # from here on, offsets are those of a frame without a tag
         kind, length_and_id, fragmentation, protocol, header = _plain_fields(data, start)
     if kind != PLAIN_IPV4 or fragmentation not in UNFRAGMENTED:
         return b""
     if protocol == TCP:
         segment: bytes = PLAIN_TCP + length_and_id + header
-        if header[20] == NO_TCP_OPTIONS or header[21] & SYN:
+        if header[20] == NO_TCP_OPTIONS or header[21] & SYN:  # routers edit the options of a SYN
             return segment
-        options_end = start + 34 + (header[20] >> 4) * 4
+        options_end = start + 34 + (header[20] >> 4) * 4  # 14 bytes of Ethernet, 20 of IPv4
         if options_end <= end:
             return segment + data[start + PLAIN_SIZE : options_end]
     elif protocol == UDP:
-        headers: bytes = PLAIN_UDP + length_and_id + header[:14]
+        headers: bytes = PLAIN_UDP + length_and_id + header[:14]  # up to UDP's length
         return _identify_plain_udp(data, start, end, headers, tunnel_ports)
     return b""
 
@@ -728,7 +733,7 @@ def _identify_plain_udp(
 
     `headers` is the part of the identity that comes from the headers.
     """
-    ip_length, destination_port, udp_length = _plain_udp_fields(data, start + 16)
+    ip_length, destination_port, udp_length = _plain_udp_fields(data, start + 16)  # IP's length
     payload = start + 42  # after the headers: 14 bytes of Ethernet, 20 of IPv4, 8 of UDP
     payload_end = payload + udp_length - 8
     if payload_end > payload + PAYLOAD:
@@ -745,7 +750,7 @@ def _u16(data: bytes, offset: int) -> int:
 
 
 def _part(data: bytes, offset: int, size: int) -> bytes:
-    """Return a part of the data; raises IndexError if the data end before it does."""
+    """Return a part of the data; raises IndexError if it is not empty, and the data end earlier."""
     if size and offset + size > len(data):
         raise IndexError
     return data[offset : offset + size]
@@ -755,32 +760,35 @@ def _link_header(frame: bytes, linktype: int) -> tuple[int, int]:
     """Return the ethertype of what a frame carries, and where that begins."""
     if linktype == EN10MB:
         return _u16(frame, 12), 14
-    if linktype == LINUX_SLL:
+    if linktype == LINUX_SLL:  # its header has 16 bytes, the ethertype at the end
         return _u16(frame, 14), 16
-    if linktype == LINUX_SLL2:
+    if linktype == LINUX_SLL2:  # its header has 20 bytes, the ethertype at the beginning
         return _u16(frame, 0), 20
     return ANY_IP, IP_OFFSETS[linktype]
 
 
 def _after_header(frame: bytes, ethertype: int, offset: int) -> tuple[int, int]:
-    """Return the ethertype of what follows a header other than IP's, and where it begins."""
+    """Return the ethertype of what follows a header other than IP's, and where that begins.
+
+    `ethertype` is the header's own, and `offset` where the bytes after it begin.
+    """
     if ethertype in TAG_SIZES:
         offset += TAG_SIZES[ethertype]
         return _u16(frame, offset - 2), offset
     if ethertype in MPLS:
-        is_last = frame[offset + 2] & 1
-        if not is_last:
+        is_last_label = frame[offset + 2] & 1
+        if not is_last_label:
             return ethertype, offset + 4
-        if frame[offset + 4] >> 4 == 0:  # control word of a pseudowire
+        if frame[offset + 4] >> 4 == 0:  # control word of a pseudowire (RFC 4385)
             return TRANSPARENT_ETHERNET, offset + 8
         return ANY_IP, offset + 4
     if ethertype == PPPOE_SESSION and _u16(frame, offset + 6) in PPP_IP:
-        return ANY_IP, offset + 8
+        return ANY_IP, offset + 8  # 6 bytes of PPPoE, 2 of PPP
     if ethertype == MACSEC:
         flags = frame[offset]
         is_encrypted = flags & 0x0C
-        size = 8
-        if flags & 0x20:  # with the channel's identifier
+        size = 8  # with the ethertype of what follows
+        if flags & 0x20:  # with the secure channel's identifier
             size = 16
         if not is_encrypted:
             return _u16(frame, offset + size - 2), offset + size
@@ -792,16 +800,17 @@ def _after_header(frame: bytes, ethertype: int, offset: int) -> tuple[int, int]:
 def _tunnel_content(
     frame: bytes, identity: bytes, transport: int, tunnel_ports: Mapping[int, str]
 ) -> tuple[int, int]:
-    """Return the ethertype of what a packet carries if it belongs to a tunnel, and where it begins.
+    """Return the ethertype of what a tunnel's packet carries, and where that begins.
 
-    `transport` is where the packet's payload begins.
+    The ethertype is UNKNOWN if the packet belongs to no tunnel.  `transport` is where the header
+    after that of IP begins.
     """
     protocol = identity[1]
     if identity[0] & NOT_FIRST:
         return UNKNOWN, transport
     if protocol == UDP:
-        kind = tunnel_ports.get(_u16(frame, transport + 2))
-        return _udp_tunnel_content(frame, kind, transport)
+        destination_port = _u16(frame, transport + 2)
+        return _udp_tunnel_content(frame, tunnel_ports.get(destination_port), transport)
     if protocol == GRE:
         content = transport + 4
         for optional_field in (0x80, 0x20, 0x10):  # checksum, key, sequence number
@@ -816,16 +825,17 @@ def _tunnel_content(
 
 
 def _udp_tunnel_content(frame: bytes, kind: str | None, udp: int) -> tuple[int, int]:
+    """Return what `_tunnel_content` does, for a UDP datagram; `kind` is None outside of tunnels."""
     if kind is None:
         return UNKNOWN, udp
     header = udp + 8
-    flags = frame[header]
+    first_byte = frame[header]
     if kind == GENEVE:
-        version = flags >> 6
-        options = (flags & 0x3F) * 4
+        version = first_byte >> 6
+        options_size = (first_byte & 0x3F) * 4
         if version == 0:
-            return _u16(frame, header + 2), header + 8 + options
-    if kind == VXLAN and flags & 0x08:  # its identifier is valid
+            return _u16(frame, header + 2), header + 8 + options_size
+    if kind == VXLAN and first_byte & 0x08:  # the flag that its network identifier is valid
         return TRANSPARENT_ETHERNET, header + 8
     return UNKNOWN, udp
 
@@ -836,15 +846,15 @@ def _identify_ipv4(frame: bytes, offset: int) -> tuple[bytes, int, int]:
         frame, offset
     )
     header_size = (version_and_size & 0x0F) * 4
-    size = _u16(length_and_id, 0) - header_size
-    offset += header_size
-    if fragmentation & 0x1FFF:
+    payload_size = _u16(length_and_id, 0) - header_size
+    payload = offset + header_size
+    if fragmentation & 0x1FFF:  # an offset: it is not the first fragment
         identity = bytes([4 | NOT_FIRST, protocol]) + length_and_id + addresses
         identity += fragmentation.to_bytes(2, "big")
     else:
         identity = bytes([4, protocol]) + length_and_id + addresses
-        identity += _transport_identity(frame, protocol, offset, size)
-    return identity, offset, size
+        identity += _transport_identity(frame, protocol, payload, payload_size)
+    return identity, payload, payload_size
 
 
 def _identify_ipv6(frame: bytes, offset: int) -> tuple[bytes, int, int]:
@@ -859,14 +869,14 @@ def _identify_ipv6(frame: bytes, offset: int) -> tuple[bytes, int, int]:
     while protocol in EXTENSION_HEADERS:
         extension = protocol
         protocol = frame[offset]
-        extension_size = (frame[offset + 1] + 1) * 8
+        extension_size = (frame[offset + 1] + 1) * 8  # RFC 8200
         if extension == AUTHENTICATION:
-            extension_size = (frame[offset + 1] + 2) * 4
+            extension_size = (frame[offset + 1] + 2) * 4  # RFC 4302
         elif extension == FRAGMENT:
             extension_size = 8
             fragment = _part(frame, offset + 2, 6)  # offset and flags, identification
             ip_id = fragment[4:]
-            if _u16(fragment, 0) & 0xFFF8:
+            if _u16(fragment, 0) & 0xFFF8:  # an offset: it is not the first fragment
                 identity = bytes([6 | NOT_FIRST, protocol]) + length + ip_id + addresses + fragment
                 return identity, offset + 8, end - offset - 8
         offset += extension_size
@@ -878,10 +888,11 @@ def _identify_ipv6(frame: bytes, offset: int) -> tuple[bytes, int, int]:
 def _transport_identity(frame: bytes, protocol: int, offset: int, size: int) -> bytes:
     """Return the part of an identity that comes from the payload of the IP packet.
 
-    `_identify_plain` and `_read_equal_records` make the same of plain frames, only faster.
+    `offset` is where the payload begins, and `size` its size by the IP header.  `_identify_plain`
+    and `_read_equal_records` must make the same of plain frames, only faster.
     """
     if protocol == TCP:
-        header = _part(frame, offset, 14)  # ports, numbers, size of the header, flags
+        header = _part(frame, offset, 14)  # ports, numbers, size of the header [12], flags [13]
         if header[13] & SYN:  # routers edit its options
             return header
         # The time stamps in the options distinguish a segment from its retransmission.
@@ -889,7 +900,9 @@ def _transport_identity(frame: bytes, protocol: int, offset: int, size: int) -> 
         return header + _part(frame, offset + 20, max(options_size, 0))
     if protocol == UDP:
         header = _part(frame, offset, 6)  # ports and length
-        udp_length = _u16(header, 4) or size  # a jumbogram has none
+        udp_length = _u16(header, 4)
+        if udp_length == 0:  # a jumbogram (RFC 2675)
+            udp_length = size
         payload_size = min(udp_length, size) - 8
         return header + _part(frame, offset + 8, min(max(payload_size, 0), PAYLOAD))
     if protocol in (ICMP, ICMPV6):
@@ -914,13 +927,14 @@ def _transport_of(identity: bytes) -> bytes:
 
 
 def flow_of(identity: bytes) -> bytes:
-    """Return what identifies a packet's flow: IP version, protocol, addresses and ports."""
+    """Return what identifies a packet's flow: IP version, protocol, addresses, and any ports."""
     return identity[:2] + identity[ADDRESSES : _flow_end(identity)]
 
 
 def _flow_end(identity: bytes) -> int:
     """Return where the addresses and ports in an identity end."""
     end = ADDRESSES + len(addresses_of(identity))
+    # The first byte of a later fragment, which has no ports, is neither 4 nor 6.
     if identity[0] in (4, 6) and identity[1] in (TCP, UDP):
         end += 4
     return end
@@ -957,19 +971,22 @@ def describe(identity: bytes) -> PacketFields:
     transport = _transport_of(identity)
     half = len(addresses) // 2
     is_ipv6 = half == 16
+    length = _u16(identity, 2)
+    if is_ipv6:
+        length += 40  # of the header, which IPv6's length field leaves out
     packet = PacketFields(
         source=str(ip_address(addresses[:half])),
         destination=str(ip_address(addresses[half:])),
         protocol=PROTOCOL_NAMES.get(protocol, str(protocol)),
-        length=_u16(identity, 2),
+        length=length,
     )
-    if is_ipv6:
-        packet.length = 40 + _u16(identity, 2)
-    if not is_ipv6 or any(identity[4:6]):
-        packet.ip_id = _u16(identity, 4)
+    ip_id = _u16(identity, 4)
+    if ip_id or not is_ipv6:  # in IPv6 only fragments have one
+        packet.ip_id = ip_id
     if identity[0] & NOT_FIRST:
-        packet.fragment_offset = _u16(transport, 0) & 0xFFF8
-        if not is_ipv6:
+        if is_ipv6:  # the lowest three bits are not of the offset
+            packet.fragment_offset = _u16(transport, 0) & 0xFFF8
+        else:  # in units of 8 bytes; the highest three bits are flags
             packet.fragment_offset = (_u16(transport, 0) & 0x1FFF) * 8
     elif protocol in (TCP, UDP):
         packet.source_port, packet.destination_port = unpack_from(">HH", transport)
@@ -1004,14 +1021,15 @@ class ProbeFilter:
         return self.port in unpack_from(">HH", _transport_of(identity))
 
     def expression(self, header: str, offset: int, ipv6: bool) -> str:
-        """Return the pcap-filter(7) expression for an IP header at an offset from a known header.
+        """Return the pcap-filter(7) expression for probes and their answers.
 
-        Over IPv6 it finds all of ICMPv6, which is the only protocol of probes there.
+        Their IP header begins `offset` bytes after the beginning of `header`, such as "ether".
+        Over IPv6 all of ICMPv6 is captured, which is the only protocol of probes there.
         """
         if ipv6:
             return f"{header}[{offset + 6}] = {ICMPV6}"
         expression = f"{header}[{offset + 9}] = {self.protocol}"
-        if self.port is not None:
+        if self.port is not None:  # the ports come after 20 bytes, a header without options
             source = f"{header}[{offset + 20}:2] = {self.port}"
             destination = f"{header}[{offset + 22}:2] = {self.port}"
             expression += f" and ({source} or {destination})"
@@ -1032,8 +1050,8 @@ class Selection:
     translated: bool = False  # addresses change on the way, so that matching has to ignore them
     probes: ProbeFilter | None = None
     tunnel_ports: Mapping[int, str] = field(default_factory=TUNNEL_PORTS.copy)
-    captures_either: bool = False  # one of the two addresses suffices in a filter
-    excluded_sources: Sequence[str] = ()  # of packets that go IN
+    captures_either: bool = False  # in a filter, one of a packet's two addresses suffices
+    excluded_sources: Sequence[str] = ()  # no packet from these goes IN, and none to them OUT
 
     def __post_init__(self) -> None:
         self._sources = frozenset(map(_packed, self.sources))
@@ -1066,10 +1084,10 @@ class Selection:
         return None
 
     def excludes(self, addresses: bytes) -> bool:
-        """Return whether a packet goes the opposite way, by its packed source and destination."""
+        """Return whether `excluded_sources` reject a packet, by its packed addresses."""
         half = len(addresses) // 2
-        sender = addresses[:half] if IN in self.directions else addresses[half:]
-        return sender in self._excluded_sources
+        inbound_source = addresses[:half] if IN in self.directions else addresses[half:]
+        return inbound_source in self._excluded_sources
 
     def _is_inbound(self, source: bytes, destination: bytes) -> bool:
         if self._sources and source not in self._sources:
@@ -1081,8 +1099,8 @@ class Selection:
     def vif_filter(self, ethernet: bool) -> str:
         """Return the pcap-filter(7) expression that captures the packets on the vif.
 
-        A guest that is a VLAN trunk tags its frames itself.  If addresses are translated, one of
-        the two is on the vif as the sources know it: either suffices.
+        They may have VLAN tags here, too, by a guest that is a trunk.  If addresses are translated,
+        only one of the two is on the vif as the sources know it: either suffices.
         """
         selection = replace(self, captures_either=self.translated)
         return selection.pif_filter(ethernet, overlay=False)
@@ -1090,9 +1108,9 @@ class Selection:
     def pif_filter(self, ethernet: bool, overlay: bool) -> str:
         """Return the expression that captures the packets on a pif, under up to two VLAN tags.
 
-        With `overlay` it also captures tunnels that may carry them.  The card has taken the tag
-        away from frames that are received, but may not from those that are sent: for them it tests
-        bytes, since the keyword `vlan` doesn't look at bytes before libpcap 1.9.
+        With `overlay` it also captures tunnels that may carry them.  Frames that are received have
+        lost their tag to the card, but those that are sent may still have it.  The expression finds
+        it by testing bytes, since the keyword `vlan` doesn't look at bytes before libpcap 1.9.
         """
         expression = self._plain_expression()
         if overlay:
@@ -1101,57 +1119,61 @@ class Selection:
             return expression
         outer = "(ether[12:2] = 0x8100 or ether[12:2] = 0x88a8)"
         inner = "(ether[16:2] = 0x8100 or ether[16:2] = 0x88a8)"
+        # Each tag moves the IP header, which is at 14 without tags, by 4 bytes.
         once = self._tagged_expression(18, overlay)
         twice = self._tagged_expression(22, overlay)
         return f"({expression}) or ({outer} and ({once} or ({inner} and ({twice}))))"
 
     @property
     def _ipv6(self) -> bool:
+        """Whether filters are for IPv6: they require at least one destination."""
         return ":" in self.destinations[0]
 
     @property
     def _ethertype(self) -> str:
         return "0x86dd" if self._ipv6 else "0x0800"
 
-    def _addresses_expression(self, source: Term, destination: Term) -> str:
+    def _addresses_expression(self, as_source: Term, as_destination: Term) -> str:
         """Combine the terms for addresses as source and as destination of a packet.
 
-        In pcap-filter(7) `and` binds no stronger than `or`.
+        Every list is in parentheses, since in pcap-filter(7) `and` binds no stronger than `or`.
         """
-        ways = []
+        alternatives = []
         for direction in self.directions:
-            near, far = source, destination
+            source_term, destination_term = as_source, as_destination
             if direction is OUT:
-                near, far = destination, source
+                source_term, destination_term = as_destination, as_source
             terms = []
             if self.sources:
-                terms.append(f"({' or '.join(map(near, self.sources))})")
-            terms.append(f"({' or '.join(map(far, self.destinations))})")
+                terms.append(f"({' or '.join(map(source_term, self.sources))})")
+            terms.append(f"({' or '.join(map(destination_term, self.destinations))})")
             operator = " or " if self.captures_either else " and "
-            ways.append(f"({operator.join(terms)})")
-        return f"({' or '.join(ways)})"
+            alternatives.append(f"({operator.join(terms)})")
+        return f"({' or '.join(alternatives)})"
 
     def _plain_expression(self) -> str:
-        version = "ip6" if self._ipv6 else "ip"
-        terms = [version]
+        """Return an expression for the traffic in frames without tags and tunnels."""
+        header = "ip6" if self._ipv6 else "ip"
+        terms = [header]
         if self.probes:
-            terms.append(self.probes.expression(version, 0, self._ipv6))
+            terms.append(self.probes.expression(header, 0, self._ipv6))
         terms.append(self._addresses_expression("src host {}".format, "dst host {}".format))
         return " and ".join(terms)
 
     def _bytes_expression(self, header: str, offset: int) -> str:
-        """Return an expression on the bytes of packets in frames with the IP header at the offset.
+        """Return an expression for the traffic that only tests bytes.
 
-        The offset is from the beginning of a header that pcap-filter(7) knows, as "ether".
+        Its IP header begins `offset` bytes after the beginning of `header`, which is one that
+        pcap-filter(7) knows, such as "ether".
         """
-        first, second = (8, 24) if self._ipv6 else (12, 16)
+        source_at, destination_at = (8, 24) if self._ipv6 else (12, 16)  # in the IP header
         terms = [f"{header}[{offset - 2}:2] = {self._ethertype}"]
         if self.probes:
             terms.append(self.probes.expression(header, offset, self._ipv6))
         terms.append(
             self._addresses_expression(
-                partial(_address_at, header, offset + first),
-                partial(_address_at, header, offset + second),
+                partial(_address_at, header, offset + source_at),
+                partial(_address_at, header, offset + destination_at),
             )
         )
         return " and ".join(terms)
@@ -1159,18 +1181,18 @@ class Selection:
     def _tunnel_expression(self) -> str:
         """Return an expression for VXLAN, Geneve and GRE packets that may carry the traffic.
 
-        It looks inside VXLAN, and Geneve without options, over IPv4 and without an inner tag: there
-        the packet is at a fixed offset.  All other packets of tunnels are captured.
+        Their content is tested in VXLAN, and Geneve without options, over IPv4 and without an inner
+        tag: there it is at a fixed offset.  All other packets of tunnels are captured.
         """
         ports = " or ".join(f"udp dst port {port}" for port in self.tunnel_ports)
         geneve = [port for port, kind in self.tunnel_ports.items() if kind == GENEVE]
         geneve_ports = " or ".join(f"udp dst port {port}" for port in geneve)
         geneve_with_options = f"(({geneve_ports}) and udp[8] & 0x3f != 0)"
-        # Headers of UDP and of the tunnel (8 bytes each), addresses (12), ethertype, IP packet.
-        not_plain = f"udp[28:2] != {self._ethertype}"
+        # After UDP (8 bytes), the tunnel (8) and MAC addresses (12): ethertype at 28, IP at 30.
+        other_content = f"udp[28:2] != {self._ethertype}"
         carried = f"({self._bytes_expression('udp', 30)})"
         return (
-            f"(ip and ({ports}) and ({geneve_with_options} or {not_plain} or {carried}))"
+            f"(ip and ({ports}) and ({geneve_with_options} or {other_content} or {carried}))"
             f" or (ip6 and ({ports})) or ip proto {GRE} or ip6 proto {GRE}"
         )
 
@@ -1189,7 +1211,7 @@ class Selection:
         """Return an expression for tunnels in a frame whose IP header is at the offset."""
         protocol = f"ether[{offset + protocol_at}]"
         port = f"ether[{offset + header_size + 2}:2]"
-        ports = " or ".join(f"{port} = {number}" for number in self.tunnel_ports)
+        ports = " or ".join(f"{port} = {tunnel_port}" for tunnel_port in self.tunnel_ports)
         return (
             f"(ether[{offset - 2}:2] = {ethertype} and"
             f" ({protocol} = {GRE} or ({protocol} = {UDP} and ({ports}))))"
@@ -1202,7 +1224,7 @@ def _packed(address: str) -> bytes:
 
 
 def _address_at(header: str, offset: int, address: str) -> str:
-    """Return the expression that finds an address at an offset, four bytes at a time."""
+    """Return the expression for an address at an offset, four bytes (the most) at a time."""
     packed = _packed(address)
     words = []
     for index in range(0, len(packed), 4):
@@ -1212,7 +1234,7 @@ def _address_at(header: str, offset: int, address: str) -> str:
 
 # ---- Capture files ---------------------------------------------------------------------------
 
-CHUNK = 1 << 17  # bytes that are read at once; more fit no cache, and less takes more steps
+CHUNK = 1 << 17  # bytes that are read at once; more would fit no cache, fewer take more steps
 LARGEST_RECORD = 1 << 18  # bytes; libpcap's limits
 LARGEST_BLOCK = 1 << 24
 PCAP_HEADER = 24  # bytes
@@ -1236,7 +1258,7 @@ PCAP_FORMATS = {  # by magic number
     0x1C0001AC: PcapFormat(NANOSECONDS, file_header=28),
 }
 PCAP_VERSION = (2, 4)
-BYTE_ORDERS = "<>"
+BYTE_ORDERS = "<>"  # of `struct`: little-endian, big-endian
 OTHER_FORMATS = {  # by the bytes at their beginning
     b"snoop\0": "snoop",
     b"GMBU": "Network Monitor",
@@ -1249,7 +1271,7 @@ OTHER_FORMATS = {  # by the bytes at their beginning
     b"\xa1\xb2\x34\xcd": "Mesquita's pcap",
     b"\xcd\x34\xb2\xa1": "Mesquita's pcap",
 }
-DECOMPRESSION = {
+DECOMPRESSION = {  # commands, by the bytes at a file's beginning
     b"\x1f\x8b": "gunzip",
     b"BZh": "bunzip2",
     b"\xfd7zXZ\0": "unxz",
@@ -1267,7 +1289,7 @@ SIMPLE_PACKET = 3
 ENHANCED_PACKET = 6
 IF_TSRESOL = 9
 IF_TSOFFSET = 14
-END_OF_TIME = NANOSECONDS << 32  # of what capture files can express
+END_OF_TIME = NANOSECONDS << 32  # ns; pcap has 32 bits for the seconds
 
 
 @dataclass
@@ -1294,14 +1316,14 @@ class Capture:
         self.tunnel_ports = tunnel_ports
         self.other = 0  # records without an IP packet, or without a time
         self.cut = 0  # records too short to identify the packet
-        self.filtered = 0  # packets that do not count, by the reader of the blocks
+        self.filtered = 0  # frames without a selected packet, which `collect` counts
         self.span: tuple[int, int] | None = None  # earliest and latest time of any record
         self.resolutions: set[int] = set()  # of time stamps, in ticks per second
         self._file = file
         self._packets = 0
         self._untimed = 0
         self._unsupported: Counter[int] = Counter()  # records by link type
-        self._incomplete = 0  # bytes of the last record
+        self._incomplete = 0  # bytes of the last record, if its end is missing
         self._zeros = 0  # bytes after the last record
 
     @property
@@ -1317,11 +1339,11 @@ class Capture:
     def __iter__(self) -> Iterator[Block]:
         data = self._read(CHUNK)
         reader = self._choose_reader(data)
-        offset = reader.file_header
+        offset = reader.file_header  # of the data in the file
         data = data[offset:]
         while data:
             block = Block()
-            size = reader.read(data, offset, block)
+            size = reader.read(data, offset, block)  # of the complete records
             self._packets += len(block.identities)
             if block.times:
                 self._extend_span(min(block.times), max(block.times))
@@ -1366,9 +1388,9 @@ class Capture:
                 f"the time stamps of {name} are partly in {units[0]}, partly in {units[-1]}: "
                 "delays are only as precise as the coarser ones"
             )
-        for linktype, number in self._unsupported.items():
+        for linktype, records in self._unsupported.items():
             warnings.append(
-                f"{counted(number, 'packet')} of {name} left out: "
+                f"{counted(records, 'packet')} of {name} left out: "
                 f"{_unsupported_link_type(linktype)}"
             )
         if self.cut:
@@ -1381,12 +1403,12 @@ class Capture:
     def add_frame(
         self, block: Block, frame: bytes, length: int, linktype: int, time_ns: int
     ) -> None:
-        """Add the packet in a frame, which was `length` bytes long, to a block, or count it."""
+        """Add the innermost packet of a frame, `length` bytes when uncut, or count the frame."""
         try:
             packets = identify(frame, linktype, self.tunnel_ports)
         except TOO_SHORT:
             self._extend_span(time_ns, time_ns)
-            if len(frame) < length:
+            if len(frame) < length:  # by the capture's snap length
                 self.cut += 1
             else:  # its headers announce more than there is
                 self.other += 1
@@ -1444,7 +1466,8 @@ class Capture:
             if magic_number in PCAP_FORMATS:
                 if (major, minor) != PCAP_VERSION:
                     raise self.error(f"pcap version {major}.{minor} is not supported. {CONVERT}")
-                return _PcapReader(self, PCAP_FORMATS[magic_number], order, linktype & 0xFFFF)
+                linktype &= 0xFFFF  # the upper half describes the frame check sequence
+                return _PcapReader(self, PCAP_FORMATS[magic_number], order, linktype)
         raise self.error(f"not a capture file (byte 0: {data[:4].hex()}). {CONVERT}")
 
     def _skip_zeros(self, data: bytes, offset: int) -> None:
@@ -1461,24 +1484,24 @@ def _unsupported_link_type(linktype: int) -> str:
 
 
 class _PcapReader:
-    """Reads the records of a pcap file."""
+    """A reader of the records of a pcap file."""
 
-    def __init__(self, capture: Capture, form: PcapFormat, order: str, linktype: int) -> None:
+    def __init__(self, capture: Capture, variant: PcapFormat, order: str, linktype: int) -> None:
         if linktype not in LINK_TYPES:
             raise capture.error(f"{_unsupported_link_type(linktype)} (byte 20)")
-        self.file_header = form.file_header
-        self.zeros = bytes(form.record_header)
+        self.file_header = variant.file_header
+        self.zeros = bytes(variant.record_header)  # what a crash leaves in place of a record
         self._capture = capture
         self._linktype = linktype
         self._order = order
         self._header = Struct(order + "4I")
-        self._resolution = form.resolution
-        self._tick = NANOSECONDS // form.resolution
-        self._header_size = form.record_header
-        capture.resolutions.add(form.resolution)
+        self._resolution = variant.resolution
+        self._tick = NANOSECONDS // variant.resolution
+        self._header_size = variant.record_header
+        capture.resolutions.add(variant.resolution)
 
     def read(self, data: bytes, file_offset: int, block: Block) -> int:
-        """Add the packets of the complete records to a block, and return the size of those."""
+        """Add the packets of the complete records to a block, and return these records' size."""
         capture = self._capture
         header = self._header.unpack_from
         header_size = self._header_size
@@ -1496,7 +1519,7 @@ class _PcapReader:
             frame = record + header_size
             end = frame + size
             if end > data_size:
-                self._check_size(size, file_offset + record + 8)
+                self._check_size(size, file_offset + record + 8)  # after seconds and fraction
                 break
             if size == 0 and data.startswith(self.zeros, record):
                 break
@@ -1520,18 +1543,18 @@ class _PcapReader:
             raise self._capture.error(f"impossible record length {size} at byte {byte}: {VARIANT}")
 
     def _read_equal_records(self, data: bytes, block: Block) -> int:
-        """Add the packets of plain TCP segments of one size at the start of the data.
+        """Add the packets of the plain TCP segments of one size that the data begin with.
 
         Generators send mostly these, which makes a loop of their own worthwhile.
-        Returns the size of their records.
+        Returns the total size of their records.
         """
         if self._linktype != EN10MB or len(data) < self._header_size:
             return 0
         _, _, size, _ = self._header.unpack_from(data)
         if size < PLAIN_SIZE:
             return 0
-        skipped = self._header_size - 12
-        record = Struct(f"{self._order}3I{skipped}x{PLAIN_FRAME}{size - PLAIN_FIELDS_SIZE}x")
+        rest_of_header = self._header_size - 12  # after seconds, fraction and captured size
+        record = Struct(f"{self._order}3I{rest_of_header}x{PLAIN_FRAME}{size - PLAIN_FIELDS_SIZE}x")
         whole_records = memoryview(data)[: len(data) // record.size * record.size]
         resolution = self._resolution
         tick = self._tick
@@ -1552,13 +1575,14 @@ class _PcapReader:
                 or kind != PLAIN_IPV4
                 or protocol != TCP
                 or fragmentation not in UNFRAGMENTED
+                # The size and the flags of TCP's header, as in `_identify_plain`.
                 or (header[20] != NO_TCP_OPTIONS and not header[21] & SYN)
                 or fraction >= resolution
             ):
                 break
             add_identity(PLAIN_TCP + length_and_id + header)
             add_time(seconds * NANOSECONDS + fraction * tick)
-        return len(block.identities) * record.size
+        return len(block.identities) * record.size  # the block was empty before
 
 
 @dataclass(frozen=True)
@@ -1571,10 +1595,10 @@ class _Interface:
 
 
 class _PcapngReader:
-    """Reads the blocks of a pcapng file."""
+    """A reader of the blocks of a pcapng file."""
 
     file_header = 0
-    zeros = bytes(12)
+    zeros = bytes(12)  # what a crash leaves in place of a block
 
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
@@ -1582,8 +1606,9 @@ class _PcapngReader:
         self._interfaces: list[_Interface] = []  # of the current section
 
     def read(self, data: bytes, file_offset: int, block: Block) -> int:
-        """Add the packets of the complete blocks to a block, and return the size of those."""
+        """Add the packets of the file's complete blocks to `block`; return the size of those."""
         position = 0
+        # A block has its type and size (4 bytes each) before its body, and the size again after it.
         while position + 12 <= len(data) and not data.startswith(self.zeros, position):
             byte = file_offset + position
             if data.startswith(SECTION_HEADER, position):
@@ -1613,9 +1638,10 @@ class _PcapngReader:
         raise self._capture.error(f"damaged section header at byte {byte}")
 
     def _read_interface(self, body: bytes) -> _Interface:
+        """Return the interface that a block describes; a body that is cut short has few fields."""
         (linktype,) = unpack_from(self._order + "H", body.ljust(2, b"\0"))
         interface = _Interface(linktype)
-        position = 8
+        position = 8  # of the options, after the link type (2), unused bytes (2), snap length (4)
         while position + 4 <= len(body):
             code, size = unpack_from(self._order + "HH", body, position)
             value = body[position + 4 : position + 4 + size]
@@ -1624,20 +1650,21 @@ class _PcapngReader:
             elif code == IF_TSOFFSET and len(value) == 8:
                 (offset,) = unpack_from(self._order + "q", value)
                 interface = replace(interface, offset=offset)
-            elif code == 0:
+            elif code == 0:  # the end of the options
                 break
-            position += 4 + size + -size % 4
+            position += 4 + size + -size % 4  # a value is padded to a multiple of 4 bytes
         return interface
 
     def _read_packet(self, kind: int, body: bytes, byte: int, block: Block) -> None:
+        """Add the packet in a block at a byte of the file, or count what can't be used."""
         capture = self._capture
-        form = "5I"
+        layout = "5I"
         if kind == OBSOLETE_PACKET:
-            form = "H2x4I"  # a counter of drops follows the interface
-        number, high, low, size, length = unpack_from(self._order + form, body)
-        if number >= len(self._interfaces) or 20 + size > len(body):
+            layout = "H2x4I"  # a counter of drops follows the interface
+        interface_id, high, low, size, length = unpack_from(self._order + layout, body)
+        if interface_id >= len(self._interfaces) or 20 + size > len(body):
             raise capture.error(f"damaged packet block at byte {byte}")
-        interface = self._interfaces[number]
+        interface = self._interfaces[interface_id]
         ticks = high << 32 | low
         time_ns = ticks * NANOSECONDS // interface.resolution + interface.offset * NANOSECONDS
         if interface.linktype not in LINK_TYPES:
@@ -1650,7 +1677,7 @@ class _PcapngReader:
             capture.add_frame(block, frame, length, interface.linktype, time_ns)
 
 
-PRECISIONS = {  # of time stamps, and their sizes in nanoseconds
+PRECISIONS = {  # units of time stamps in nanoseconds, the shortest first
     "nanoseconds": 1,
     "microseconds": 1_000,
     "milliseconds": 1_000_000,
@@ -1659,9 +1686,9 @@ PRECISIONS = {  # of time stamps, and their sizes in nanoseconds
 
 
 def resolution_unit(resolution: int) -> str:
-    """Return the name of the coarsest unit that time stamps have, given their ticks per second."""
-    for name, size in PRECISIONS.items():
-        if resolution * size >= NANOSECONDS:
+    """Return the shortest unit that is no shorter than a tick, given the ticks per second."""
+    for name, unit_ns in PRECISIONS.items():
+        if resolution * unit_ns >= NANOSECONDS:
             return name
     return "seconds"
 
@@ -1677,8 +1704,8 @@ def _ticks_per_second(resolution: int) -> int:
 class TextColumns:
     """The columns of the sequence numbers and times in a text capture, counted from 0.
 
-    Columns are separated by white space.  If a separator is given, the sequence number is only
-    the part of its column at an index.
+    Columns are separated by white space.  If a `separator` is given, it splits the column of the
+    sequence number, which is the one at the index `part` of its parts.
     """
 
     sequence: int
@@ -1764,12 +1791,13 @@ def collect(captures: Mapping[str, Sequence[Capture]], selection: Selection) -> 
 
 
 class _Selector:
-    """Selects packets, one block after the other: `parts` has those of the last block."""
+    """A filter of blocks: `parts` has the selected packets of the last one, by direction."""
 
     def __init__(self, selection: Selection) -> None:
         self.parts = {direction: Block() for direction in selection.directions}
         self._selection = selection
-        self._part_of: dict[bytes, Block | None] = {}  # by addresses, of which there are few
+        # By addresses, of which there are few; None for those that are not selected.
+        self._part_of: dict[bytes, Block | None] = {}
 
     def select(self, block: Block) -> int:
         """Select the packets of a block, and return how many frames have none of them."""
@@ -1781,7 +1809,7 @@ class _Selector:
         rejected = 0
         part_of = self._part_of
         for identity, time_ns in zip(block.identities, block.times):
-            if identity[0] == 4:
+            if identity[0] == 4:  # the usual case, in which a call would take longer
                 addresses = identity[ADDRESSES : ADDRESSES + 8]
             else:
                 addresses = addresses_of(identity)
@@ -1796,10 +1824,11 @@ class _Selector:
         return rejected
 
     def _select_each(self, block: Block) -> int:
-        """Select packets one by one, where tunnels or probes must be looked at."""
+        """Do the same as `select` where tunnels or probes must be looked at."""
         rejected = 0
-        for index, identity in enumerate(block.identities):
-            for packet in (identity, *reversed(block.outer.get(index, ()))):
+        for index, innermost in enumerate(block.identities):
+            from_inside = (innermost, *reversed(block.outer.get(index, ())))
+            for packet in from_inside:
                 addresses = addresses_of(packet)
                 if addresses not in self._part_of:
                     self._add_addresses(addresses)
@@ -1808,7 +1837,7 @@ class _Selector:
                     selected.identities.append(packet)
                     selected.times.append(block.times[index])
                     break
-                if self._selection.excludes(addresses):  # whatever carries it, too
+                if self._selection.excludes(addresses):  # then what carries it is rejected, too
                     rejected += 1
                     break
             else:
@@ -1825,7 +1854,7 @@ class _Selector:
 
 
 def watched_span(captures: Iterable[Capture]) -> tuple[int, int] | None:
-    """Return the times of the first and the last record of a point, or None without records."""
+    """Return the earliest and the latest time of a point's records, or None without records."""
     spans = [capture.span for capture in captures if capture.span]
     if not spans:
         return None
@@ -1835,14 +1864,15 @@ def watched_span(captures: Iterable[Capture]) -> tuple[int, int] | None:
 def files_window(direction: Direction, captures: Mapping[str, Sequence[Capture]]) -> Window:
     """Return the window of captures of which only the files are known.
 
-    Each point was watched from its first to its last record of any kind.
+    Each point was watched from its first to its last record of any kind.  If one of them has no
+    records, the window is ALWAYS.
     """
     first = watched_span(captures[direction.first])
     second = watched_span(captures[direction.second])
     if not first or not second:
         return ALWAYS
     return Window(
-        start=first[0] - CLOCK_ERROR,
+        start=first[0] - CLOCK_ERROR,  # the first packet may seem to arrive before it was sent
         end=first[1],
         watched_from=second[0],
         watched_until=second[1],
@@ -1910,10 +1940,10 @@ def _truncate(size: int, classes: bytearray, sent: PointSightings, arrivals: _Ar
 
 
 def _index_ranks(
-    ids: Sequence[int], early_ids: Iterable[int], size: int
+    ids: Sequence[int], early_ids: Iterable[int], id_count: int
 ) -> tuple[array[int], dict[int, list[int]]]:
     """Return the rank of each id, or UNSENT, EARLY or REPEATED, and the ranks of repeated ids."""
-    rank_of = array("i", [UNSENT]) * size
+    rank_of = array("i", [UNSENT]) * id_count
     for packet_id in early_ids:
         rank_of[packet_id] = EARLY
     copies: dict[int, list[int]] = {}
@@ -1934,7 +1964,7 @@ def _index_ranks(
 
 @dataclass
 class _Arrivals:
-    """The arrivals at the second point, from the window's start on, of packets that were sent."""
+    """The arrivals at the second point, from the window's start on."""
 
     delays: array[int]  # by rank
     missing: bytearray  # by rank, whether a packet has no delay
@@ -1942,11 +1972,11 @@ class _Arrivals:
     duplicates: Counter[int] = field(default_factory=Counter)  # by rank
     repeated: defaultdict[int, list[int]] = field(
         default_factory=lambda: defaultdict(list)
-    )  # times, by id
-    # More arrivals of a repeated identity than packets sent, by the rank of the first of these:
+    )  # times of arrival, by id
+    # By the rank of the first packet of a repeated identity: its arrivals beyond the packets sent.
     surplus: Counter[int] = field(default_factory=Counter)
     unwatched: int = 0  # arrivals of repeated identities after the first point's capture had ended
-    unsent: PointSightings = field(default_factory=PointSightings)
+    unsent: PointSightings = field(default_factory=PointSightings)  # not seen at the first point
     strays: dict[int, int] = field(default_factory=dict)  # delays that can't be true, by rank
 
     def truncate(self, size: int) -> None:
@@ -1962,8 +1992,9 @@ class _Arrivals:
 def _find_arrivals(
     sent: PointSightings, seen: PointSightings, rank_of: Sequence[int], window: Window
 ) -> _Arrivals:
-    earliest = -LONGEST_WAIT
-    latest = max(LONGEST_WAIT, window.wait)
+    """Return the arrivals of the packets seen; `rank_of` is the rank of each id, or UNSENT etc."""
+    lowest_delay = -LONGEST_WAIT
+    highest_delay = max(LONGEST_WAIT, window.wait)
     last_duplicate = window.watched_until if window.is_live else FOREVER
     sent_times = sent.times
     delays = array("q", [NO_DELAY]) * len(sent_times)
@@ -1977,7 +2008,7 @@ def _find_arrivals(
             if not missing[rank]:
                 if time_ns <= last_duplicate:
                     arrivals.duplicates[rank] += 1
-            elif earliest <= delay <= latest:
+            elif lowest_delay <= delay <= highest_delay:
                 delays[rank] = delay
                 missing[rank] = False
                 add_rank(rank)
@@ -1996,6 +2027,7 @@ def _classify(arrivals: _Arrivals, decided: range) -> bytearray:
     classes = bytearray([PacketClass.MATCHED]) * len(arrivals.delays)
     rank = arrivals.missing.find(True)
     while rank >= 0:
+        # A stray that came too late (its delay is positive) shows that the wait was long enough.
         if rank in decided or arrivals.strays.get(rank, 0) > 0:
             classes[rank] = PacketClass.LOST
         else:
@@ -2015,7 +2047,9 @@ def _classify_copies(
 ) -> None:
     """Classify the packets of each repeated identity of which at least one has arrived.
 
-    Which of them are missing is unknown: first those that may be undecided, then the last ones.
+    It is unknown which of them are missing.  Those that may be undecided are the first to be taken
+    as missing, then the last ones.  `copies` has their ranks by id, and `early_copies` the number
+    of packets by id that were sent before the window.
     """
     decided_from, decided_until = window.decided(longest)
     # Copies that were sent shortly before the second point was watched may have been seen, too.
@@ -2023,7 +2057,7 @@ def _classify_copies(
     for packet_id, times in arrivals.repeated.items():
         ranks = copies[packet_id]
         arrived = len(times)
-        if not window.is_live:
+        if not window.is_live:  # later arrivals may be of packets that the first point has not seen
             arrived = bisect(times, window.end + longest)
             arrivals.unwatched += len(times) - arrived
         if not arrived:
@@ -2069,7 +2103,7 @@ def _count(classes: bytearray, arrivals: _Arrivals) -> Counts:
         ambiguous=number_of(PacketClass.AMBIGUOUS),
         lost=number_of(PacketClass.LOST) + number_of(PacketClass.AMBIGUOUS_LOST),
         duplicated=sum(arrivals.duplicates.values()) + sum(arrivals.surplus.values()),
-        second_only=0,
+        second_only=0,  # until `_count_unsent`
         strays=len(arrivals.strays),
         undecided=Undecided(
             unwatched=number_of(PacketClass.UNDECIDED) + number_of(PacketClass.AMBIGUOUS_UNDECIDED),
@@ -2083,7 +2117,7 @@ def _count_unsent(
 ) -> None:
     """Count the packets that only the second point saw, if the first was watched when they left."""
     earliest = window.start
-    if window.is_live:
+    if window.is_live:  # what arrives earlier may have been sent before the window
         earliest += longest
     for time_ns in arrivals.unsent.times:
         if earliest <= time_ns <= until:
@@ -2093,7 +2127,10 @@ def _count_unsent(
 
 
 def _explain_missing(counts: Counts, classes: bytearray, uncaptured: int) -> None:
-    """Reclassify up to so many lost packets, the last ones, as undecided."""
+    """Count missing packets as uncaptured, up to `uncaptured`: first lost, then unwatched ones.
+
+    In the classes the last lost packets become undecided.
+    """
     explained = min(counts.lost, uncaptured)
     counts.lost -= explained
     unwatched = min(counts.undecided.unwatched, uncaptured - explained)
