@@ -8785,7 +8785,7 @@ def analyze_captures(
     Without a window each point was watched from its first to its last record.  `packet_limit` is
     the number of packets at which a capture was ended, and `dropped` how many the kernel dropped at
     each point before they were captured.  Raises CaptureError for a file that can't be read, and
-    UsageError if both points have the same one.
+    UsageError if both points are given the same file.
     """
     warnings: list[str] = []
     with ExitStack() as stack:
@@ -8797,9 +8797,9 @@ def analyze_captures(
         window = _limit_window(window, captures, packet_limit, warnings)
     results = []
     while sightings:
-        one_direction = sightings.pop(0)  # each table of identities is large
+        one_direction = sightings.pop(0)  # frees the previous direction's sightings
         direction = one_direction.direction
-        uncaptured = counts[direction.second]["cut"]
+        uncaptured = counts[direction.second]["cut"]  # records too short to identify a packet
         if dropped:
             uncaptured += dropped[direction.second]
         period = window or files_window(direction, captures)
@@ -8828,14 +8828,14 @@ def _limit_window(
     packet_limit: int,
     warnings: list[str],
 ) -> Window:
-    """Return the window until the first capture reached its limit, and add to the warnings."""
-    limited = [
+    """Return the window, ended where the first capture reached its limit; add to the warnings."""
+    limit_times = [
         capture.span[1]
         for files in captures.values()
         for capture in files
         if capture.span and capture.records >= packet_limit
     ]
-    if not limited:
+    if not limit_times:
         return window
     warnings.append(
         f"a capture has reached its limit of {counted(packet_limit, 'packet')} (from --count, or "
@@ -8843,8 +8843,8 @@ def _limit_window(
     )
     return replace(
         window,
-        end=min(window.end, *limited),
-        watched_until=min(window.watched_until, *limited),
+        end=min(window.end, *limit_times),
+        watched_until=min(window.watched_until, *limit_times),
     )
 
 
@@ -8856,14 +8856,15 @@ def _overlap_warnings(
     for result in results:
         undecided = result.counts.undecided
         unwatched += undecided.unwatched + undecided.unwatched_first
-    spans = {point: watched_span(files) for point, files in captures.items()}
-    pif = spans["pif"]
-    vif = spans["vif"]
-    if not unwatched or not pif or not vif:
+    pif_span = watched_span(captures["pif"])
+    vif_span = watched_span(captures["vif"])
+    if not unwatched or not pif_span or not vif_span:
         return []
-    overlap = max(0, min(pif[1], vif[1]) - max(pif[0], vif[0])) / NANOSECONDS
-    pif_seconds = (pif[1] - pif[0]) / NANOSECONDS
-    vif_seconds = (vif[1] - vif[0]) / NANOSECONDS
+    pif_start, pif_end = pif_span
+    vif_start, vif_end = vif_span
+    overlap = max(0, min(pif_end, vif_end) - max(pif_start, vif_start)) / NANOSECONDS
+    pif_seconds = (pif_end - pif_start) / NANOSECONDS
+    vif_seconds = (vif_end - vif_start) / NANOSECONDS
     return [
         f"{counted(unwatched, 'packet')} passed one interface while the other was not captured: "
         f"counted only as undecided. The captures last {pif_seconds:.6g} s (pif) and "
@@ -8874,18 +8875,18 @@ def _overlap_warnings(
 def _open_captures(
     paths: Mapping[str, Sequence[str]], stack: ExitStack, tunnel_ports: Mapping[int, str]
 ) -> dict[str, list[Capture]]:
-    """Open the captures of each point, the same file only once."""
-    points: dict[tuple[int, int], str] = {}  # by device and inode, whatever the file's name
+    """Open the captures of each point; a file that is given twice for a point is read once."""
+    point_of: dict[tuple[int, int], str] = {}  # by device and inode, whatever the file's name
     captures: dict[str, list[Capture]] = {"pif": [], "vif": []}
     for point, files in captures.items():
         for path in paths[point]:
             file = open_capture(path, stack)
             status = os.fstat(file.fileno())
             inode = status.st_dev, status.st_ino
-            if inode not in points:
-                points[inode] = point
+            if inode not in point_of:
+                point_of[inode] = point
                 files.append(Capture(file, path, tunnel_ports))
-            elif points[inode] != point:
+            elif point_of[inode] != point:
                 raise UsageError(
                     f"{path} is given for both the pif and the vif: give two different captures"
                 )
@@ -8893,20 +8894,21 @@ def _open_captures(
 
 
 def open_capture(path: str, stack: ExitStack) -> BinaryIO:
+    """Open a capture until the stack is closed; "-" is standard input, which stays open."""
     try:
         if path == "-":
             return os.fdopen(0, "rb", closefd=False)
         file = stack.enter_context(open(path, "rb"))
-        file.peek(0)  # a directory can be opened
+        file.peek(0)  # some files, such as /proc/self/mem, can be opened, but not read
         return file
     except OSError as error:
         raise CaptureError(f"{path}: can't read it: {error.strerror}") from error
 
 
-def file_counts(side: str, captures: Sequence[Capture], warnings: list[str]) -> Report:
+def file_counts(point: str, captures: Sequence[Capture], warnings: list[str]) -> Report:
     """Return what the files of a point contain, for the report, and add to the warnings."""
     for capture in captures:
-        warnings += [f"{side}: {warning}" for warning in capture.warnings()]
+        warnings += [f"{point}: {warning}" for warning in capture.warnings()]
     resolution = min(capture.resolution for capture in captures)
     return {
         "records": sum(capture.records for capture in captures),
@@ -8920,23 +8922,24 @@ def file_counts(side: str, captures: Sequence[Capture], warnings: list[str]) -> 
 def analyze_text(
     pif_path: str, vif_path: str, direction: Direction, columns: TextColumns
 ) -> Analysis:
-    """Return the analysis of two text captures."""
+    """Return the analysis of two text captures; NoMatchError if no packet can be timed."""
     captures = {}
+    # Times of day have no date: the vif's first packet is dated close to the pif's first one.
     reference = None
-    for side, path in (("pif", pif_path), ("vif", vif_path)):
+    for point, path in (("pif", pif_path), ("vif", vif_path)):
         with open(path, encoding="utf-8", errors="replace") as file:
             capture = TextCapture(file, columns, reference)
-        captures[side] = capture
+        captures[point] = capture
         if capture.times:
             reference = capture.times[0]
     sightings = Sightings(direction)
-    for side, capture in captures.items():
-        sightings.add(side, capture.identities, capture.times)
-        sightings.end(side)
+    for point, capture in captures.items():
+        sightings.add(point, capture.identities, capture.times)
+        sightings.end(point)
     result = match(sightings)
     warnings = [
-        f"{side}: left out {counted(capture.skipped, 'line')} without a sequence number or time"
-        for side, capture in captures.items()
+        f"{point}: left out {counted(capture.skipped, 'line')} without a sequence number or time"
+        for point, capture in captures.items()
         if capture.skipped
     ]
     if result.counts.matched and not result.counts.timed:
@@ -8950,8 +8953,8 @@ def analyze_text(
             "seq_no_col the right column?"
         )
     counts = {
-        side: {"records": len(capture.times), "skipped": capture.skipped}
-        for side, capture in captures.items()
+        point: {"records": len(capture.times), "skipped": capture.skipped}
+        for point, capture in captures.items()
     }
     return Analysis([result], counts, warnings)
 
@@ -8960,8 +8963,9 @@ def analyze_text(
 
 LARGEST_REPORT = 1 << 26  # bytes
 OLDEST_SCHEMA = 2  # schema_version of the oldest runs that can be read
-SAVED_NAME = r"\d{8}T\d{6}Z-.+"  # of the directory of a run
-SAVED_CAPTURE = r"(pif|vif)\d*\.pcap"  # in it
+# Regular expressions for names that --save gives to:
+SAVED_NAME = r"\d{8}T\d{6}Z-.+"  # the directory of a run
+SAVED_CAPTURE = r"(?P<point>pif|vif)\d*\.pcap"
 SAVED_FILE = rf"report\.json|{SAVED_CAPTURE}|trace-\w+"
 
 
@@ -8987,15 +8991,16 @@ def load_run(directory: str) -> SavedRun:
         names = sorted(os.listdir(directory))
     except OSError as error:
         raise UsageError(f"{directory}: not a saved run: report.json: {error.strerror}") from None
+    # JSON that is no report, or is nested too deep, raises one of these.
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{directory}: can't read the saved run: report.json is damaged: {error}"
         ) from None
     files = CaptureFiles(directory)
     for name in names:
-        capture = re.fullmatch(SAVED_CAPTURE, name)
-        if capture:
-            files.paths[capture[1]].append(os.path.join(directory, name))
+        capture_name = re.fullmatch(SAVED_CAPTURE, name)
+        if capture_name:
+            files.paths[capture_name["point"]].append(os.path.join(directory, name))
     captures = files.paths["pif"] + files.paths["vif"]
     if not all(files.paths.values()) or not all(map(_has_content, captures)):
         raise UsageError(f"{directory}: its captures are missing or empty")
@@ -9010,9 +9015,9 @@ def _has_content(path: str) -> bool:
 
 
 def check_schema(directory: str, version: object) -> None:
-    """Raise UsageError if a saved run's document is of a version that can't be read.
+    """Raise UsageError if the schema_version of a saved run's document is too old or too new.
 
-    Raises ValueError for what is no version.
+    Raises ValueError for a value that no version of netweaver has written.
     """
     if version == 1:
         captures = [os.path.join(directory, name) for name in ("pif.pcap", "vif.pcap")]
@@ -9029,22 +9034,22 @@ def check_schema(directory: str, version: object) -> None:
 
 
 def load_runs(directory: str, warn: Callable[[str], None]) -> list[SavedRun]:
-    """Return the run in a directory, or those in the directories there, by name.
+    """Return the saved run in a directory, or those in its subdirectories, in order of name.
 
-    Of several runs those that can't be read are left out, with a warning.  Raises UsageError if
-    there is none.
+    Subdirectories with a run that can't be read are left out, with a warning.  Raises UsageError
+    if no run can be read.
     """
     try:
         names = sorted(os.listdir(directory))
     except OSError as error:
         raise UsageError(f"{directory}: can't read it: {error.strerror}") from error
     paths = [os.path.join(directory, name) for name in names]
-    paths = [path for path in paths if os.path.exists(os.path.join(path, "report.json"))]
-    if not paths or "report.json" in names:
+    run_paths = [path for path in paths if os.path.exists(os.path.join(path, "report.json"))]
+    if "report.json" in names or not run_paths:  # without any run, this raises the error
         return [load_run(directory)]
     runs = []
     problems = []
-    for path in paths:
+    for path in run_paths:
         try:
             runs.append(load_run(path))
         except UsageError as error:
@@ -9057,7 +9062,7 @@ def load_runs(directory: str, warn: Callable[[str], None]) -> list[SavedRun]:
 
 
 def delete_old_runs(directory: str, kind: RunKind, keep: int) -> list[str]:
-    """Delete all but the newest saved runs of a kind; return the paths of those deleted.
+    """Delete all but the `keep` newest saved runs of a kind; return the paths of those deleted.
 
     Directories that --save didn't make, or that have other files, stay.
     """
@@ -9069,7 +9074,7 @@ def delete_old_runs(directory: str, kind: RunKind, keep: int) -> list[str]:
         if is_made_by_save(path):
             try:
                 shutil.rmtree(path)
-            except FileNotFoundError:
+            except FileNotFoundError:  # another run has deleted it meanwhile
                 continue
             except OSError as error:
                 raise UsageError(f"can't delete {path}: {error.strerror}") from error
@@ -9088,7 +9093,8 @@ def is_made_by_save(path: str) -> bool:
 
 
 def save_run(directory: str, info: RunInfo, files: CaptureFiles, report: Report) -> str:
-    """Copy captures and report into a new directory there, whole or not at all; return its path."""
+    """Save captures and report, or nothing, in a new directory under `directory`; return that."""
+    # Such as 20240131T235959Z: without punctuation, and to the second.
     started = re.sub(r"[-:]|\..*", "", iso_time(info.started or 0))
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{started}Z-{info.subject}-{info.traffic_name}")
     try:
@@ -9100,7 +9106,7 @@ def save_run(directory: str, info: RunInfo, files: CaptureFiles, report: Report)
                 shutil.copyfile(os.path.join(files.directory, file), os.path.join(made, file))
             with open(os.path.join(made, "report.json"), "w", encoding="utf-8") as text:
                 json.dump({**report, "saved": made}, text)
-            undo.pop_all()
+            undo.pop_all()  # keeps what is complete now
     except OSError as error:
         raise UsageError(f"can't save in {directory}: {error.strerror}") from error
     return made
@@ -9108,11 +9114,11 @@ def save_run(directory: str, info: RunInfo, files: CaptureFiles, report: Report)
 
 def check_can_save(directory: str) -> None:
     """Raise UsageError if --save can't make directories in a directory; leave none behind."""
-    missing = []  # the deepest one first
-    path = os.path.abspath(directory)
-    while not os.path.exists(path):
-        missing.append(path)
-        path = os.path.dirname(path)
+    missing = []  # directories that don't exist yet, the deepest one first
+    ancestor = os.path.abspath(directory)
+    while not os.path.exists(ancestor):
+        missing.append(ancestor)
+        ancestor = os.path.dirname(ancestor)
     try:
         if missing:
             os.makedirs(directory)
@@ -9126,21 +9132,22 @@ def check_can_save(directory: str) -> None:
 
 
 def _make_directory(path: str) -> str:
-    """Make a directory of this name, or with a number after it if there is one already."""
-    name = path
+    """Make a directory at `path` or, if that exists, at `path`-2, `path`-3 ...; return its path."""
+    free_path = path
     for number in count(2):
-        with suppress(FileExistsError):  # another run of this second
-            os.mkdir(name)
+        try:
+            os.mkdir(free_path)
             break
-        name = f"{path}-{number}"
-    return name
+        except FileExistsError:  # made by another run that started in the same second
+            free_path = f"{path}-{number}"
+    return free_path
 
 
 # ---- NetWeaver -------------------------------------------------------------------------------
 
 
 def no_output(line: object) -> None:
-    """Ignore a line for people, or the progress of the traffic."""
+    """Ignore what is reported: the default of the callbacks in Settings."""
 
 
 @dataclass(frozen=True)
@@ -9148,16 +9155,16 @@ class Settings:
     """The settings of a measurement: NetWeaver's keyword parameters.  Times are in seconds."""
 
     host_interface: str | Sequence[str] = ()  # the pifs; "auto" or none to find them
-    vif_number: int = 0  # of the VM's interface, N in vif5.N
-    vif: str | None = None  # the interface itself, for which no toolstack is asked
+    vif_number: int = 0  # N in vif5.N, the VM's interface
+    vif: str | None = None  # the name of the VM's interface; None to ask the toolstack for it
     toolstack: str = "auto"  # or one of TOOLSTACKS
     direction: str = "in"  # one of DIRECTIONS
-    overlay: bool = False  # on the pif the traffic is inside a tunnel
-    capture_filter: str | None = None  # pcap-filter(7), instead of the traffic's addresses
-    count: int | None = None  # packets that each source sends
-    duration: float | None = None  # for which to measure
-    timeout: float | None = None  # after which the traffic is stopped
-    wait: float = SHORTEST_WAIT  # for the last packets
+    overlay: bool = False  # the traffic is inside a tunnel where it passes the pif
+    capture_filter: str | None = None  # pcap-filter(7); None to filter by the traffic's addresses
+    count: int | None = None  # packets that each source sends; see `packets` for None
+    duration: float | None = None  # of the traffic; None: until each source has sent its packets
+    timeout: float | None = None  # stops traffic that lasts longer; None: by packets and rate
+    wait: float = SHORTEST_WAIT  # how long to wait for the last packets
     match_nat: bool = False  # addresses are translated between pif and vif
     stages: bool = False  # trace the kernel
     labels: Mapping[str, str] = field(default_factory=dict)  # for the report
@@ -9181,7 +9188,7 @@ class Settings:
 
     @property
     def pifs(self) -> tuple[str, ...]:
-        """The physical interfaces that were given."""
+        """The physical interfaces as they were given, each once; "auto" may be among them."""
         if isinstance(self.host_interface, str):
             return (self.host_interface,)
         return tuple(dict.fromkeys(self.host_interface))
@@ -9195,9 +9202,10 @@ class Settings:
         return USUAL_COUNT
 
     def source_command(self, traffic: Traffic, destination: str, has_hping3: bool = True) -> str:
-        """Return the shell command that sends the packets; endless where time ends them.
+        """Return the shell command by which a source sends the packets.
 
-        It is so beside a load, too, whose answers hping3 would count as its own, and end too early.
+        It doesn't end by itself if a duration ends it, nor beside a load: hping3 would count the
+        answers to the load as its own, and end too early.
         """
         packets = self.packets(traffic)
         if traffic.load or (self.duration and not self.count):
@@ -9206,7 +9214,7 @@ class Settings:
 
 
 class NetWeaver:
-    """Measures the time that packets take between a hypervisor's physical and a VM's interface.
+    """A measurement of the time that packets take between a hypervisor's pif and a VM's vif.
 
     `source_ip` (one, several or none) and `destination_host_ip` (the hypervisor) are
     `[user@]host[:port]`; `destination_name_label` is the VM's name in its toolstack, and
@@ -9239,6 +9247,7 @@ class NetWeaver:
             ssh_key_path, self.settings.ssh_options, self.settings.ask, self.settings.progress
         )
         targets = [Target(text) for text in (destination_host_ip, *sources)]
+        # The hypervisor's settings and then the sources'; importing paramiko takes long, too.
         self._host_settings, _ = in_parallel(
             lambda: [self._access.settings(target) for target in targets], import_paramiko
         )
@@ -9251,6 +9260,7 @@ class NetWeaver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Whoever presses Ctrl-C (KeyboardInterrupt is no Exception) doesn't want to wait.
         self.close(wait=kind is None or issubclass(kind, Exception))
 
     @property
@@ -9273,7 +9283,7 @@ class NetWeaver:
     def verify_connections(self) -> bool:
         """Connect to all hosts at once, and return True; HostConnectionError if that fails.
 
-        A source that can't be used is left out, and reported, if there are others.
+        Sources that can't be reached are left out, and named in the report, unless none is left.
         """
         self._connected()
         return True
@@ -9281,8 +9291,9 @@ class NetWeaver:
     def determine_vif_number(self) -> str:
         """Return the name of the VM's interface on the hypervisor, such as vif5.0.
 
-        This asks the toolstack; with "auto" it keeps the one that knows the VM. To support another
-        one, override it and use `run_command`.
+        The toolstack is asked for it; if that is "auto", `toolstack` is set to the first installed
+        one that knows the VM.  To support another toolstack, override this method; it can use
+        `run_command`.
         """
         name = self.destination_name_label
         if self.toolstack == "auto":
@@ -9297,14 +9308,15 @@ class NetWeaver:
         dest_vif_cmd: str | None = None,
         probes: Traffic = USUAL_TRAFFIC,
     ) -> Plan:
-        """Return what `generate_and_record` would do."""
+        """Return what `generate_and_record` would do with the same parameters."""
         settings = self.settings
         hosts = self._connected()
         traffic = probes
         command = source_command
+        has_sources = len(self._host_settings) > 1  # the first is the hypervisor
         if source_command:
             traffic = replace(probes, command=source_command)
-        elif self._host_settings[1:]:
+        elif has_sources:
             has_hping3 = self._has_hping3(probes)
             command = settings.source_command(traffic, self.destination_ip, has_hping3)
         interfaces, facts, addresses = self._locate(hosts)
@@ -9317,9 +9329,9 @@ class NetWeaver:
             tunnel_ports=interfaces.tunnel_ports,
         )
         info = self._describe(traffic, command, selection, interfaces, facts)
-        captures = {"pif": dest_pif_cmd, "vif": dest_vif_cmd}
-        return self._located(
-            lambda: make_plan(settings, traffic, info, interfaces, facts, captures)
+        capture_commands = {"pif": dest_pif_cmd, "vif": dest_vif_cmd}
+        return self._name_hypervisor_in_error(
+            lambda: make_plan(settings, traffic, info, interfaces, facts, capture_commands)
         )
 
     def _describe(
@@ -9363,11 +9375,11 @@ class NetWeaver:
     ) -> None:
         """Run the source command on all sources while the interfaces are captured.
 
-        The defaults are the command of the probes, and tcpdump.  A capture command of the user's
-        writes pcap (`tcpdump -w -`) or text to its standard output, and ends upon SIGTERM.  No
-        traffic starts before the captures listen, and they are stopped once it has ended.
+        By default the sources send the probes, and tcpdump captures.  A capture command of the
+        user's writes pcap (`tcpdump -w -`) or text to its standard output, and ends upon SIGTERM.
+        No traffic starts before the captures listen, and they are stopped once it has ended.
         """
-        self._control.reportable = False
+        self._control.reportable = False  # until the captures listen
         plan = self.plan(source_command, dest_pif_cmd, dest_vif_cmd, probes)
         self.settings.progress("Spawning packet captures...")
         self._recording = make_recording(plan, self._connected(), self._control, self._find_vif)
@@ -9377,7 +9389,7 @@ class NetWeaver:
         """Fetch the captures into a private directory, and remove them from the hypervisor.
 
         Returns the paths of the pif's and of the vif's captures, several with commas in between.
-        They stay until `close` or the next run.
+        The files stay until `close` or the next call.
         """
         recording = self._recorded()
         self.settings.progress("Transferring files...")
@@ -9406,8 +9418,8 @@ class NetWeaver:
 
         Without parameters the captures are pcap files.  With them they are text, one packet a line,
         with columns separated by white space and counted from 0: the time in `timestamp_col` and
-        the sequence number in `seq_no_col`, of which part `seq_no_split_index` counts after a split
-        by `seq_no_split_by`.
+        the sequence number in `seq_no_col`.  With `seq_no_split_by` that column is split, and only
+        the part at `seq_no_split_index` is the sequence number.
         """
         recording = self._recorded()
         files = self._fetched()
@@ -9423,7 +9435,7 @@ class NetWeaver:
                 TextColumns(seq_no_col, timestamp_col, seq_no_split_by, seq_no_split_index),
             )
         self.results = analysis.results
-        if any(map(resized, analysis.results)):
+        if any(map(resized, analysis.results)):  # report which offloads may merge or split segments
             plan = recording.plan
             offloads = {pif: plan.facts.offloads(pif) for pif in plan.interfaces.pifs}
             info.platform = {**info.platform, "offloads": offloads}
@@ -9452,29 +9464,29 @@ class NetWeaver:
     def dry_run(self, probes: Sequence[Traffic]) -> list[str]:
         """Try everything that is needed to measure with this traffic; return what would run.
 
-        Captures are started and ended, and the sources send single packets to themselves; none
-        leaves them.  Raises a NetWeaverError for what is missing.
+        Captures are started and ended, and each source sends single packets, but only to itself.
+        Raises a NetWeaverError for what is missing.
         """
         plan = self.plan(probes=probes[0])
         hosts = self._connected()
         destination = self.destination_ip
         has_hping3 = all(self._has_hping3(traffic) for traffic in probes)
-        tried, warnings = without_absent_vif(plan, self.settings)
-        warnings += plan.info.incidents + try_captures(hosts.hypervisor, tried, self._control)
+        tried_plan, warnings = without_absent_vif(plan, self.settings)
+        warnings += plan.info.incidents + try_captures(hosts.hypervisor, tried_plan, self._control)
         commands: list[str] = []
         for traffic in dict.fromkeys(probes):
             hosts.on_sources(partial(try_traffic, traffic, destination, has_hping3))
             if traffic.load:
                 commands.append(traffic.load)
             commands.append(self.settings.source_command(traffic, destination, has_hping3))
-        for error in hosts.failed.values():
-            raise error
+        if hosts.failed:  # a run would go on with the other sources
+            raise next(iter(hosts.failed.values()))
         lines = plan.lines()
         for name in hosts.sources:
             lines += [f"{name}: {command}" for command in dict.fromkeys(commands)]
         lines += [f"warning: {warning}" for warning in warnings]
         found = "everything needed"
-        if tried is not plan:
+        if tried_plan is not plan:  # it lacks the vif, which doesn't exist yet
             found += f" but {plan.info.vif}"
         lines.append(f"Dry run: {found} was found; no traffic was sent.")
         return lines
@@ -9482,13 +9494,14 @@ class NetWeaver:
     # -- for subclasses and callers --
 
     def run_command(self, command: str, hint: str = "", seconds: float = ANSWER_SECONDS) -> str:
-        """Return the output of a shell command on the hypervisor.
+        """Return the output of a shell command on the hypervisor, which may take so many seconds.
 
-        Raises RemoteCommandError, with the hint, if the command fails.
+        Raises RemoteCommandError if the command fails, with the hint, or with a more specific one
+        if it isn't installed.
         """
         host = self._connected().hypervisor
         job = host.run(command, seconds)
-        if job.status == 127:
+        if job.status == 127:  # by POSIX, the shell hasn't found the command
             hint = f"is it installed there? If it runs in a container, {NAME_THE_VIF}"
             if self.settings.toolstack != "auto":
                 hint += "; --toolstack auto takes one that is installed"
@@ -9508,7 +9521,7 @@ class NetWeaver:
         return self._control.interrupt()
 
     def close(self, wait: bool = True) -> None:
-        """End whatever still runs on the hosts, and remove all files, here and there.
+        """End whatever still runs on the hosts, and remove all files, there and on this machine.
 
         Without `wait` it only drops the connections: the hosts then clean up by themselves.
         """
@@ -9523,6 +9536,7 @@ class NetWeaver:
     # -- private --
 
     def _connected(self) -> Hosts:
+        """Return the hosts, which the first call connects to."""
         settings = self.settings
         with self._control.changed:
             if self._hosts is None:
@@ -9554,34 +9568,41 @@ class NetWeaver:
         self._files = None
 
     def _has_hping3(self, traffic: Traffic) -> bool:
-        """Return whether all sources have hping3, if this traffic can do without."""
+        """Return False if a source lacks hping3, and ping can send this traffic instead.
+
+        Only the pattern "ping" can be sent so: for other traffic the sources are not asked.
+        """
         if traffic.command or traffic.pattern != "ping":
             return True
         jobs = self._connected().on_sources(lambda host: host.run("command -v hping3"))
         return all(job.status == 0 for job in jobs.values())
 
     def _find_vif(self) -> str:
-        return self.settings.vif or self._located(self.determine_vif_number)
+        return self.settings.vif or self._name_hypervisor_in_error(self.determine_vif_number)
 
     def _locate(self, hosts: Hosts) -> tuple[Interfaces, Facts, list[str]]:
-        """Return the interfaces, facts of the hypervisor, and addresses of the sources' packets."""
-        chosen = self.settings.pifs
-        auto = not chosen or "auto" in chosen
-        is_needed = not self.settings.capture_filter
-        vif, (facts, links), by_source = in_parallel(
+        """Return the interfaces, facts of the hypervisor, and addresses of the sources' packets.
+
+        There are no addresses if the user's filter selects the packets instead.
+        """
+        given_pifs = self.settings.pifs
+        finds_pifs = not given_pifs or "auto" in given_pifs
+        needs_addresses = not self.settings.capture_filter
+        needs_links = finds_pifs or self.settings.overlay  # they know the tunnels' ports, too
+        vif, (facts, links), macs_by_source = in_parallel(
             self._find_vif,
-            lambda: self._find_facts(auto or self.settings.overlay),
+            lambda: self._find_facts(needs_links),
             lambda: hosts.on_sources(
-                lambda host: addresses_in_traffic(host, self.destination_ip, is_needed)
+                lambda host: addresses_in_traffic(host, self.destination_ip, needs_addresses)
             ),
         )
-        macs: dict[str, str] = {}
-        for known in by_source.values():
-            macs |= known
-        addresses = list(macs) if is_needed else []
-        pifs, route = self._located(
+        mac_of: dict[str, str] = {}  # by IP address; "" if a router is in between
+        for macs in macs_by_source.values():
+            mac_of |= macs
+        addresses = list(mac_of) if needs_addresses else []
+        pifs, route = self._name_hypervisor_in_error(
             lambda: physical_interfaces(
-                self.run_command, chosen, vif, links if auto else None, macs
+                self.run_command, given_pifs, vif, links if finds_pifs else None, mac_of
             )
         )
         interfaces = Interfaces(
@@ -9595,6 +9616,7 @@ class NetWeaver:
         return interfaces, facts, addresses
 
     def _find_facts(self, needs_links: bool) -> tuple[Facts, Links | None]:
+        """Return facts of the hypervisor and, if needed, its interfaces, or None."""
         hypervisor = self._connected().hypervisor
         # Whether files can be fetched should be known before the traffic.
         quietly(hypervisor.open_files().close)
@@ -9612,12 +9634,12 @@ class NetWeaver:
         facts = Facts(job.output)
         if not needs_links:
             return facts, None
-        if not facts.links:  # the error says why
+        if not facts.links:  # run the failed command again, for an error that says why
             self.run_command("ip -o link", "name the physical interface with -i")
         return facts, Links(facts.interfaces)
 
-    def _located(self, call: Callable[[], T]) -> T:
-        """Return the answer of a call; put the hypervisor's name in front of its error."""
+    def _name_hypervisor_in_error(self, call: Callable[[], T]) -> T:
+        """Return the answer of a call; an error that it raises gets the hypervisor's name first."""
         prefix = f"{self._host_settings[0].name}: "
         try:
             return call()
@@ -9652,7 +9674,7 @@ class Figure:
     """A figure of the document, as limits, Prometheus, the summary and the README know it."""
 
     name: str
-    path: tuple[str, ...]  # within its part of the document
+    path: tuple[str, ...]  # the keys that lead to it in a part of the document
     unit: Unit
     scope: Scope
     help: str
@@ -9673,8 +9695,8 @@ def value_at(document: Report, path: Iterable[str]) -> float | None:
     return number
 
 
-def _delay(name: str, description: str, *path: str) -> Figure:
-    return Figure(name, path or (name,), Unit.MICROSECONDS, Scope.DELAYS, description)
+def _delay(name: str, description: str) -> Figure:
+    return Figure(name, (name,), Unit.MICROSECONDS, Scope.DELAYS, description)
 
 
 def _packets(name: str, description: str) -> Figure:
@@ -9682,8 +9704,9 @@ def _packets(name: str, description: str) -> Figure:
 
 
 def _percentile(percent: str) -> Figure:
+    description = f"delay that {percent} % of the packets do not exceed"
     path = ("percentiles", percent)
-    return _delay(f"p{percent}", f"delay that {percent} % of the packets do not exceed", *path)
+    return Figure(f"p{percent}", path, Unit.MICROSECONDS, Scope.DELAYS, description)
 
 
 FIGURES = (
@@ -9756,6 +9779,7 @@ def parts_of(report: Report) -> dict[str, Report]:
     direction = info_of(report).direction
     if direction != "both":
         return {direction: report}
+    # The top level of the report is about the way in.
     parts = {"in": report, "out": report.get("outbound"), "guest": report.get("guest")}
     return {name: part for name, part in parts.items() if part}
 
@@ -9768,11 +9792,11 @@ def build_report(
 ) -> dict[str, Any]:
     """Return the JSON document on an analysis, as the README describes it.
 
-    `capture` is what is known about the captures of each point besides their files.
+    `capture` is what is known about the captures of each point but isn't in their files.
     With `files` the user has given existing captures, and gets advice on these.
     Raises NoMatchError if no packet has a delay.
     """
-    result, *others = analysis.results
+    result, *outbound_results = analysis.results  # there is one of these with --direction both
     captured = {point: {**capture[point], **analysis.counts[point]} for point in analysis.counts}
     advice = file_advice(info) if files else measuring_advice(info)
     cut = sum(counts.get("cut", 0) for counts in captured.values())
@@ -9786,7 +9810,7 @@ def build_report(
     warnings += traffic_warnings(result, info, captured, advice)
     warnings += capture_warnings(analysis.results, captured)
     report = direction_report(result, advice, warnings)
-    for outbound in others:
+    for outbound in outbound_results:
         report["outbound"] = outbound_report(outbound, info, advice, warnings)
     if analysis.guest:
         report["guest"] = guest_report(analysis.guest, result)
@@ -9806,22 +9830,22 @@ def direction_report(
     """Return the report of a direction with at least one delay, and add to the warnings."""
     by_flow = delays_by_flow(result)
     delays = delay_statistics(by_flow.whole)
-    reordered = reordering(result)
+    extents = reordering(result)  # of the reordered packets
     ipdv = mean_ipdv(result.delays)
     warnings += matching_warnings(result, advice)
     warnings += delay_warnings(result, delays)
     report: dict[str, Any] = {
         **asdict(delays),
         "unit": "microseconds",
-        "packets": packets_report(result, len(reordered)),
+        "packets": packets_report(result, len(extents)),
     }
     if by_flow.flows:
         report["flows"] = flows_report(by_flow)
     report |= {
         "loss_ratio": result.counts.loss_ratio,
         "reordering": {
-            "ratio": len(reordered) / result.counts.timed,
-            "maximum_extent": max(reordered.values(), default=0),
+            "ratio": len(extents) / result.counts.timed,
+            "maximum_extent": max(extents.values(), default=0),
         },
         "ipdv": ipdv,
     }
@@ -9862,7 +9886,7 @@ def packets_report(result: DirectionResult, reordered: int) -> dict[str, int]:
 
 
 def flows_report(by_flow: FlowDelays) -> Report:
-    """Return the number of flows, and how the delays of first and later packets differ."""
+    """Return the number of flows, and the delays of first and later packets if both are known."""
     report: dict[str, object] = {"count": by_flow.flows}
     later = by_flow.later
     if by_flow.first and later:
@@ -9882,6 +9906,7 @@ def guest_report(guest: GuestTimes, inbound: DirectionResult) -> Report:
         "undecided": guest.undecided,
         "ambiguous": guest.ambiguous,
     }
+    # Only of probes whose delivery to the guest was traced, and without that delivery.
     own_times = processing_times(guest.times, inbound.trace)
     if own_times:
         report["own"] = {
@@ -9894,9 +9919,9 @@ def guest_report(guest: GuestTimes, inbound: DirectionResult) -> Report:
 
 # ---- Report: warnings ------------------------------------------------------------------------
 
-COPY_GAP = 10_000_000  # ns; the captures of one packet are no further apart
-MOST_COPIES = 8  # of one packet; more of them are different packets that are alike
-MOST = 0.9  # share of the packets that "each packet" means
+COPY_GAP = 10_000_000  # ns; copies of one packet are captured within this time
+MOST_COPIES = 8  # of one packet; where there are more, different packets look alike
+COPIED_SHARE = 0.9  # of the packets, to warn that "each packet was captured twice"
 
 
 @dataclass
@@ -9914,7 +9939,7 @@ class Advice:
     no_answers: str  # where neither has packets from the VM
 
 
-# Where packets passed the vif, but not the pif.
+# On packets that passed the vif, but not the pif, by how the pif was chosen.
 ROUTE_ADVICE = {
     RouteKind.GIVEN: "Try -i auto, or the interface of the source if that is a VM of this host",
     RouteKind.SWITCHED: "If the source is a VM of this host, give its interface as -i; if this "
@@ -9942,6 +9967,7 @@ def _other_vif_advice(info: RunInfo) -> str:
     if info.toolstack:
         other_vif += " Is the VM's address on another interface (--num)?"
     if re.fullmatch(r"vif\d+\.\d+", info.vif):
+        # A VM without Xen's drivers uses a card that QEMU emulates.
         emulated = info.vif.replace("vif", "tap")
         if info.toolstack == "xl":
             emulated = f"{info.vif}-emu"
@@ -9960,7 +9986,7 @@ def measuring_advice(info: RunInfo) -> Advice:
     distinct = "Send TCP SYNs or pings, or vary the payload"
     if info.selection.translated:
         distinct = "Use one source at a time (because of --match-nat)"
-    elif info.traffic and not info.traffic.command:
+    elif info.traffic and not info.traffic.command:  # the packets of a pattern differ
         distinct = "Are they retransmissions, or packets of another run?"
     backwards = "Is -d the VM's address"
     if info.sources:
@@ -9970,7 +9996,7 @@ def measuring_advice(info: RunInfo) -> Advice:
     return Advice(
         distinct=distinct,
         undecided="Increase --wait",
-        late=" Packets match if they are at most 1 s apart, or --wait if that is longer",
+        late="Packets match if they are at most 1 s apart, or --wait if that is longer",
         translation=translation_advice(info),
         other_pif=_other_pif_advice(info),
         other_vif=_other_vif_advice(info),
@@ -9990,21 +10016,22 @@ def file_advice(info: RunInfo) -> Advice:
     or_destination = ""
     if not info.selection.destinations:
         or_destination = ", or the VM's address with -d"
+    # The addresses of a measurement are in its description, and can't be left out.
     if info.measured or not has_addresses:
-        translation = ""
+        nat_advice = ""
     elif info.selection.translated:
-        translation = ". With --match-nat leave out -s and -d, which hold on both interfaces"
+        nat_advice = ". With --match-nat leave out -s and -d, which hold on both interfaces"
     else:
-        translation = f". Are addresses translated ({match_nat_option(info)}, without -s and -d)?"
+        nat_advice = f". Are addresses translated ({match_nat_option(info)}, without -s and -d)?"
     return Advice(
         distinct="Capture packets that differ, such as TCP SYNs or pings",
         undecided="Capture for longer after the traffic",
-        late=" Do the captures overlap in time?",
+        late="Do the captures overlap in time?",
         translation=translation_advice(info),
         other_pif="Give the capture of the interface that the packets pass"
-        f"{or_destination}{translation}",
+        f"{or_destination}{nat_advice}",
         other_vif="Does a firewall drop the packets? Give the capture of the VM's interface"
-        f"{or_destination}{translation}",
+        f"{or_destination}{nat_advice}",
         backwards="Are pif and vif swapped, or -s and -d, or is another --direction wanted?",
         no_traffic=no_traffic,
         no_answers="Is the address after -d the VM's?",
@@ -10012,14 +10039,14 @@ def file_advice(info: RunInfo) -> Advice:
 
 
 def match_nat_option(info: RunInfo) -> str:
-    """Return --match-nat with what else it takes: it can't be used with --direction both."""
+    """Return --match-nat with the direction it requires: it can't be used with --direction both."""
     if info.direction == "both":
         return "--match-nat with --direction in"
     return "--match-nat"
 
 
 def translation_advice(info: RunInfo) -> str:
-    """Return the beginning of a question, on translated addresses; "" with --match-nat."""
+    """Return address translation as the first of several causes; "" if --match-nat is used."""
     if info.selection.translated:
         return ""
     return f"address translation ({match_nat_option(info)}), "
@@ -10030,7 +10057,7 @@ ENOUGH_DELAYS = {"p90": 5, "p95": 10, "p99": 50, "p99.9": 500}
 
 
 def matching_warnings(result: DirectionResult, advice: Advice) -> list[str]:
-    """Return warnings on packets that could not be matched, with what to do about them."""
+    """Return warnings on packets that could not be matched or timed, with what to do."""
     counts = result.counts
     first = result.direction.first
     second = result.direction.second
@@ -10069,7 +10096,7 @@ def _stray_arrivals(result: DirectionResult, advice: Advice) -> str:
     return (
         f"{counted(result.counts.strays, 'packet is', 'packets are')} not matched: the times on "
         f"the {result.direction.first} and the {result.direction.second} differ too much. Were "
-        "packets sent again, did they take another path, or was the clock set?"
+        "packets sent again, did they take another path, or was the clock set? "
         f"{advice.late}"
     )
 
@@ -10088,33 +10115,35 @@ def captured_twice(result: DirectionResult) -> str:
 
 
 def _times_on_pif(result: DirectionResult) -> int:
-    """Return how often the pif has seen most packets at about the same time."""
+    """Return how many copies of nearly every packet the pif has captured; 1 if that is unclear."""
     if result.direction.second == "pif":
         return _usual_arrivals(result)
     counts = result.counts
+    # Copies are ambiguous. If addresses are translated, different packets may be, too.
     if counts.ambiguous < counts.matched / 2 or not counts.matched or result.translated:
         return 1
-    sent_times: defaultdict[int, list[int]] = defaultdict(list)  # by id
-    for packet_id, sent in zip(result.ids, result.sent):
-        sent_times[packet_id].append(sent)
-    [(times, _)] = Counter(map(len, sent_times.values())).most_common(1)
-    usual = [sent_at for sent_at in sent_times.values() if len(sent_at) == times]
-    copied = times * sum(sent_at[-1] - sent_at[0] < COPY_GAP for sent_at in usual)
-    if times > MOST_COPIES or copied < MOST * counts.first:
+    times_by_id: defaultdict[int, list[int]] = defaultdict(list)
+    for packet_id, time_ns in zip(result.ids, result.sent):
+        times_by_id[packet_id].append(time_ns)
+    [(copies, _)] = Counter(map(len, times_by_id.values())).most_common(1)
+    copied_packets = sum(
+        len(times) == copies and times[-1] - times[0] < COPY_GAP for times in times_by_id.values()
+    )
+    if copies > MOST_COPIES or copies * copied_packets < COPIED_SHARE * counts.first:
         return 1
-    return times
+    return copies
 
 
 def _usual_arrivals(result: DirectionResult) -> int:
-    """Return how often the second point has seen most packets."""
-    if result.counts.duplicated < MOST * result.counts.matched or not result.duplicates:
+    """Return how many copies of most packets the second point has captured."""
+    if result.counts.duplicated < COPIED_SHARE * result.counts.matched or not result.duplicates:
         return 1
-    [(further, _)] = Counter(result.duplicates.values()).most_common(1)
-    return 1 + further
+    [(usual_duplicates, _)] = Counter(result.duplicates.values()).most_common(1)
+    return 1 + usual_duplicates
 
 
 def delay_warnings(result: DirectionResult, delays: DelayStatistics) -> list[str]:
-    """Return warnings on delays that can't be right and on percentiles of few of them."""
+    """Return warnings on delays that can't be right: negative, zero or very long ones."""
     warnings: list[str] = []
     if delays.negative:
         cause = "the time stamps of two CPUs disagree, or the clock was set"
@@ -10130,7 +10159,7 @@ def delay_warnings(result: DirectionResult, delays: DelayStatistics) -> list[str
             "coarse, or the clock did not advance from one CPU to the next (as on Xen with "
             "several CPUs of dom0)"
         )
-    if delays.maximum * 1000 > LONGEST_WAIT:
+    if delays.maximum * 1000 > LONGEST_WAIT:  # in ns
         outliers = [delay for delay in result.delays if delay > LONGEST_WAIT]
         warnings.append(
             f"{counted(len(outliers), 'delay is', 'delays are')} longer than "
@@ -10141,15 +10170,15 @@ def delay_warnings(result: DirectionResult, delays: DelayStatistics) -> list[str
 
 def has_both_directions(result: DirectionResult) -> bool:
     """Return whether the packets with negative delays all go the opposite way of the others."""
-    if result.identities[0][0] == TEXT:
+    if result.identities[0][0] == TEXT:  # without addresses
         return False
-    forwards = set()  # addresses
-    backwards = set()
+    forwards = set()  # source and destination of packets that don't have a negative delay
+    backwards = set()  # destination and source of those that have one
     for rank in result.ranks(PacketClass.MATCHED):
         addresses = addresses_of(result.identity(rank))
         half = len(addresses) // 2
         reverse = addresses[half:] + addresses[:half]
-        if addresses == reverse:
+        if addresses == reverse:  # a packet that a host sends to itself has no direction
             return False
         if result.delays[rank] < 0:
             backwards.add(reverse)
@@ -10165,22 +10194,24 @@ def captured_probes(result: DirectionResult, info: RunInfo) -> int:
     """Return how many packets of the sources' traffic the pif has seen."""
     packets = sent_datagrams(result)
     if info.transmitted is not None:
-        return min(packets, info.transmitted)
+        return min(packets, info.transmitted)  # any more are of other traffic
+    # hping3's SYNs open no socket, so the source's kernel answers each SYN-ACK with an RST.
     return packets - resets_of_own_syns(result)
 
 
 def measure_rate(result: DirectionResult, info: RunInfo) -> float | None:
     """Return how many packets a second each source has sent, by the stamps at the pif.
 
-    It is None where others have generated the traffic, or there are too few packets.
+    It is None where others have generated the traffic, or a source has sent too few packets.
     """
     if info.traffic is None or not info.sources or result.direction is not IN:
         return None
-    packets = captured_probes(result, info) / len(info.sources)
+    packets = captured_probes(result, info) / len(info.sources)  # of each source
     if packets < FEWEST_FOR_RATE:
         return None
-    duration = (result.sent[-1] - result.sent[0]) / NANOSECONDS
-    return round((packets - 1) / duration, 1) if duration > 0 else None
+    seconds = (result.sent[-1] - result.sent[0]) / NANOSECONDS
+    intervals = packets - 1
+    return round(intervals / seconds, 1) if seconds > 0 else None
 
 
 def rate_warnings(result: DirectionResult, info: RunInfo) -> list[str]:
@@ -10189,20 +10220,21 @@ def rate_warnings(result: DirectionResult, info: RunInfo) -> list[str]:
     if traffic is None or result.direction is not IN:
         return []
     warnings = []
-    paced = not traffic.command or "{interval}" in traffic.command
+    paced = not traffic.command or "{interval}" in traffic.command  # by --rate
     if paced and info.achieved_rate and info.achieved_rate < 0.95 * traffic.rate:
         warnings.append(
             f"each source reached less than 95 % of --rate {traffic.rate}. Use a lower one, "
             "or more sources"
         )
     if traffic.load and info.duration:
-        most = 1.1 * traffic.rate * info.duration * len(info.sources)
+        # Both rate and duration are only kept approximately.
+        most_sent = 1.1 * traffic.rate * info.duration * len(info.sources)
         packets = captured_probes(result, info)
-        if packets > most:
+        if packets > most_sent:
             warnings.append(
                 f"{counted(packets, 'packet was', 'packets were')} captured as probes, but the "
-                f"sources sent at most {most:.0f}: other packets, such as the load's, are counted. "
-                "Give --load another protocol or port"
+                f"sources sent at most {most_sent:.0f}: other packets, such as the load's, are "
+                "counted. Give --load another protocol or port"
             )
     return warnings
 
@@ -10210,7 +10242,7 @@ def rate_warnings(result: DirectionResult, info: RunInfo) -> list[str]:
 def traffic_warnings(
     result: DirectionResult, info: RunInfo, captured: Mapping[str, Report], advice: Advice
 ) -> list[str]:
-    """Return warnings if fewer or more packets count than the sources report to have sent."""
+    """Return warnings if packets were under way at the end, or were not as many as were sent."""
     warnings = []
     under_way = result.counts.undecided.under_way
     if under_way and info.sources:
@@ -10220,11 +10252,12 @@ def traffic_warnings(
             f"{advice.undecided}"
         )
     sent = info.transmitted
+    # The user's own filter may select other packets than those of the sources.
     if sent is None or result.direction is not IN or info.filter:
         return warnings
     seen = sent_datagrams(result) + under_way
     if seen > sent:
-        seen -= resets_of_own_syns(result)
+        seen -= resets_of_own_syns(result)  # which the sources don't report
     if seen > sent:
         warnings.append(
             f"{counted(seen, 'packet was', 'packets were')} captured on the pif, but this run sent "
@@ -10242,7 +10275,7 @@ def traffic_warnings(
 def capture_warnings(
     results: Iterable[DirectionResult], captured: Mapping[str, Report]
 ) -> list[str]:
-    """Return warnings on packets that the kernel dropped before tcpdump could read them."""
+    """Return warnings on packets that captures have missed or truncated."""
     warnings = []
     for point, counts in captured.items():
         dropped = counts.get("dropped")
@@ -10272,16 +10305,18 @@ def guest_warnings(guest: GuestTimes) -> list[str]:
 
 
 def percentile_warning(reports: Iterable[Report], percentiles: Iterable[str]) -> str:
-    """Return a warning on the percentiles of too few packets in a set of runs, or ""."""
-    timed = [
+    """Return a warning on those percentiles for which a run has too few packets, or ""."""
+    timed_packets = [
         part["packets"]["matched"] - part["packets"]["ambiguous"]
         for report in reports
         for name, part in parts_of(report).items()
         if name != "guest"
     ]
-    fewest = min(timed, default=0)
+    if not timed_packets:
+        return ""
+    fewest = min(timed_packets)
     close = [name for name in ENOUGH_DELAYS if name in percentiles and fewest < ENOUGH_DELAYS[name]]
-    if not timed or not close:
+    if not close:
         return ""
     subject = f"{close[0]} is"
     if len(close) > 1:
@@ -10386,7 +10421,7 @@ LIMIT_PARTS = ("in", "out", "outbound", "guest", *STAGES)
 
 @dataclass(frozen=True)
 class FigureLimit:
-    """A condition on a figure, such as "p99>200us" or "outbound.loss>=0.1%"."""
+    """A condition that a figure should not meet, such as "p99>200us" or "outbound.loss>=0.1%"."""
 
     text: str
     name: str  # of the figure, with its part
@@ -10394,10 +10429,10 @@ class FigureLimit:
     path: tuple[str, ...]  # of the figure in the document
     comparator: str
     threshold: float  # in the unit of the figure
-    unit: str  # that the user gave, or ""
+    unit: str  # in which the user gave the threshold, or ""
 
     def breach(self, report: Report) -> str | None:
-        """Return how the report meets the condition, or None if it does not.
+        """Return how the report meets the condition, for people; None if it doesn't.
 
         A value that is unknown meets every condition: a monitor must not take it for a good one.
         """
@@ -10414,47 +10449,48 @@ class FigureLimit:
         if self.figure.unit is Unit.MICROSECONDS:
             unit = unit or "µs"
         converted = value / float(LIMIT_UNITS[self.figure.unit][unit])
+        # Delays and counts are shown in full, since they may be very close to the limit.
         digits = 6 if self.figure.unit is Unit.RATIO else 12
         return f"{converted:.{digits}g} {unit}".strip()
 
 
 @dataclass(frozen=True)
 class ChangeLimit:
-    """A limit on the change from a baseline, such as "slower".
+    """A limit on the change from a baseline, such as "slower", which a slower run breaches.
 
-    A run that has changed so breaches it.  The greater a compared figure, the worse.
+    All compared figures are the worse the greater they are.
     """
 
     text: str
     preposition: str  # between the text and the baseline's name
-    figures: tuple[str, ...]  # in the comparison
+    figures: tuple[str, ...]  # of the comparison; a change of one of them breaches the limit
     either_way: bool  # improvements breach it, too
 
     def breach(self, report: Report) -> str | None:
-        """Return how the comparison breaches the limit, or why it can't be decided; None if not."""
+        """Return how a run breaches the limit, or why that is unknown; None if it doesn't."""
         comparison = report.get("comparison")
         if comparison is None:  # only the last run of its kind has a comparison
             return None
         if min(comparison["runs"]) < FEWEST_RUNS:
             return f"{self.text!r} can't be decided: it requires {FEWEST_RUNS} runs on each side"
-        matching = {
+        relevant = {
             name: comparison[name]
             for name in self.figures
             if self.either_way or comparison[name]["shift"] > 0
         }
         changes = [
             self._show(name, change)
-            for name, change in matching.items()
+            for name, change in relevant.items()
             if change["distinguishable"]
         ]
         if changes:
             return f"{self.text} {self.preposition} {comparison['path']}: {'; '.join(changes)}"
-        if any(change["distinguishable"] is None for change in matching.values()):
+        if any(change["distinguishable"] is None for change in relevant.values()):
             return f"{self.text!r} can't be decided: {EQUAL_RUNS}"
         return None
 
     def _show(self, name: str, change: Report) -> str:
-        """Return a figure before and now, and by which factor it has grown."""
+        """Return a figure before and now, and the factor if it has at least doubled."""
         show: Callable[[float], str] = duration_text
         if name == "loss_ratio":
             name = "loss"
@@ -10483,7 +10519,7 @@ def is_on_change(text: str) -> bool:
 def parse_limits(
     texts: Sequence[str], directions: Iterable[str], stages: bool
 ) -> dict[str, list[Limit]]:
-    """Return the limits for runs of these directions, by direction, as `parse_limit` does."""
+    """Return, by direction, the limits for runs of that direction, as `parse_limit` does."""
     return {
         direction: [parse_limit(text, direction, stages) for text in texts]
         for direction in dict.fromkeys(directions)
@@ -10503,16 +10539,23 @@ def parse_limit(text: str, direction: str, stages: bool) -> Limit:
         return _parse_figure_limit(name, direction, stages)
 
 
+LIMIT_SYNTAX = (
+    r"(?:([a-z_]+)\.)?"  # the part of the document
+    r"([a-z_]+[\d.]*)\s*"  # the figure
+    r"(>=|<=|>|<)\s*"
+    r"(\d+\.?\d*(?:e-?\d{1,2})?)\s*"  # the threshold
+    r"(\S*)"  # its unit
+)
+
+
 def _parse_figure_limit(text: str, direction: str, stages: bool) -> FigureLimit:
-    parts = re.fullmatch(
-        r"(?:([a-z_]+)\.)?([a-z_]+[\d.]*)\s*(>=|<=|>|<)\s*(\d+\.?\d*(?:e-?\d{1,2})?)\s*(\S*)", text
-    )
-    if not parts:
+    limit = re.fullmatch(LIMIT_SYNTAX, text)
+    if not limit:
         raise UsageError(
             "not a limit. Give NAME>NUMBER (or >=, <, <=) with a unit if you like, such as "
             f"'p99>200us' or 'loss>0.1%', or one of {', '.join(CHANGE_LIMITS)}"
         )
-    part, name, comparator, threshold, unit = parts.groups(default="")
+    part, name, comparator, threshold, unit = limit.groups(default="")
     figures = {figure.name: figure for figure in FIGURES}
     figure = figures.get(LIMIT_ALIASES.get(name, name))
     if figure is None:
@@ -10522,14 +10565,14 @@ def _parse_figure_limit(text: str, direction: str, stages: bool) -> FigureLimit:
         raise UsageError(f"{part} has no figure {name!r}")
     if figure.scope is Scope.TRACE and not stages:
         raise UsageError(f"{name} requires --stages")
-    unit = re.sub("us|\u03bcs", "µs", unit)  # that is the Greek letter, not the micro sign
+    unit = re.sub("us|\u03bcs", "µs", unit)  # U+03BC is the Greek letter mu, not the micro sign
     value = _threshold(name, figure.unit, threshold, unit)
-    full_name = f"{part}.{name}".lstrip(".")
+    full_name = f"{part}.{name}" if part else name
     return FigureLimit(text, full_name, figure, path, comparator, value, unit)
 
 
 def _threshold(name: str, figure_unit: Unit, number: str, unit: str) -> float:
-    """Return the threshold of a limit in the figure's own unit."""
+    """Return a number of some unit in the figure's own unit; UsageError if it can't be a limit."""
     units = LIMIT_UNITS[figure_unit]
     if unit not in units:
         accepted = ", ".join(symbol for symbol in units if symbol) or "none"
@@ -10547,6 +10590,7 @@ def _part_path(part: str, direction: str, stages: bool) -> tuple[str, ...]:
         if not stages:
             raise UsageError(f"{part} requires --stages")
         return ("stages", part)
+    # The top level is about the only direction or, of both, about the way in.
     if part in ("", direction) or (part, direction) in (("outbound", "out"), ("in", "both")):
         return ()
     if part not in LIMIT_PARTS:
@@ -10555,12 +10599,12 @@ def _part_path(part: str, direction: str, stages: bool) -> tuple[str, ...]:
         raise UsageError(f"{part} requires --direction both")
     if part == "guest":
         return ("guest",)
-    return ("outbound",)
+    return ("outbound",)  # "out" is another name for it
 
 
 # ---- Outputs: files --------------------------------------------------------------------------
 
-MOST_LINKS = 40  # on the way to a file, as in the kernel
+MOST_LINKS = 40  # symbolic links in a path; the kernel follows no more either
 
 
 def is_standard_output(path: str) -> bool:
@@ -10579,7 +10623,7 @@ def is_special(path: str) -> bool:
 
 
 def write_file(path: str, write: Callable[[BinaryIO], object], append: bool = False) -> None:
-    """Write a file by a function of the open file; "-" is the standard output.
+    """Open a file for the function `write`, which writes it; "-" is the standard output.
 
     A regular file is replaced as a whole, unless `append` is set; anything else is written to.
     Raises UsageError if that fails, and ReaderGone for a pipe without a reader.
@@ -10589,7 +10633,7 @@ def write_file(path: str, write: Callable[[BinaryIO], object], append: bool = Fa
         raise UsageError(f"can't write {name}: it is closed. Name a file with --output")
     try:
         if is_standard_output(path):
-            with open(os.dup(1), "wb") as file:
+            with open(os.dup(1), "wb") as file:  # a duplicate, since the file is closed
                 write(file)
         elif is_special(path):
             with open(path, "ab") as file:
@@ -10605,40 +10649,39 @@ def write_file(path: str, write: Callable[[BinaryIO], object], append: bool = Fa
 
 
 def _target(path: str) -> str:
-    """Return the real path of a file to write.
+    """Return the path of a file to write with all symbolic links resolved.
 
     Raises PermissionError for a link on the way that somebody else may have planted, in /tmp for
     example: the kernel refuses these, too (fs.protected_symlinks).
     """
-    left = os.path.abspath(path).split("/")[::-1]
-    place = "/"
+    unresolved = os.path.abspath(path).split("/")[::-1]  # names; the last one is the next
+    resolved = "/"
     links = 0
-    while left:
-        name = left.pop()
-        step = os.path.normpath(os.path.join(place, name))
-        if not os.path.islink(step):
-            place = step
+    while unresolved:
+        entry = os.path.normpath(os.path.join(resolved, unresolved.pop()))
+        if not os.path.islink(entry):
+            resolved = entry
             continue
         links += 1
         if links > MOST_LINKS:
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        about = os.stat(place)
-        is_shared = about.st_mode & stat.S_ISVTX and about.st_mode & stat.S_IWOTH
-        if is_shared and os.lstat(step).st_uid not in (os.geteuid(), about.st_uid):
+        directory = os.stat(resolved)
+        is_shared = directory.st_mode & stat.S_ISVTX and directory.st_mode & stat.S_IWOTH
+        if is_shared and os.lstat(entry).st_uid not in (os.geteuid(), directory.st_uid):
             raise PermissionError(
                 errno.EACCES, "a link of another user in a shared directory leads there"
             )
-        target = os.readlink(step)
-        left += target.split("/")[::-1]
+        target = os.readlink(entry)
+        unresolved += target.split("/")[::-1]
         if target.startswith("/"):
-            place = "/"
-    return place
+            resolved = "/"
+    return resolved
 
 
 def _replace_file(path: str, write: Callable[[BinaryIO], object]) -> None:
     """Write a new file, and put it in place of the one at a path once it is complete.
 
-    It gets the mode of the file that was there, and if possible its owner.
+    The new file gets the mode of the one that was there, and its owner if root writes it.
     """
     temporary = os.path.join(os.path.dirname(path), f".netweaver-{os.urandom(6).hex()}")
     try:
@@ -10659,12 +10702,12 @@ def _append_file(path: str, write: Callable[[BinaryIO], object]) -> None:
     """Write at the end of a file; if that fails, leave the file as it was."""
     content = io.BytesIO()
     write(content)
-    left = content.getbuffer()
+    unwritten = content.getbuffer()
     with open(path, "ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         try:
-            while left:
-                left = left[file.write(left) :]
+            while unwritten:
+                unwritten = unwritten[file.write(unwritten) :]
         except BaseException:  # a signal, too
             os.ftruncate(file.fileno(), size)
             raise
@@ -10675,8 +10718,8 @@ def write_result(
 ) -> None:
     """Write a result to a file, as write_file does.
 
-    If that fails, it is written to the standard output, with `after_failure` as its text, and the
-    error is raised all the same.
+    If that fails, the text (or `after_failure`, unless it is None) goes to the standard output, and
+    the error is raised all the same.
     """
     try:
         write_text(path, text, append)
@@ -10707,17 +10750,17 @@ def check_writable(path: str) -> None:
     except OSError as error:
         raise UsageError(f"can't write {path}: {error.strerror}") from error
     if is_special(path):
-        needed = path
+        written = path
     elif os.path.isdir(directory):
-        needed = directory
+        written = directory  # which gets a new file in place of the old one
     else:
         raise UsageError(f"can't write {path}: no such directory")
-    if not os.access(needed, os.W_OK):
+    if not os.access(written, os.W_OK):
         raise UsageError(f"can't write {path}: no permission to write there")
 
 
 def is_terminal(stream: IO[str] | None) -> bool:
-    """Return whether a standard stream is a terminal; it is None if it was closed at the start."""
+    """Return whether a standard stream is a terminal; a stream closed at the start is None."""
     return stream is not None and stream.isatty()
 
 
@@ -10735,13 +10778,13 @@ class Output:
     """A form in which the results of runs are published."""
 
     takes_several_runs = True
-    has_exit_code = False  # so that all other outputs must be complete before
+    has_exit_code = False  # it publishes the exit code, so all other outputs are completed first
 
     @classmethod
     def for_result(cls, path: str, screen: Screen, exit_code: Callable[[], int]) -> Output:
         """Return the output that writes the result in this form, if --format can choose it.
 
-        `exit_code` returns the one that all other outputs have led to.
+        `exit_code` returns the exit code as all other outputs leave it, once they are complete.
         """
         raise NotImplementedError
 
@@ -10751,7 +10794,7 @@ class Output:
 
     @staticmethod
     def write_failure(path: str, describe: Callable[[], RunInfo], exit_code: int) -> None:
-        """Publish that the run that `describe` returns has failed, if this form has a place."""
+        """Publish that a run, which `describe` returns, has failed, if this form can show that."""
 
     def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
         """Take the result of the next run."""
