@@ -6292,23 +6292,23 @@ def resolve(name: str) -> str:
 
 
 class RunCommand(Protocol):
-    """A way to run shell commands on the hypervisor, such as NetWeaver.run_command."""
+    """A function that runs a shell command on the hypervisor, such as NetWeaver.run_command."""
 
     def __call__(self, command: str, hint: str = "") -> str:
-        """Return what a command prints; raise RemoteCommandError, with the hint, if it fails."""
+        """Return the command's output; raise RemoteCommandError, with the hint, if it fails."""
 
 
 NAME_THE_VIF = "name the VM's interface with --vif"
 UUID = r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"
 
 
-def xe_vif(run: RunCommand, name: str, number: int) -> str:
-    """Return a VM's interface on XenServer or XCP-ng, by its name-label or else by its UUID."""
+def xe_vif(run: RunCommand, name: str, vif_number: int) -> str:
+    """Return a VM's interface on XenServer or XCP-ng, by the VM's name-label or else its UUID."""
     hint = "is xapi running there? (systemctl status xapi)"
     answer = run(xe_dom_id_command(f"name-label={quote(name)}"), hint)
     if not answer.strip() and re.fullmatch(UUID, name):
         answer = run(xe_dom_id_command(f"uuid={name.lower()}"), hint)
-    return f"vif{parse_xe_dom_id(answer, name)}.{number}"
+    return f"vif{parse_xe_dom_id(answer, name)}.{vif_number}"
 
 
 def xe_dom_id_command(condition: str) -> str:
@@ -6335,8 +6335,8 @@ def parse_xe_dom_id(answer: str, name: str) -> int:
     lines = answer.split("\n")
     in_pool = _split_dom_ids(lines[0])
     running = [dom_id for dom_id in in_pool if dom_id != "-1"]
-    local = running
-    if len(lines) > 2:
+    local = running  # unless the host knows its own UUID
+    if len(lines) > 2:  # two lines, and the empty text after the last newline
         local = _split_dom_ids(lines[1])
     if not in_pool:
         raise UnknownVMError(
@@ -6365,17 +6365,17 @@ def _split_dom_ids(line: str) -> list[str]:
     return [word for word in line.strip().split(",") if word]
 
 
-def xl_vif(run: RunCommand, name: str, number: int) -> str:
+def xl_vif(run: RunCommand, name: str, vif_number: int) -> str:
     """Return a domain's interface on Xen without xapi, by the domain's name or UUID."""
     hint = "the VM isn't running, or has another name: xl list shows the running domains"
-    domain = ""
+    listed_id = ""
     if re.fullmatch(UUID, name):
-        domain = parse_xl_vm_list(run("xl vm-list", hint), name)
-    if not domain:
-        domain = f"`xl domid {_operand(name, '--')}`"
+        listed_id = parse_xl_vm_list(run("xl vm-list", hint), name)
+    id_in_shell = listed_id or f"`xl domid {_operand(name, '--')}`"
+    # xenstore has a vifname only where the domain's configuration names the interface.
     answer = run(
-        f"id={domain} || exit; echo $id; "
-        f"xenstore-read /local/domain/0/backend/vif/$id/{number}/vifname 2>/dev/null || :",
+        f"id={id_in_shell} || exit; echo $id; "
+        f"xenstore-read /local/domain/0/backend/vif/$id/{vif_number}/vifname 2>/dev/null || :",
         hint,
     )
     domain_id, _, vifname = answer.partition("\n")
@@ -6385,7 +6385,7 @@ def xl_vif(run: RunCommand, name: str, number: int) -> str:
         raise RemoteCommandError(f"xl answered {answer[:80]!r} for {name!r} instead of a domain ID")
     if domain_id == "0":
         raise RemoteCommandError(f"{name!r} is the control domain, which has no vif")
-    return vifname or f"vif{domain_id}.{number}"
+    return vifname or f"vif{domain_id}.{vif_number}"
 
 
 def parse_xl_vm_list(answer: str, uuid: str) -> str:
@@ -6404,7 +6404,7 @@ def _operand(name: str, prefix: str) -> str:
     return quote(name)
 
 
-def virsh_vif(run: RunCommand, name: str, number: int) -> str:
+def virsh_vif(run: RunCommand, name: str, vif_number: int) -> str:
     """Return a domain's interface on libvirt, by the domain's name or UUID."""
     hint = (
         "virsh list --all shows the names, systemctl status libvirtd shows whether libvirt is "
@@ -6412,46 +6412,50 @@ def virsh_vif(run: RunCommand, name: str, number: int) -> str:
     )
     virsh = "LC_ALL=C virsh -r -q"  # read only, and oVirt allows nothing else
     domain = _operand(name, "--domain")
-    if re.fullmatch(r"\d+", name, re.ASCII):  # most commands take it for an id, domid never does
+    if re.fullmatch(r"\d+", name, re.ASCII):
+        # domiflist would take such a name for an id. domid doesn't, and prints the real id.
         domain = quote(run(f"{virsh} domid {domain}", hint).strip())
     state = "shut off"
     answer = ""
-    if domain != "-":
+    if domain != "-":  # which domid prints for a domain that is shut off
         answer = run(f"{virsh} domiflist {domain}", hint)
         # A domain that is shut off may list an interface, too.
         state = run(f"{virsh} domstate {domain} || :").strip()
     if state in ("shut off", "crashed"):
         raise RemoteCommandError(f"the domain {name!r} is {state}: start it first (virsh start)")
-    return parse_virsh_domiflist(answer, name, number)
+    return parse_virsh_domiflist(answer, name, vif_number)
 
 
-def parse_virsh_domiflist(answer: str, name: str, number: int) -> str:
-    """Return the interface in a row of virsh's table, counted from 0.
+def parse_virsh_domiflist(answer: str, name: str, vif_number: int) -> str:
+    """Return the name of the interface in a row of virsh's table; rows count from 0.
 
-    Old versions print a header and a rule in spite of -q. Raises RemoteCommandError if there is no
-    such row, or if the interface has no device on the host.
+    Raises RemoteCommandError if there is no such row, or if the interface has no device on the
+    host.
     """
+    # Old versions print a header and a rule in spite of -q.
     rows = [
         line.split()
         for line in answer.splitlines()
         if line.strip() and not re.match(r"\s*(Interface\s+Type\s|--+\s*$)", line)
     ]
-    if number >= len(rows):
+    if vif_number >= len(rows):
         names = ", ".join(row[0] for row in rows) or "none"
         raise RemoteCommandError(
-            f"the domain {name!r} has {counted(len(rows), 'interface')}, but no number {number} "
-            f"(--num counts from 0; there are: {names})"
+            f"the domain {name!r} has {counted(len(rows), 'interface')}, but no number "
+            f"{vif_number} (--num counts from 0; there are: {names})"
         )
-    interface, *others = rows[number]
-    if interface == "-" or others[:1] == ["vhostuser"]:  # that one has a name all the same
+    columns = rows[vif_number]  # interface, type, source, model, MAC
+    interface = columns[0]
+    is_vhost_user = columns[1:2] == ["vhostuser"]  # may have a name, but never a device
+    if interface == "-" or is_vhost_user:
         raise RemoteCommandError(
-            f"interface {number} of the domain {name!r} has no device on the host (hostdev, "
+            f"interface {vif_number} of the domain {name!r} has no device on the host (hostdev, "
             "vhost-user, or the domain is shut off): tcpdump can't see it"
         )
     return interface
 
 
-def qm_vif(run: RunCommand, name: str, number: int) -> str:
+def qm_vif(run: RunCommand, name: str, vif_number: int) -> str:
     """Return a VM's interface on Proxmox VE, by the VM's name, VMID or UUID."""
     answer = run("qm list", "is this a Proxmox VE host?")
     try:
@@ -6459,17 +6463,19 @@ def qm_vif(run: RunCommand, name: str, number: int) -> str:
     except UnknownVMError:
         if not re.fullmatch(UUID, name):
             raise
+        # A VM's configuration is the file VMID.conf, and has the UUID in its line smbios1.
         path = run(f"grep -il '^smbios1:.*uuid={name}' /etc/pve/qemu-server/*.conf || :").strip()
         if not path:
             raise
         vmid = parse_qm_list(answer, os.path.basename(path).removesuffix(".conf"))
-    return f"tap{vmid}i{number}"
+    return f"tap{vmid}i{vif_number}"
 
 
 def parse_qm_list(answer: str, name: str) -> int:
-    """Return the VMID of the running VM with a name or, if no VM has that name, with a VMID.
+    """Return the VMID of the running VM with a name; a name that no VM has may be its VMID.
 
-    Raises RemoteCommandError if there is none, or if there are several.
+    Raises UnknownVMError if this host has no such VM, and RemoteCommandError if none of those with
+    the name is running, or several are.
     """
     states: dict[str, str] = {}  # by VMID
     vmids: defaultdict[str, list[str]] = defaultdict(list)  # by name
@@ -6506,9 +6512,9 @@ class Toolstack:
 
     name: str  # of the program, and as --toolstack
     title: str  # what it manages
-    find_vif: Callable[[RunCommand, str, int], str]  # by the VM's name and the interface's number
-    # An error ends the search, unless it is UnknownVMError; not so for a tool that may be
-    # installed where it manages nothing.
+    find_vif: Callable[[RunCommand, str, int], str]  # by the VM's name and the vif_number
+    # Whether an error of find_vif ends a search through all toolstacks. An UnknownVMError never
+    # does, nor does any error of a tool that may be installed where it manages nothing.
     is_final: bool
 
 
@@ -6528,7 +6534,7 @@ def describe_toolstacks() -> str:
     return ", ".join(f"{each.name} ({each.title})" for each in TOOLSTACKS.values())
 
 
-def find_toolstack(run: RunCommand, name: str, number: int) -> tuple[str, str]:
+def find_toolstack(run: RunCommand, name: str, vif_number: int) -> tuple[str, str]:
     """Return the name of the first toolstack that knows a VM, and the VM's interface.
 
     If no toolstack knows it, raises the error of the first one that is installed.
@@ -6541,7 +6547,7 @@ def find_toolstack(run: RunCommand, name: str, number: int) -> tuple[str, str]:
         if toolstack.name not in installed:
             continue
         try:
-            return toolstack.name, toolstack.find_vif(run, name, number)
+            return toolstack.name, toolstack.find_vif(run, name, vif_number)
         except UnknownVMError as error:
             errors.append(error)
         except RemoteCommandError as error:
@@ -6559,21 +6565,24 @@ def find_toolstack(run: RunCommand, name: str, number: int) -> tuple[str, str]:
 
 # Names that toolstacks give to the interfaces of VMs and containers.
 VM_INTERFACE = (
-    r"(vif|tap|emu)\d+\.\d+(-emu)?|(tap|veth|fwln|fwpr|fwbr)\d+[ip]\d+|vnet\d+|veth[0-9a-f]{6,}"
-    r"|(tap|qvb|qvo|qbr)[0-9a-f-]{9,}"
+    r"(vif|tap|emu)\d+\.\d+(-emu)?"  # Xen
+    r"|(tap|veth|fwln|fwpr|fwbr)\d+[ip]\d+"  # Proxmox VE
+    r"|vnet\d+"  # libvirt
+    r"|veth[0-9a-f]{6,}"  # Docker
+    r"|(tap|qvb|qvo|qbr)[0-9a-f-]{9,}"  # OpenStack
 )
 CARD_NAME = r"(eth\d|en[opsxP]|em\d|p\d+p\d|ib\d|wl)\S*"
-CONTAINER_NAME = r"veth|v[ebz]-|mac[0-9a-f]{4}|lxc|cali"
+CONTAINER_NAME = r"veth|v[ebz]-|mac[0-9a-f]{4}|lxc|cali"  # how such names begin
 NETBACK_ADDRESS = "fe:ff:ff:ff:ff:ff"  # of all vifs of Xen
-# The name of a VM's port of a card that switches by itself.
+# The port name of a VM's function (SR-IOV) on a card that switches by itself.
 REPRESENTED_FUNCTION = r"(c\d+)?pf\d+[vs]f\d+"
 TUNNEL_KINDS = ("vxlan", "geneve", "gre", "gretap", "ip6gre", "ip6gretap", "stt")
 STACKED_KINDS = ("vlan", "macvlan", "macvtap", "ipvlan", "ipvtap", "macsec")
-# Kinds of interfaces on another one that reach each other, unless their mode keeps them apart.
+# Stacked on the same interface, those of one group reach each other, except in separate modes.
 SIBLING_KINDS = (("macvlan", "macvtap"), ("ipvlan", "ipvtap"))
 SEPARATE_MODES = ("vepa", "private", "source")
 HOST_KINDS = ("bridge", "openvswitch")  # by these the host takes part in a switch
-# Frames that leave a switch by these go nowhere else.
+# Ports of a switch behind which is neither a network card nor a guest.
 DEAD_END_KINDS = (*HOST_KINDS, "patch", "ifb")
 ETH0_ASSUMED = (
     "the VM's interface is in no bridge, and no way to it is known: eth0 is assumed to be the "
@@ -6583,8 +6592,9 @@ MOST_INTERFACES = 16  # to be captured at once
 MOST_TUNNEL_PORTS = 16  # in a filter
 MOST_LOOKUPS = 64  # in one command
 MOST_NAMES = 40  # in a message
-# Prints the interfaces of Open vSwitch: a line "ovs" for each bridge, with its parent (a fake
-# bridge has one), its local port and all others, and a line of JSON.
+# Prints a line "ovs PARENT BRIDGE PORT..." for each bridge of Open vSwitch, and the settings of all
+# interfaces as a line "ovs-interfaces JSON". A bridge is its own parent, unless it is a "fake" one,
+# which is a VLAN of its parent. Its local port has its name.
 OPEN_VSWITCH_COMMAND = r"""
 command -v ovs-vsctl >/dev/null || exit 0
 echo "= ovs-interfaces"
@@ -6603,19 +6613,19 @@ class Link:
     """A network interface of the hypervisor."""
 
     name: str
-    index: str = ""  # which no other interface ever gets; only the kernel's interfaces have one
+    index: str = ""  # no other interface ever gets it; empty if only Open vSwitch knows this one
     kind: str = ""  # "bridge", "veth", "tun" ...; empty for hardware
     medium: str = ""  # "ether", "loopback" ...
     address: str = ""  # MAC
     master: str = ""  # the bridge or bond that it belongs to
-    switch: str = ""  # of Open vSwitch, that it belongs to
+    switch: str = ""  # the bridge of Open vSwitch that it belongs to, as "ovs NAME"
     lower: str = ""  # the interface on which it is stacked, or the other end of a veth or patch
     remote: str = ""  # the IP address where a tunnel ends
     local: str = ""  # the IP address where it begins
     mode: str = ""  # by which a macvlan or a bond works
-    encrypts: bool = False  # what it sends through the interface below (MACsec)
+    encrypts: bool = False  # MACsec: its frames are encrypted on the interface below
     tunnel_port: int | None = None  # UDP
-    function: str = ""  # of a card, that it stands for
+    function: str = ""  # the port name of a card's function that it represents, as "pf0vf1"
     guest_address: str = ""  # MAC of the VM behind it
     switch_port: int | None = None  # its number in Open vSwitch
     qdisc: str = ""
@@ -6626,7 +6636,7 @@ class Link:
 
     @property
     def is_guest(self) -> bool:
-        """Return whether it is a VM's interface, or a container's."""
+        """Return whether it looks like a VM's interface, or a container's; so does a VPN's tun."""
         return (
             self.kind == "tun"
             or self.address == NETBACK_ADDRESS
@@ -6637,7 +6647,7 @@ class Link:
     def leads_to(self, mac: str) -> bool:
         """Return whether the VM behind the interface is known to have a MAC address.
 
-        A macvtap has the VM's address, and a tap of libvirt has it with another first byte.
+        A macvtap has the VM's address, and a tap of libvirt has it with fe as its first byte.
         """
         return mac in (self.guest_address, self.address) or self.address == f"fe{mac[2:]}"
 
@@ -6652,17 +6662,19 @@ def parse_links(answer: str) -> dict[str, Link]:
     return links
 
 
-# -o joins the lines of an interface by backslashes: a general one, the hardware's, and details.
+# -o joins the lines of an interface by backslashes: a general one, the hardware's, and details:
+# 5: vif1.0@if2: <UP> mtu 1500 master br0\    link/ether fe:ff:... brd ff:...\    veth numtxqueues 4
 LINK_LINE = re.compile(
     r"(?P<index>\d+): (?P<name>[^\s:@]+)(@(?P<lower>[^\s:]+))?: (?P<state>[^\\]*)"
     r"(\\ +link/(?P<medium>\w+) *(?P<address>[0-9a-f:]*)[^\\]*"
     r"(\\ +(?P<kind>[a-z0-9]+)(?=[ \\]|$))?)?"
 )
+# Lines with words of the user's (alias, altname), or about other interfaces (vf).
 FREE_TEXT = re.compile(r"\\ +(alias|altname|vf) [^\\]*")
 
 
 def parse_link(line: str) -> Link | None:
-    """Return the interface in a line of `ip -o -s -d link`; None if there is none."""
+    """Return the interface in a line of `ip -o -s -d link`; None for any other line."""
     line = FREE_TEXT.sub("", line)
     match = LINK_LINE.match(line)
     if match is None:
@@ -6674,7 +6686,7 @@ def parse_link(line: str) -> Link | None:
     if re.fullmatch(r"if\d+|NONE", lower) or "link-netnsid" in details:
         lower = ""  # in another namespace
     switch = ""
-    if parts["kind"] == "openvswitch":  # unless Open vSwitch itself gives its bridge
+    if parts["kind"] == "openvswitch":  # Its bridge is unknown until Open vSwitch is asked.
         switch = "ovs-system"
     return Link(
         name=parts["name"],
@@ -6700,17 +6712,19 @@ def parse_link(line: str) -> Link | None:
 
 
 def _dropped(line: str, heading: str) -> int | None:
-    """Return the counter of dropped packets below a heading."""
+    """Return the dropped packets in the statistics under "RX:" or "TX:"; None if not printed."""
     _, _, table = line.partition(heading)
-    names, _, values = table.partition("\\")
+    names, _, values = table.partition("\\")  # the numbers are in the next line
     counters = dict(zip(names.split(), values.split()))
     return whole_number(counters.get("dropped"))
 
 
 def words_after(text: str) -> dict[str, str]:
-    """Return the word that follows each word, at its first occurrence."""
-    pairs = list(pairwise(text.split()))
-    return dict(reversed(pairs))
+    """Return the word that follows each word, by that word; its first occurrence counts."""
+    following: dict[str, str] = {}
+    for word, next_word in pairwise(text.split()):
+        following.setdefault(word, next_word)
+    return following
 
 
 def whole_number(text: str | None) -> int | None:
@@ -6727,7 +6741,7 @@ class Links:
     """
 
     def __init__(self, answer: str) -> None:
-        """Read the output of `ip -o -d link`, and that of OPEN_VSWITCH_COMMAND, if there is one."""
+        """Read the output of `ip -o -d link`, and of OPEN_VSWITCH_COMMAND if it was run."""
         self.by_name = parse_links(answer)
         for line in answer.splitlines():
             kind, _, words = line.partition(" ")
@@ -6735,8 +6749,8 @@ class Links:
                 self._add_open_vswitch(words.split())
             elif kind == "ovs-interfaces":
                 self._add_settings(words)
-        self._ports: defaultdict[str, list[str]] = defaultdict(list)
-        self._stacked: defaultdict[str, list[str]] = defaultdict(list)
+        self._ports: defaultdict[str, list[str]] = defaultdict(list)  # by switch
+        self._stacked: defaultdict[str, list[str]] = defaultdict(list)  # by the interface below
         for name, link in self.by_name.items():
             for switch in self.switches(name):
                 self._ports[switch].append(name)
@@ -6757,14 +6771,14 @@ class Links:
         return shortened([name for name in names if name != "lo"])
 
     def get(self, name: str) -> Link:
-        """Return an interface; of one that isn't there nothing but its name is known."""
+        """Return an interface; one that isn't there has only its name."""
         return self.by_name.get(name, Link(name))
 
     def switches(self, name: str) -> list[str]:
-        """Return the switches, or the bond, that an interface belongs to."""
+        """Return the switches, or the bond, that an interface belongs to; a VRF is neither."""
         link = self.get(name)
-        switches = [name for name in (link.switch, link.master) if name]
-        return [name for name in switches if self.get(name).kind != "vrf"]
+        switches = [switch for switch in (link.switch, link.master) if switch]
+        return [switch for switch in switches if self.get(switch).kind != "vrf"]
 
     def leads_out(self, name: str) -> bool:
         """Return whether an interface may lead out of the host: not a loopback or dummy one."""
@@ -6781,7 +6795,7 @@ class Links:
         return [self.by_name[stacked] for stacked in self._stacked[name]]
 
     def siblings(self, name: str) -> list[Link]:
-        """Return the interfaces on the same one that an interface reaches within the host."""
+        """Return the interfaces stacked beside an interface that it reaches within the host."""
         start = self.get(name)
         for kinds in SIBLING_KINDS:
             if start.lower and start.kind in kinds and start.mode not in SEPARATE_MODES:
@@ -6798,15 +6812,18 @@ class Links:
         return bool(lower) and self.get(lower).lower == name
 
     def next_hops(self, name: str) -> list[str]:
-        """Return the next hops of frames that leave a switch by an interface, or enter a switch."""
+        """Return the next hops of frames that leave a switch by an interface, or enter a switch.
+
+        There are none if the frames go no further within the host.
+        """
         link = self.get(name)
         if self.is_cable_end(name):
             return self.switches(link.lower)
-        if link.encrypts:
+        if link.encrypts:  # The VM's packets can't be recognised on the interface below.
             return []
         if link.lower and link.kind in ("", *STACKED_KINDS):  # busybox prints no kinds
             return [link.lower]
-        if link.kind == "openvswitch" and name != "ovs-system":  # between the host and a switch
+        if link.kind == "openvswitch" and name != "ovs-system":  # the host's port of a bridge
             return self.switches(name)
         return self._ports[name]
 
@@ -6819,17 +6836,20 @@ class Links:
                 ports[link.tunnel_port] = link.kind
         return ports
 
-    def _add_open_vswitch(self, words: Sequence[str]) -> None:
-        for port in words:
-            link = replace(self.get(port), switch=f"ovs {words[0]}")
-            if link.master == "ovs-system":  # which joins all of its bridges
+    def _add_open_vswitch(self, names: Sequence[str]) -> None:
+        """Add a bridge; `names` are those of its parent, of the bridge, and of its other ports."""
+        if not names:
+            return
+        parent = names[0]
+        for port in names:
+            link = replace(self.get(port), switch=f"ovs {parent}")
+            if link.master == "ovs-system":  # the kernel's single switch behind all bridges
                 link = replace(link, master="")
             self.by_name[port] = link
-        for bridge in words[:1]:  # whose local port has its name
-            self.by_name[bridge] = replace(self.get(bridge), kind="openvswitch")
+        self.by_name[parent] = replace(self.get(parent), kind="openvswitch")
 
     def _add_settings(self, text: str) -> None:
-        """Read the table of Open vSwitch's interfaces; it is empty where that is stopped."""
+        """Read the table of Open vSwitch's interfaces; the text is empty if that is stopped."""
         try:
             table = json.loads(text)
             for values in table["data"]:
@@ -6840,9 +6860,10 @@ class Links:
     def _add_setting(self, row: Report) -> None:
         link = self.get(str(row["name"]))
         kind = str(row["type"])
+        # A map is ["map", [[name, value], ...]] (RFC 7047, section 5.1).
         options = {name: str(value) for name, value in row["options"][1]}
         identifiers = {name: str(value) for name, value in row["external_ids"][1]}
-        if kind == "internal":  # of kind "tun" where the switch isn't the kernel's
+        if kind == "internal":  # for the kernel a "tun" where Open vSwitch doesn't use its module
             kind = "openvswitch"
         elif kind.startswith("dpdk"):
             kind = "dpdk"
@@ -6877,8 +6898,8 @@ class Ways:
         self.dpdk: list[str] = []
         self._links = links
         self._cards: set[str] = set()
-        self._substitutes: set[str] = set()  # where the host has no card
-        self._visited = {vif}
+        self._substitutes: set[str] = set()  # what may lead out of a host without cards
+        self._visited = {vif}  # interfaces and switches
         self._follow(links.switches(vif) or links.next_hops(vif))
         for link in links.stacked_on(vif):  # the host may take apart what a VM has tagged itself
             self._follow(links.switches(link.name))
@@ -6886,13 +6907,13 @@ class Ways:
 
     @property
     def pifs(self) -> set[str]:
-        """Physical interfaces."""
+        """The physical interfaces or, in a host without cards, what most likely leads out of it."""
         likely = {name for name in self._substitutes if not re.match(CONTAINER_NAME, name)}
         return self._cards or likely or self._substitutes
 
     @property
     def gateways(self) -> list[str]:
-        """The host's own interfaces in the switches that were visited, and on those switches."""
+        """The host's own interfaces in the visited switches, and on them: it may route there."""
         links = self._links.by_name.values()
         return sorted(link.name for link in links if link.index and self._is_gateway(link))
 
@@ -6902,18 +6923,19 @@ class Ways:
         lower = self._links.get(link.lower)
         if lower.name not in self._visited or self._links.switches(link.name):
             return False
-        if link.kind == "vlan" and self._has_entered_vlan(lower.name):  # a different one
+        # The VM's frames came by another VLAN on the switch, since this one wasn't visited.
+        if link.kind == "vlan" and self._has_entered_vlan(lower.name):
             return False
         return link.kind == "veth" or lower.kind in HOST_KINDS
 
     def _has_entered_vlan(self, switch: str) -> bool:
-        """Return whether the VM's frames get to a switch by a VLAN on it."""
+        """Return whether the VM's frames get to a switch by a VLAN interface on it."""
         stacked = self._links.stacked_on(switch)
         return any(link.kind == "vlan" and link.name in self._visited for link in stacked)
 
     @property
     def open_vswitches(self) -> list[str]:
-        """Bridges of Open vSwitch that were visited."""
+        """The names of the bridges of Open vSwitch that were visited."""
         names = (name.removeprefix("ovs ") for name in self._visited if name.startswith("ovs "))
         return sorted(names)
 
@@ -6927,13 +6949,15 @@ class Ways:
                 self._visited.add(name)
                 members = self._links.by_name.values()
                 self._follow([member.name for member in members if member.master == name])
-            elif link.is_guest and not self._links.next_hops(name):  # a VPN's
+            elif link.is_guest and not self._links.next_hops(name):
+                # The host doesn't route by a guest's interface: it is a VPN's tun.
                 self._visited.add(name)
                 self._cards.add(name)
             else:
                 self._follow([name])
 
     def _follow(self, names: Iterable[str]) -> None:
+        """Follow frames from interfaces and switches to all tunnels, cards and guests."""
         todo = list(names)
         while todo:
             name = todo.pop()
@@ -6952,14 +6976,17 @@ class Ways:
                 self._end(link)
 
     def _end(self, link: Link) -> None:
-        """Decide whether an interface leads out of the host or to a guest."""
+        """Decide whether an interface leads out of the host or to a guest.
+
+        A host without hardware is a container or a namespace: veths lead out of it, too.
+        """
         is_virtual = link.kind in ("veth", "dummy")
         if link.is_guest or (is_virtual and self._links.has_hardware):
             self.guests.append(link)
-        elif is_virtual and not re.fullmatch(CARD_NAME, link.name):
+        elif is_virtual and not re.fullmatch(CARD_NAME, link.name):  # It may lead to either.
             self._substitutes.add(link.name)
             self.guests.append(link)
-        elif link.index:  # Open vSwitch remembers interfaces that are gone
+        elif link.index:  # Open vSwitch also lists interfaces that are gone.
             self._cards.add(link.name)
 
 
@@ -6983,25 +7010,29 @@ class Route:
 def find_uplinks(
     run: RunCommand, vif: str, links: Links, sources: Mapping[str, str]
 ) -> tuple[list[str], Route]:
-    """Return the interfaces by which packets for a VM come in, and the kind of their route.
+    """Return the interfaces by which packets for a VM come in, and their route.
 
-    `sources` are the MAC addresses ("" if unknown) by IP address. A source that is a VM of this
-    host has its own interface. Raises RemoteCommandError if the interfaces can't be found.
+    `sources` are the MAC addresses ("" if unknown) by IP address. The packets of a source that is a
+    VM of this host come in by that VM's interface. Raises RemoteCommandError if the interfaces
+    can't be found.
     """
     ways = Ways(links, vif)
     kind = RouteKind.SWITCHED
     local = local_sources(run, links, ways, sources)
-    are_local = 0 < len(local) == len(sources)
+    all_local = bool(sources) and len(local) == len(sources)
     follow_tunnels(run, links, ways)
-    if not are_local and not ways.pifs and is_gateway(run, [vif, *ways.gateways]):
+    # If nothing leads out of the VM's switches, the host may route packets by one of these.
+    host_interfaces = [vif, *ways.gateways]
+    if not all_local and not ways.pifs and is_gateway(run, host_interfaces):
         kind = RouteKind.ROUTED
-        vrfs = filter(None, map(links.vrf, [vif, *ways.gateways]))
-        ways.follow_host(route_interfaces(run, sources, next(vrfs, "")))
+        vrfs = [vrf for vrf in map(links.vrf, host_interfaces) if vrf]
+        vrf = vrfs[0] if vrfs else ""
+        ways.follow_host(route_interfaces(run, sources, vrf))
         follow_tunnels(run, links, ways)
         local = local_sources(run, links, ways, neighbours(run, sources))
-        are_local = 0 < len(local) == len(sources)
+        all_local = bool(sources) and len(local) == len(sources)
     pifs = set(local.values())
-    if not are_local:
+    if not all_local:
         pifs |= ways.pifs
     problem = ""
     if not pifs:
@@ -7011,7 +7042,7 @@ def find_uplinks(
         problem = f"{len(pifs)} interfaces lead to {vif}: give with -i those that the traffic uses"
     if problem:
         raise RemoteCommandError(f"{problem} (there are: {links.names()})")
-    return sorted(pifs), Route(kind, bool(ways.tunnels) and not are_local)
+    return sorted(pifs), Route(kind, bool(ways.tunnels) and not all_local)
 
 
 def _why_no_uplink(vif: str, links: Links, ways: Ways, kind: RouteKind) -> str:
@@ -7036,7 +7067,7 @@ def _why_no_uplink(vif: str, links: Links, ways: Ways, kind: RouteKind) -> str:
 
 
 def neighbours(run: RunCommand, sources: Mapping[str, str]) -> dict[str, str]:
-    """Return the MAC addresses of sources with those that the host itself knows."""
+    """Return the MAC addresses of sources, with unknown ones from the host's neighbour table."""
     macs = dict(sources)
     for line in _ask_each(run, "ip neigh show to {}", sorted(sources)):
         address = line.partition(" ")[0]
@@ -7056,7 +7087,7 @@ def local_sources(
     gateways = {links.get(name).address: name for name in ways.gateways}
     local: dict[str, str] = {}
     for address, mac in macs.items():
-        if mac in gateways:  # which several interfaces of the host may have
+        if mac in gateways:  # The source is the host, whose interfaces may share a MAC address.
             for name in interfaces_with(run, [address]):
                 local[address] = name if name in ways.gateways else gateways[mac]
     if not macs or not ways.guests:
@@ -7072,7 +7103,7 @@ def local_sources(
 def learned_addresses(
     run: RunCommand, links: Links, ways: Ways, macs: Sequence[str]
 ) -> set[tuple[str, str]]:
-    """Return pairs: a port, and one of these MAC addresses that a switch has learned there."""
+    """Return pairs (interface, MAC address): where switches have learned these MAC addresses."""
     pattern = " ".join(f"-e {quote(mac)}" for mac in macs[:MOST_LOOKUPS])
     bridges = " ".join(quote(name) for name in ways.open_vswitches)
     show = 'ovs-appctl --timeout=5 fdb/show "$bridge" | sed "s/^/ovs $bridge /"'
@@ -7080,7 +7111,7 @@ def learned_addresses(
         f"{{ bridge fdb show; for bridge in {bridges}; do {show}; done; }} 2>/dev/null "
         f"| grep -iF {pattern} || :"
     )
-    ports = {}  # of Open vSwitch, by bridge and number
+    ports = {}  # the guests' interfaces in Open vSwitch, by "ovs BRIDGE NUMBER"
     for guest in ways.guests:
         for switch in links.switches(guest.name):
             ports[f"{switch} {guest.switch_port}"] = guest.name
@@ -7106,7 +7137,8 @@ def follow_tunnels(run: RunCommand, links: Links, ways: Ways) -> None:
 def tunnel_carriers(run: RunCommand, links: Links, tunnels: Sequence[Link]) -> list[str]:
     """Return the interfaces by which the host sends the packets of tunnels.
 
-    Where a tunnel has many ends they are in the bridge's table, as in zones of Proxmox.
+    The forwarding table of a tunnel with many remote ends has their addresses. If no route to them
+    is known, the interfaces with the tunnels' local addresses are returned.
     """
     carriers = [tunnel.lower for tunnel in tunnels if links.leads_out(tunnel.lower)]
     unbound = [tunnel for tunnel in tunnels if not links.leads_out(tunnel.lower)]
@@ -7120,18 +7152,19 @@ def tunnel_carriers(run: RunCommand, links: Links, tunnels: Sequence[Link]) -> l
             carriers.append(entry["via"])
     carriers += route_interfaces(run, remotes)
     if not carriers:
-        beginnings = sorted({tunnel.local for tunnel in multipoint if is_address(tunnel.local)})
-        carriers += interfaces_with(run, beginnings)
+        addresses = sorted({tunnel.local for tunnel in multipoint if is_address(tunnel.local)})
+        carriers += interfaces_with(run, addresses)
     return carriers
 
 
 def interfaces_with(run: RunCommand, addresses: Sequence[str]) -> list[str]:
     """Return the host's interfaces that have one of these IP addresses."""
-    lines = _ask_each(run, "ip -o addr show to {}", addresses)
-    return [line.split()[1] for line in lines if len(line.split()) > 1]
+    lines = [line.split() for line in _ask_each(run, "ip -o addr show to {}", addresses)]
+    return [words[1] for words in lines if len(words) > 1]  # index, interface, address ...
 
 
 def is_address(text: str) -> bool:
+    """Return whether a text looks like an IP address, unlike "" or "any"."""
     return re.fullmatch(r"[0-9A-Fa-f.:]{2,45}", text) is not None
 
 
@@ -7139,7 +7172,7 @@ def is_gateway(run: RunCommand, names: Sequence[str]) -> bool:
     """Return whether the host has routes to networks by any of these interfaces."""
     routes = _ask_each(run, "ip -4 -o route show table all dev {}", names)
     routes += _ask_each(run, "ip -6 -o route show table all dev {}", names)
-    # Every interface that is up has routes to link-local and multicast addresses.
+    # Every interface that is up has routes to fe80::/64 (link-local) and "multicast ff00::/8".
     return any(not re.match(r"(\w+ )?(fe80:|ff00:)", route) for route in routes if route)
 
 
@@ -7148,22 +7181,25 @@ def route_interfaces(run: RunCommand, addresses: Iterable[str], vrf: str = "") -
 
     `fibmatch`, which old kernels don't know, shows all interfaces of a route with several.
     """
-    command = "ip -o route get {0}"
+    look_up = "ip -o route get {0}"
     if vrf:
-        command += f" vrf {quote(vrf)}"
-    lines = _ask_each(
-        run, f"{{{{ {command} fibmatch || {command}; }}}}", sorted(filter(is_address, addresses))
-    )
+        look_up += f" vrf {quote(vrf)}"
+    command = "{{ " + f"{look_up} fibmatch || {look_up}" + "; }}"  # doubled for str.format
+    lines = _ask_each(run, command, sorted(filter(is_address, addresses)))
     routes = [line for line in lines if not line.startswith("local ")]  # to the host itself
     hops = [hop.split() for route in routes for hop in route.split("\\")]
-    names = [
-        name for hop in hops for word, name in pairwise(hop) if word == "dev" and "dead" not in hop
-    ]
+    names: list[str] = []
+    for hop in hops:
+        if "dead" not in hop:
+            names += [name for word, name in pairwise(hop) if word == "dev"]
     return list(dict.fromkeys(names))
 
 
 def _ask_each(run: RunCommand, command: str, subjects: Sequence[str]) -> list[str]:
-    """Return the lines that a command prints about several subjects; those that fail print none."""
+    """Return the lines that a command prints for several subjects, each in place of its {}.
+
+    Subjects for which it fails, and those after the first MOST_LOOKUPS, have no lines.
+    """
     if not subjects:
         return []
     commands = [command.format(quote(subject)) for subject in subjects[:MOST_LOOKUPS]]
@@ -7177,10 +7213,11 @@ def physical_interfaces(
     links: Links | None,
     sources: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Sequence[str], Route]:
-    """Return the interfaces to capture on, and the kind of way from them to the vif.
+    """Return the physical interfaces to capture on, and the route from them to the vif.
 
-    Without `links` they are those that are asked for; otherwise they are found. Where nothing is
-    known of the way and none is asked for, eth0 is assumed.
+    `asked` is what the user gives as -i: interfaces, "auto", or nothing. Without `links` these are
+    the interfaces; otherwise they are found. If that fails, the user gave nothing, and the vif is
+    connected to no other interface, eth0 is assumed.
     """
     if links is None:
         return asked, Route(RouteKind.GIVEN)
@@ -7188,8 +7225,8 @@ def physical_interfaces(
         return find_uplinks(run, vif, links, sources)
     except RemoteCommandError:
         link = links.get(vif)
-        is_known = links.switches(vif) or link.lower or link.kind in STACKED_KINDS
-        if asked or vif == "eth0" or is_known or "eth0" not in links.by_name:
+        is_connected = links.switches(vif) or link.lower or link.kind in STACKED_KINDS
+        if asked or vif == "eth0" or is_connected or "eth0" not in links.by_name:
             raise
         return ["eth0"], Route(RouteKind.ASSUMED)
 
@@ -7203,7 +7240,8 @@ MERGING_OFFLOADS = (
     "rx-gro-hw",
     "tcp-segmentation-offload",
 )
-# Prints in sections, and by few processes.
+# Prints sections headed by "= NAME", and starts few processes. Offloads are those of cards, but not
+# of their virtual functions (which have a physfn). The last status is that of tcpdump.
 FACTS_COMMAND = r"""{
 echo "= kernel"; read -r line </proc/sys/kernel/osrelease; echo "$line"
 echo "= directory"; echo "${TMPDIR:-/tmp}"
@@ -7225,20 +7263,21 @@ class Facts:
 
     Attributes:
         tcpdump: the usage message of its tcpdump
-        has_tcpdump: whether that can be run
+        has_tcpdump: whether tcpdump can be run
         directory: where captures are written
-        free_bytes: the space that they can take there; None if it isn't known
+        free_bytes: the free space there; None if it isn't known
         links: the network interfaces by name
         interfaces: the text on all interfaces, for `Links`
     """
 
     def __init__(self, answer: str) -> None:
-        """Read the output of FACTS_COMMAND, and that of OPEN_VSWITCH_COMMAND, if there is one."""
+        """Read the output of FACTS_COMMAND, and of OPEN_VSWITCH_COMMAND if it was run."""
         self._sections: defaultdict[str, str] = defaultdict(str)
         for section in f"\n{answer}".split("\n= "):
             name, _, body = section.partition("\n")
             self._sections[name.strip()] = body
         self.tcpdump = self._sections["tcpdump"]
+        # The shell's status 126 means that a command can't be executed, and 127 that it is missing.
         self.has_tcpdump = self._sections["status"].split() not in (["126"], ["127"])
         self.links = parse_links(self._sections["link"])
         self.interfaces = self._sections["link"] + "\n" + self._sections["ovs-interfaces"]
@@ -7267,10 +7306,11 @@ class Facts:
         return [name for name in MERGING_OFFLOADS if name in active]
 
     def _switch(self, vif: str) -> str:
-        """Return the kind of switch that a VM's interface is connected to, and its version."""
+        """Return the kind and version of the switch of a VM's interface; "" if that isn't known."""
         master = self.links[vif].master if vif in self.links else ""
-        backend = self._sections["backend"].strip()  # of XenServer and XCP-ng
+        backend = self._sections["backend"].strip()  # of XenServer and XCP-ng, for all interfaces
         if master == "ovs-system" or (not master and backend in ("openvswitch", "vswitch")):
+            # The line is: ovs-vsctl (Open vSwitch) 2.17.7
             version = re.search(r"\) (\d[\d.]{1,20})(?:\s|$)", self._sections["ovs"], re.ASCII)
             return f"Open vSwitch {version[1]}" if version else "Open vSwitch"
         return "bridge" if master or backend else ""
@@ -7315,7 +7355,7 @@ class Pattern:
     command: str  # with placeholders, see Traffic.source_command
     protocol: int  # distinguishes the probes from a load
     usual_size: int  # bytes of payload
-    largest_size: int  # bytes of payload in the largest IPv4 packet
+    largest_size: int  # bytes of payload: 65,535 without the headers of IPv4 and of the protocol
 
 
 PATTERNS = {
@@ -7346,8 +7386,9 @@ PATTERNS = {
     ),
 }
 # For IPv6, which hping3 lacks, and for sources without hping3.  All versions of ping understand an
-# interval in seconds.  The summary goes where hping3's goes.
+# interval in seconds.  The summary goes to standard error, as hping3's does.
 PING_COMMAND = "ping -q -c {count} -i {seconds} -s {size} -W 1 {destination} >&2"
+# -1 stands for a protocol that no pattern has.
 HPING3_PROTOCOLS = {
     "-0": -1,
     "--rawip": -1,
@@ -7392,7 +7433,7 @@ class Traffic:
         return ProbeFilter(protocol, self.port or 0)
 
     def template(self, destination: str, has_hping3: bool = True) -> str:
-        """Return the command that sends the packets, with its placeholders."""
+        """Return the command that sends the packets, with placeholders as {count}."""
         if self.command:
             return self.command
         if self.pattern == "ping" and (":" in destination or not has_hping3):
@@ -7419,7 +7460,7 @@ class Traffic:
             "port": str(self.port or 0),
             "destination": destination,
         }
-        if template == PING_COMMAND:
+        if template == PING_COMMAND:  # A user's command has no such placeholder.
             values["seconds"] = f"{interval / 1_000_000:.6f}".rstrip("0").rstrip(".")
         command = template
         for name, value in values.items():
@@ -7429,12 +7470,12 @@ class Traffic:
     def _check_effects(self, template: str) -> None:
         """Raise UsageError for an option that the command doesn't use."""
         chosen = f"--traffic {self.pattern}"
-        paced = "{interval}" in template or "{seconds}" in template
+        uses_rate = "{interval}" in template or "{seconds}" in template
         if self.command:
             chosen = "--source-command"
-            paced = "{interval}" in template
+            uses_rate = "{interval}" in template
         unused = []
-        if self.rate != USUAL_RATE and not paced:
+        if self.rate != USUAL_RATE and not uses_rate:
             unused.append("--rate")
         if self.size is not None and "{size}" not in template:
             unused.append("--size")
@@ -7470,10 +7511,13 @@ class Traffic:
 
     def _is_sent_by(self, load: str) -> bool:
         """Return whether a load certainly sends packets that look like those of the pattern."""
-        protocol = PATTERNS[self.pattern].protocol
-        port = str(self.port or 0)
         sent = protocol_and_port(load)
-        return sent is not None and sent[0] == protocol and (protocol == ICMP or sent[1] == port)
+        if sent is None:
+            return False
+        load_protocol, load_port = sent
+        if load_protocol != PATTERNS[self.pattern].protocol:
+            return False
+        return load_protocol == ICMP or load_port == str(self.port or 0)
 
     def to_json(self) -> Report:
         """Return the traffic for the document, in which a command has no pattern."""
@@ -7501,7 +7545,7 @@ USUAL_TRAFFIC = Traffic()
 def protocol_and_port(command: str) -> tuple[int, str] | None:
     """Return the protocol and port of the packets that a command sends by hping3 or ping.
 
-    Returns None for other commands.
+    The port is text, which is empty for ping. Returns None for other commands.
     """
     try:
         words = split_words(command)
@@ -7526,28 +7570,29 @@ def protocol_and_port(command: str) -> tuple[int, str] | None:
 def resolve_destination(name: str, sources: Sequence[str], traffic: Sequence[Traffic]) -> str:
     """Return the address of a VM that the traffic and the sources can reach.
 
-    A name may have several: hping3 needs IPv4, and other traffic goes as the sources are reached.
-    Raises UsageError if the name has none.
+    A name may have several addresses: its first IPv4 address is returned if hping3, which has no
+    IPv6, sends the traffic, or if a source has an IPv4 address; otherwise its first address. Raises
+    UsageError if it has none.
     """
     first = resolve(name)
     try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        entries = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError:
         return first
-    addresses = [str(address[4][0]) for address in found]
+    addresses = [str(socket_address[0]) for _, _, _, _, socket_address in entries]
     ipv4 = [address for address in addresses if ":" not in address]
-    needs_ipv4 = any(not kind.command and kind.pattern != "ping" for kind in traffic)
-    if needs_ipv4 or has_ipv4_address(sources):
-        return ipv4[0] if ipv4 else first
+    uses_hping3 = any(not kind.command and kind.pattern != "ping" for kind in traffic)
+    if ipv4 and (uses_hping3 or has_ipv4_address(sources)):
+        return ipv4[0]
     return first
 
 
 def has_ipv4_address(sources: Iterable[str]) -> bool:
-    """Return whether a source is known by an IPv4 address; ssh_config may have other names."""
+    """Return whether the first address of any source is IPv4."""
     for source in sources:
         try:
             address = resolve(Target(source).host)
-        except UsageError:
+        except UsageError:  # It may be a name that only ssh_config knows.
             continue
         if ":" not in address:
             return True
@@ -7555,15 +7600,17 @@ def has_ipv4_address(sources: Iterable[str]) -> bool:
 
 
 def json_value(document: Report, name: str, kind: type, default: Any) -> Any:
-    """Return a value of a JSON document, or the default; ValueError if it is of another kind.
+    """Return a value of a JSON document, or the default if it has none of that name.
 
-    A float may be an integer, and a list is one of strings.
+    Raises ValueError if the value is of another kind. An integer is accepted as a float, and a list
+    only if all its items are strings.
     """
     value = document.get(name, default)
     if value is default:
         return value
     if kind is float and type(value) is int:
         return float(value)
+    # To isinstance a bool is an int, too.
     valid = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if valid and isinstance(value, list):
         valid = all(isinstance(item, str) for item in value)
@@ -7579,7 +7626,7 @@ def json_value(document: Report, name: str, kind: type, default: Any) -> Any:
 class RunKind:
     """The properties that compared runs must share."""
 
-    vm: str
+    vm: str  # RunInfo.subject
     direction: str
     traffic: Traffic | None
 
@@ -7596,7 +7643,7 @@ def iso_time(nanoseconds: int) -> str:
 def parse_time(text: str) -> int:
     """Return the time (ns) in a text of `iso_time`; ValueError for another text."""
     seconds = timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
-    return seconds * NANOSECONDS + int(text[20:29])
+    return seconds * NANOSECONDS + int(text[20:29])  # the nine digits after the point
 
 
 def window_to_json(window: Window) -> dict[str, str]:
@@ -7605,7 +7652,7 @@ def window_to_json(window: Window) -> dict[str, str]:
 
 
 def window_from_json(document: Mapping[str, str]) -> Window:
-    """Return the window that `window_to_json` has written; ValueError if it hasn't."""
+    """Return a document's window, without the wait; ValueError or KeyError if it is damaged."""
     start, end, watched_until = [parse_time(document[name]) for name in WINDOW_TIMES]
     return Window(start, end, watched_until)
 
@@ -7621,8 +7668,9 @@ def in_config(
 ) -> Any:
     """Return a field of RunInfo whose value the document's `config` has under the same name.
 
-    There it is of the type `json_type`, which `encode` makes and `decode` reads.  Captures that
-    were given as files have it only `with_files`.  An `optional` one is left out if it is None.
+    In the document the value is of the type `json_type`, which `encode` returns and `decode` takes.
+    If the captures were given as files, only fields `with_files` are written.  An `optional` field
+    isn't written if it is None.
     """
     metadata = {
         "json_type": json_type,
@@ -7658,7 +7706,7 @@ class RunInfo:
     # From the pif to the vif:
     route: RouteKind | None = in_config(str, encode=attrgetter("value"), decode=RouteKind)
     filter: str | None = in_config(str)  # that replaces the selection's
-    # None: whatever passed
+    # None: nothing was sent, and whatever passed was measured
     traffic: Traffic | None = in_config(dict, encode=Traffic.to_json, decode=Traffic.from_json)
     source_command: str | None = in_config(str)
     pif_command: str = in_config(str, "")
@@ -7710,28 +7758,34 @@ class RunInfo:
     def to_json(self) -> Report:
         """Return the document's `config`."""
         document = dict(_selection_to_json(self.selection))
-        for row in fields(self):
-            value = getattr(self, row.name)
-            about = row.metadata
-            if not about or (about["optional"] and value is None):
+        for info_field in fields(self):
+            value = getattr(self, info_field.name)
+            metadata = info_field.metadata
+            if not metadata or (metadata["optional"] and value is None):
                 continue
-            if self.measured or about["with_files"]:
+            if self.measured or metadata["with_files"]:
                 if value is not None:
-                    value = about["encode"](value)
-                document[row.name] = value
+                    value = metadata["encode"](value)
+                document[info_field.name] = value
         if document.get("traffic"):
             document["traffic"]["achieved"] = self.achieved_rate
         return document
 
     @classmethod
     def from_json(cls, config: Report) -> RunInfo:
-        """Return the run that a document's `config` describes; ValueError if it doesn't."""
+        """Return the run that a document's `config` describes.
+
+        Raises ValueError, KeyError, TypeError or AttributeError if it is damaged.
+        """
         values = {}
-        for row in fields(cls):
-            if row.metadata and config.get(row.name) is not None:
-                value = json_value(config, row.name, row.metadata["json_type"], None)
-                values[row.name] = row.metadata["decode"](value)
+        for info_field in fields(cls):
+            name = info_field.name
+            metadata = info_field.metadata
+            if metadata and config.get(name) is not None:
+                value = json_value(config, name, metadata["json_type"], None)
+                values[name] = metadata["decode"](value)
         selection = _selection_from_json(config)
+        # Only a measurement has traffic in its `config`, which is null if it sent nothing.
         info = cls(**values, selection=selection, measured="traffic" in config)
         if not all(isinstance(value, str) for value in info.labels.values()):
             raise ValueError("labels are not strings")
@@ -7808,7 +7862,7 @@ class Interfaces:
 class CaptureCommand:
     """A shell command that writes a capture of an interface to its standard output."""
 
-    point: str
+    point: str  # "pif" or "vif"
     interface: str
     command: str
 
@@ -7844,13 +7898,15 @@ def make_captures(
     commands: Mapping[str, str | None],
     count: int,
 ) -> tuple[tuple[CaptureCommand, ...], int | None, int]:
-    """Return the capture commands, their packet limit, and the size of the largest file.
+    """Return the capture commands, their packet limit, and the size (bytes) of the largest file.
 
-    `expression` replaces the filter, and `commands`, by point, whole commands.
+    `expression` replaces the filter; `commands` are the user's own capture commands by point, or
+    None. With one of these there is no packet limit (None).
     """
-    points = [("pif", pif) for pif in interfaces.pifs]
+    pifs = interfaces.pifs
     if commands["pif"]:
-        del points[1:]
+        pifs = pifs[:1]  # the user's command runs once, whatever it captures on
+    points = [("pif", pif) for pif in pifs]
     points.append(("vif", interfaces.vif))
     snaplen = OVERLAY_SNAPLEN if interfaces.tunnelled else SNAPLEN
     largest_record = RECORD_HEADER + snaplen
@@ -7862,8 +7918,10 @@ def make_captures(
     for point, interface in points:
         command = commands[point]
         if not command:
-            packets = expression or capture_filter(facts, interfaces, selection, point, interface)
-            command = tcpdump_command(interface, packets, facts, snaplen, packet_limit)
+            pcap_filter = expression or capture_filter(
+                facts, interfaces, selection, point, interface
+            )
+            command = tcpdump_command(interface, pcap_filter, facts, snaplen, packet_limit)
         captures.append(CaptureCommand(point, interface, command))
     if any(commands.values()):
         return tuple(captures), None, wanted
@@ -7884,7 +7942,7 @@ def check_can_capture(facts: Facts, interfaces: Interfaces) -> None:
 
 
 def capture_room(facts: Facts, wanted: int, captures: int) -> int:
-    """Return the bytes that each capture may use; half of the space stays free."""
+    """Return how many bytes of half the free space a capture may use; CaptureError if too few."""
     if facts.free_bytes is None:
         return wanted
     room = min(wanted, facts.free_bytes // 2 // captures)
@@ -7933,7 +7991,7 @@ class Hosts:
         self.hypervisor = hypervisor
         self.sources = sources
         self.failed = failed  # the errors of the other sources, by name
-        self.exclude({})
+        self.exclude({})  # raises an error if no source is left
 
     def exclude(self, errors: Mapping[str, NetWeaverError]) -> None:
         """Remove failed sources; raise the first error of all if none is left."""
@@ -7963,7 +8021,7 @@ class Hosts:
 def attempt_all(
     call: Callable[[str], T], names: Iterable[str]
 ) -> tuple[dict[str, T], dict[str, NetWeaverError]]:
-    """Call a function with all names at once, and return its answers and its errors by name."""
+    """Call a function with each name, all in parallel; return its answers and errors by name."""
     answers: dict[str, T] = {}
     errors: dict[str, NetWeaverError] = {}
 
@@ -8001,11 +8059,12 @@ def connect_hosts(
 
 
 def addresses_in_traffic(host: Host, destination: str, is_needed: bool) -> dict[str, str]:
-    """Return the IP addresses that a source's packets to the destination may carry.
+    """Return the IP addresses that a source's packets to the destination may come from.
 
-    These are the one under which it was reached, and the one that its routing chooses: management
-    and traffic often have networks of their own. Of each it returns the MAC address, too, or "" if
-    the packets go by a router. Raises RemoteCommandError if an address is needed and none is known.
+    These are the one under which the source was reached, and the one that its routing chooses:
+    management and traffic often have networks of their own. The value of each is the MAC address,
+    or "" if the packets go by a router. Raises RemoteCommandError if the destination can't be
+    reached, or if an address is needed and none is known.
     """
     job = host.run(f"ip -o route get {destination}; ip -o link")
     if "unreachable" in job.errors:
@@ -8015,7 +8074,8 @@ def addresses_in_traffic(host: Host, destination: str, is_needed: bool) -> dict[
     mac = "" if "via" in route else link.address
     known = {}
     for address in (host.address, route.get("src", "")):
-        if is_address(address) and (":" in address) == (":" in destination):
+        is_same_version = (":" in address) == (":" in destination)
+        if is_address(address) and is_same_version:
             known[resolve(address)] = mac
     if is_needed and not known:
         raise RemoteCommandError(
@@ -8035,7 +8095,7 @@ def try_traffic(traffic: Traffic, destination: str, has_hping3: bool, host: Host
     if traffic.load:
         commands.append(traffic.load)
     for command in commands:
-        program = command.split()[0]
+        program = command.split()[0]  # or an assignment to a variable of its environment
         if "=" not in program and host.run(f"command -v {quote(program)}").status:
             raise RemoteCommandError(
                 f"{host.name}: {program}: not found. Install it there, or send other traffic"
@@ -8047,16 +8107,16 @@ def try_traffic(traffic: Traffic, destination: str, has_hping3: bool, host: Host
 
 
 def without_absent_vif(plan: Plan, settings: Settings) -> tuple[Plan, list[str]]:
-    """Return the plan of what a dry run can try, and a warning if the vif isn't there.
+    """Return the plan without the capture of a vif that isn't there, and a warning about that.
 
     A vif exists only while its VM runs.  If the user names it, no toolstack has been asked whether
-    the VM does, and the dry run may come before its start.
+    the VM runs, and a dry run may come before the VM's start.
     """
     vif = plan.interfaces.vif
     links = plan.facts.links
     if settings.vif != vif or not links or vif in links:
         return plan, []
-    names = ", ".join(sorted(links)[:40])
+    names = ", ".join(sorted(links)[:MOST_NAMES])
     warning = f"{vif} doesn't exist yet (there are: {names}). Start the VM, or check --vif"
     captures = tuple(capture for capture in plan.captures if capture.point == "pif")
     return replace(plan, captures=captures), [warning]
@@ -8078,7 +8138,7 @@ def try_captures(host: Host, plan: Plan, control: RunControl) -> list[str]:
 def traffic_seconds(settings: Settings, traffic: Traffic, ends_itself: bool) -> float:
     """Return the time after which the sources are stopped."""
     count = settings.packets(traffic)
-    if ends_itself:
+    if ends_itself:  # At least 10 minutes, time for 5 packets a second, and twice what is planned.
         return settings.timeout or max(600, count // 5, 2 * count // traffic.rate)
     return settings.duration or count / traffic.rate
 
@@ -8093,8 +8153,8 @@ def make_plan(
 ) -> Plan:
     """Decide everything that will run.
 
-    `info` is what is known of the run before, and its selection that of the traffic.  `commands`
-    are capture commands of the user's, by point.
+    `info` describes the run as far as it is known, and its selection the traffic.  `commands` are
+    the user's own capture commands by point, or None.
     """
     selection = info.selection
     count = settings.packets(traffic)
@@ -8139,13 +8199,19 @@ def make_plan(
 def captured_selection(
     selection: Selection, interfaces: Interfaces, capture_filter: str | None
 ) -> Selection:
-    """Return the part of the selection that the captures' filter leaves to the analysis."""
+    """Return the selection that the analysis applies to the captured packets.
+
+    It leaves out the addresses that the captures' filter has tested already. `capture_filter` is
+    the user's filter, if there is one: it may capture packets of any source.
+    """
     both = len(selection.directions) > 1
     if both or (interfaces.tunnelled and not selection.translated):
+        # The filter doesn't distinguish directions, and can't always look into a tunnel. Under NAT
+        # the analysis can't look either, since the addresses differ on the pif and the vif.
         sources = [] if capture_filter else selection.sources
         return replace(selection, sources=sources)
     answering: Sequence[str] = ()
-    # A filter may capture answers, too. Under NAT the VM has another address on the vif.
+    # A user's filter may capture answers, too. Under NAT the VM has another address on the vif.
     if capture_filter and not selection.translated:
         answering = tuple(selection.destinations)
     return replace(selection, sources=[], destinations=[], excluded_sources=answering)
@@ -8292,11 +8358,11 @@ class RunningCaptures:
         return status == "0" and (self.job.stopped or is_full)
 
     def _raise_ended(self, capture: CaptureCommand, lines: Sequence[str], status: str) -> NoReturn:
-        """Raise CaptureError for a capture that has ended, with its last words and what to do.
+        """Raise CaptureError for a capture that has ended, with its messages and what to do.
 
-        If it has ended because the whole job does, raise HostConnectionError instead.
+        Raises HostConnectionError instead if the whole job ends as its connection or shell does.
         """
-        if not self.job.stopped:
+        if not self.job.stopped:  # Captures may end shortly before the job that they belong to.
             self._control.wait_until(lambda: self.job.ended, HEARTBEAT_SECONDS)
             self.host.check_job(self.job)
         messages = [line.strip() for line in lines[:-1] if "listening on" not in line]
@@ -8344,7 +8410,7 @@ class RunningCaptures:
         return totals
 
     def incidents(self) -> list[str]:
-        """Return warnings of what limits the numbers, as far as it is known at the start."""
+        """Return warnings about what impairs the measurement, as far as known at its start."""
         incidents = []
         for capture, lines in zip(self._plan.captures, self.messages()):
             if not is_listening(lines):
@@ -8380,7 +8446,8 @@ def tcpdump_counts(lines: Iterable[str]) -> dict[str, int]:
     """Return the numbers of packets that tcpdump prints at its end, as far as it did."""
     counts = {}
     for line in lines:
-        number, _, words = line.strip().replace("packets ", "packet ").partition(" packet ")
+        singular = line.strip().replace("packets ", "packet ")  # as tcpdump prints it for 1 packet
+        number, _, words = singular.partition(" packet ")
         if words in TCPDUMP_COUNTS and is_number(number):
             counts[TCPDUMP_COUNTS[words]] = int(number)
     return counts
@@ -8390,7 +8457,7 @@ def capture_hint(
     facts: Facts, capture: CaptureCommand, why: str, sudo: bool, route: RouteKind
 ) -> str:
     """Return what to do about a capture that can't run, for the end of its error."""
-    if "permi" in why:
+    if "permi" in why:  # "permission", "not permitted"
         return "" if sudo else " (log in as root, or use --sudo)"
     if "No such device" not in why and "doesn't exist" not in why:
         return ""
@@ -8483,9 +8550,9 @@ def check_generator(job: Job, command: str, sudo: bool) -> None:
 def is_unanswered(job: Job, command: str) -> bool:
     """Return whether a generator has sent packets, and failed only as nothing has answered.
 
-    A ping of the user's reports that on its standard output, which isn't read.
+    A ping command of the user's reports the packets on its standard output, which isn't read.
     """
-    if job.status != 1:
+    if job.status != 1:  # that of hping3 and ping without any answer
         return False
     words = command.split() or [""]
     is_silent_ping = os.path.basename(words[0]) in ("ping", "ping6") and not job.errors.strip()
@@ -8535,18 +8602,18 @@ def generate(
             f"the source command was stopped after {info.timeout:g} s. Use --duration to measure "
             "longer"
         )
-    ended = probes.has_ended
+    ended_itself = probes.has_ended
     probes.stop(control)
     info.duration = round(time.monotonic() - start, 3)
     if load:
         load.stop(control)
-    if ended and not hosts.failed:
+    if ended_itself and not hosts.failed:
         info.transmitted = probes.transmitted_packets()
         info.incidents += missing_packets(info, plan.expected, len(probes.jobs))
 
 
 def load_warnings(load: RunningCommand | None) -> list[str]:
-    """Return warnings on sources where the load has ended, while the probes have only just."""
+    """Return warnings about sources where the load, which should outlast the probes, has ended."""
     if load is None:
         return []
     return [
@@ -8571,18 +8638,18 @@ def missing_packets(info: RunInfo, expected: int | None, sources: int) -> list[s
 
 @dataclass(frozen=True)
 class ClockReading:
-    """The hypervisor's clock, and ours, which is never set, before and after it was read (ns)."""
+    """A reading of the hypervisor's clock, and when it was made by our monotonic clock (ns)."""
 
-    wall: int
-    asked: int
-    answered: int
-    exact: bool  # to the nanosecond, rather than to the second
+    wall: int  # the hypervisor's time since 1970
+    asked: int  # our time before the reading
+    answered: int  # our time after the reading
+    exact: bool  # wall is in nanoseconds, rather than in whole seconds
 
 
 def read_clock(job: Job) -> ClockReading | None:
     """Return the clock of the host on which the captures run; None if it doesn't answer."""
     asked = time.monotonic_ns()
-    answer = re.match(r"(\d{10})(\d{9})?", job.time())
+    answer = re.match(r"(\d{10})(\d{9})?", job.time())  # seconds since 1970, nanoseconds
     if not answer:
         return None
     wall = int(answer[1]) * NANOSECONDS + int(answer[2] or 0)
@@ -8592,8 +8659,8 @@ def read_clock(job: Job) -> ClockReading | None:
 def read_clock_again(job: Job, start: ClockReading | None) -> ClockReading | None:
     """Return the clock later in a run; None if it doesn't answer, or hasn't at the start.
 
-    Captures that have reached their limit don't answer any more: then the time since the start is
-    ours.
+    Captures that have reached their limit don't answer any more. The time that our own clock has
+    measured since the start is added to the first reading then.
     """
     if start is None:
         return None
@@ -8604,7 +8671,7 @@ def read_clock_again(job: Job, start: ClockReading | None) -> ClockReading | Non
 
 
 def clock_step(start: ClockReading, stop: ClockReading) -> int:
-    """Return by how much a clock was set between two readings at least (ns), or 0."""
+    """Return the least step (ns) of a clock between two readings: negative if back, 0 if none."""
     passed = stop.wall - start.wall
     shortest = stop.asked - start.answered
     longest = stop.answered - start.asked
@@ -8640,6 +8707,7 @@ def measured_window(
             "delays across that moment are wrong. Measure again"
         )
         return None
+    # Packets of the last second may not have been handed over to tcpdump.
     return Window(
         start=start.wall,
         end=end.wall + rounding,
@@ -8672,6 +8740,7 @@ def make_recording(
     queue = {**info.platform.get("vif", {}), "after": drop_counters(link)}
     info.platform = {**info.platform, "vif": queue}
     files = hypervisor.open_files()
+    # An interruption shortens the wait for the last packets, but not below SHORTEST_WAIT.
     wait = handed_over + max(info.wait, SHORTEST_WAIT) - time.monotonic()
     control.wait_until(lambda: captures.job.ended or control.interrupted, wait)
     shortest_wait = handed_over + SHORTEST_WAIT - time.monotonic()
@@ -8721,11 +8790,12 @@ def check_interface(host: Host, plan: Plan, find_vif: Callable[[], str]) -> Link
 
 
 def fetch_captures(host: Host, recording: Recording, files: CaptureFiles) -> None:
-    """Copy the captures, and the trace, into a local directory and remove them there."""
+    """Copy the captures, and the trace, into a local directory; remove them on the hypervisor."""
     remote = recording.job.directory
     for number, capture in enumerate(recording.plan.captures, 1):
         paths = files.paths[capture.point]
-        path = os.path.join(files.directory, f"{capture.point}{len(paths) or ''}.pcap")
+        suffix = str(len(paths)) if paths else ""  # pif.pcap, pif1.pcap, pif2.pcap ...
+        path = os.path.join(files.directory, f"{capture.point}{suffix}.pcap")
         host.fetch(recording.files, f"{remote}/{number}.pcap", path, recording.plan.largest_file)
         paths.append(path)
     if recording.trace.running:
@@ -8740,9 +8810,10 @@ def fetch_captures(host: Host, recording: Recording, files: CaptureFiles) -> Non
 def analyze_recording(
     recording: Recording, files: CaptureFiles, trace: KernelTrace | None
 ) -> Analysis:
-    """Analyse the captures of a run; CaptureError if they are not whole."""
+    """Analyse the captures of a run; CaptureError if the files lack captured packets."""
     info = recording.info
     for point, paths in files.paths.items():
+        # A file without a whole header can't be analysed: report first that packets are missing.
         if min(map(os.path.getsize, paths)) < PCAP_HEADER:
             check_captured(recording, point, 0)
     analysis = analyze_measured(info, files, recording.counts)
@@ -8760,7 +8831,7 @@ def analyze_measured(info: RunInfo, files: CaptureFiles, capture: Mapping[str, R
 
 
 def check_captured(recording: Recording, point: str, records: int) -> None:
-    """Raise CaptureError if tcpdump reports more packets of a point than its files have."""
+    """Raise CaptureError if tcpdump captured more of a point than its files have: `records`."""
     captured = recording.counts[point]["captured"]
     if captured > records:
         raise CaptureError(
