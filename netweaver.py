@@ -3804,9 +3804,11 @@ LC_ALL=C; export LC_ALL
 directory= job= lease= watchdog= detach= group= signalled=
 command -v setsid >/dev/null 2>&1 && detach=setsid group=-
 
+# With setsid the job leads a process group, which a "-" before its pid addresses. Without setsid,
+# or until it has made the group, only the job gets the signal.
 signal_job() { kill -s "$1" -- "$group$job" || kill -s "$1" "$job"; } 2>/dev/null
 
-# Give what is left in the job's process group some time to end.
+# Wait up to KILL seconds for the rest of the job's process group to end, then kill it.
 end_group() {
   seconds=0
   while [ $seconds -lt "$KILL" ]; do
@@ -3820,8 +3822,9 @@ end_group() {
 finish() {
   trap '' HUP INT TERM PIPE
   trap - EXIT
-  exec 2>/dev/null  # standard output stays open: its end shows that all is done
-  # bash could wait for ever for a job whose end it has seen.
+  exec 2>/dev/null  # standard output stays open: its end shows the client that all is done
+  # Wait only for a job that still gets signals: bash could wait for ever for one that it has seen
+  # end. `wait` has no limit of time, so the job is killed from the background.
   if [ -n "$job" ] && signal_job TERM; then
     end_group 3<&- 4>&- >/dev/null &
     killer=$!
@@ -3829,16 +3832,17 @@ finish() {
     kill -s KILL $killer
     end_group
   fi
-  # A young subshell can lose any other signal.
+  # A subshell that has only just started can lose any signal but KILL.
   for i in $lease $watchdog; do kill -s KILL $i; done
   [ -z "$directory" ] || rm -rf "$directory"
 }
 
-# The TMPDIR that root has under sudo can be closed to the user, who has to fetch the files.
+# Succeed if all users may enter a directory. The TMPDIR that root has under sudo can be closed to
+# the user, who has to fetch the files.
 open_to_all() {
   path=$1
   while [ -n "$path" ]; do
-    case `ls -ldL "$path"` in
+    case `ls -ldL "$path"` in  # the last letter of drwxr-xr-x is x or t if others may enter
       d????????[xt]*) path=${path%/*} ;;
       *) return 1 ;;
     esac
@@ -3846,6 +3850,8 @@ open_to_all() {
 } 2>/dev/null
 
 # Remove the directories of earlier wrappers of this user that were killed with all processes.
+# Others can use such names in /tmp as well: both the pid and the directory, which is no link, must
+# be this user's. Under sudo the first is root's and the second is the user's, see make_directory.
 remove_stale() {
   for stale in "${directory%/*}"/netweaver.??????????; do
     [ -f "$stale/pid" ] && [ -O "$stale/pid" ] && [ "$stale" != "$directory" ] || continue
@@ -3856,25 +3862,27 @@ remove_stale() {
   done
 } 2>/dev/null
 
-# A wrapper's working directory is its own; another process may have got its pid since.
+# Succeed if the wrapper with the pid $2 still runs in the directory $1; another process may have
+# got that pid since. Without a pid (not yet written?) assume for a day that it runs.
 is_in_use() {
   case $2 in ''|*[!0-9]*) [ -z "`find "$1" -prune -mtime +0`" ]; return ;; esac
   kill -s 0 "$2" || return
-  [ -e "/proc/$2/cwd" ] || return 0  # it can't be known
+  [ -e "/proc/$2/cwd" ] || return 0  # it can't be known: assume that it does
   [ "/proc/$2/cwd" -ef "$1" ]
-  [ $? != 1 ]  # 2: this shell can't compare files
+  [ $? != 1 ]  # 1: it runs elsewhere, 2: this shell has no -ef
 }
 
 make_directory() {
   directory=`mktemp -d "${TMPDIR:-/tmp}/netweaver.XXXXXXXXXX"` && cd "$directory" &&
-    directory=`pwd -P` && echo $$ >pid || exit 70
-  if [ -n "$SUDO_UID" ]; then  # SFTP has the rights of the user
+    directory=`pwd -P` && echo $$ >pid || exit 70  # EX_SOFTWARE
+  if [ -n "$SUDO_UID" ]; then  # SFTP reads the files with the rights of the user, not of root
     chown "$SUDO_UID" "$directory"
     umask 022
   fi
   remove_stale
 }
 
+# End the wrapper after LIMIT seconds, or IDLE seconds after the last "alive" of the lease.
 watch() {
   trap 'idle=0' USR1
   seconds=0 idle=0
@@ -3888,11 +3896,13 @@ watch() {
   while kill -s 0 $$; do
     sleep 1
     seconds=$((seconds + 1))
-    if [ $seconds -gt $((2 * KILL + 2)) ]; then  # it is stopped, perhaps
+    # `finish` takes at most KILL seconds twice, unless the wrapper is stopped (SIGSTOP).
+    if [ $seconds -gt $((2 * KILL + 2)) ]; then
       kill -s KILL $$
       break
     fi
   done
+  # Reached only if the wrapper was killed, since `finish` ends this watchdog.
   signal_job KILL
   rm -rf "$directory"
 }
@@ -3907,11 +3917,13 @@ read_lease() {
       bye) break ;;
     esac
   done
-  kill -s TERM $$ || { signal_job KILL; rm -rf "$directory"; }
+  kill -s TERM $$ || { signal_job KILL; rm -rf "$directory"; }  # || the wrapper was killed
 }
 
 main() {
-  exec 3<&0 </dev/null 4>&1  # only here, since shells read their script bit by bit
+  # 3 is the lease, and 4 standard output, for the answers to "alive". Standard input can be moved
+  # only here, at the end of the script, since shells read their script bit by bit.
+  exec 3<&0 </dev/null 4>&1
   trap finish EXIT
   trap 'signalled=1' HUP INT TERM PIPE
   [ -z "$SUDO_UID" ] || open_to_all "$TMPDIR" || { TMPDIR=/tmp; export TMPDIR; }
@@ -3923,15 +3935,16 @@ main() {
   watchdog=$!
   read_lease <&3 >/dev/null 2>&1 &
   lease=$!
-  trap 'exit 143' HUP INT TERM PIPE
+  # `finish` can end the children only from here on, where all their pids are known.
+  trap 'exit 143' HUP INT TERM PIPE  # 128 + SIGTERM
   [ -z "$signalled" ] || exit 143
   wait "$job"
   status=$?
   end_group
-  job=
+  job=  # nothing remains for `finish` to end
   printf '\n%s end %s\n' "$TOKEN" "$status"
   printf '\n%s end %s\n' "$TOKEN" "$status" >&2
-  [ -z "$directory" ] || wait "$lease"
+  [ -z "$directory" ] || wait "$lease"  # the client fetches the files, then says "bye"
   exit 0
 }
 main
@@ -3944,7 +3957,7 @@ main
 CAPTURES = r"""
 capture() {
   mkfifo "$1.err"
-  (trap '' TERM
+  (trap '' TERM  # to pass on what the capture prints while it ends
    while IFS= read -r line; do printf '%s %s\n' "$1" "$line"; done) <"$1.err" >&2 &
   run_capture "$1" "$2" 2>"$1.err" &
   all="$all $!"
@@ -3954,7 +3967,8 @@ run_capture() {
   pid=
   sh -c "$2" >"$1.pcap" &
   pid=$!
-  # A signal cuts a wait short, and its status is that of the signal.
+  # A signal cuts a wait short, and its status is then that of the signal. If the command has ended
+  # meanwhile, its own status comes from one more wait; 127 means that the last wait had it already.
   until wait $pid; status=$?; ! kill -s 0 $pid 2>/dev/null; do :; done
   wait $pid 2>/dev/null
   last=$?
@@ -3967,14 +3981,15 @@ trap 'date +%s%N' USR1
 """
 
 CONNECT_ATTEMPTS = 5  # a busy sshd drops new connections
-# sudo may read all of its input, and not only what the command reads. A shell that ends reads
-# something before, since the script is on its way.
+# Run `sh` as root. sudo can read more than its command does, and so lose some of the script: it is
+# tried without input. If it fails, a line is read before the end, as the script is on its way, and
+# data that cross with the closing of a channel make sshd end the whole connection.
 SUDO_SHELL = (
     """exec sh -c 'if [ "$(id -u)" = 0 ]; then exec sh; """
     "elif sudo -n sh </dev/null; then exec sudo -n sh; else read line; exit 1; fi'"
 )
-LARGEST_ANSWER = 1 << 20  # bytes of a command's output, or of a file of ssh
-SFTP_BLOCK = 32768  # bytes which one answer of every SFTP server may have
+LARGEST_ANSWER = 1 << 20  # bytes of a command's output, of ssh-agent, or of a file of ssh
+SFTP_BLOCK = 32768  # bytes that every SFTP server can send at once (draft-ietf-secsh-filexfer, 3)
 
 
 class Channel(Protocol):
@@ -4000,7 +4015,7 @@ class FileSource(Protocol):
     """A session in which files of a host are read."""
 
     def read(self, path: str, largest: int) -> Iterator[bytes]:
-        """Yield the blocks of a file; raise CaptureError if it can't be read or has more bytes."""
+        """Yield a file's blocks; raise CaptureError if unreadable or over `largest` bytes."""
 
     def close(self) -> None: ...
 
@@ -4031,7 +4046,7 @@ class Connection(Protocol):
         """Open the session in which files are read; raise CaptureError if the host has none."""
 
     def give_up(self, reason: str) -> None:
-        """Close the connection, whatever waits for it; `error` returns the reason."""
+        """Close the connection even if calls wait for it; `error` then returns the reason."""
 
     def close(self) -> None: ...
 
@@ -4066,29 +4081,29 @@ class Job:
         threading.Thread(target=self._renew, daemon=True).start()
 
     def _message(self, word: bytes) -> str:
-        """Return the value of the wrapper's message of one kind, or "" if it hasn't come."""
+        """Return what follows a word in the wrapper's message, or "" if it hasn't come."""
         match = re.search(rb"\n%b %b ([^\n]*)\n" % (self._token, word), self._output)
         return match[1].decode(errors="replace") if match else ""
 
     @property
     def has_all_errors(self) -> bool:
-        """Return whether the end of standard error has come; it doesn't if a shell redirects it."""
+        """Return whether standard error has ended; never if the account's shell redirects it."""
         return b"\n%b end " % self._token in self._errors
 
     @property
     def directory(self) -> str:
-        """Its private directory; "-" if it has none, and "" before it has begun."""
+        """The job's private directory; "-" if it has none, and "" before it has begun."""
         return self._message(b"begin")
 
     @property
     def status(self) -> int | None:
-        """Its exit status; None if it hasn't ended, or the connection was lost before."""
+        """The command's exit status; None if its end wasn't reported (yet)."""
         status = self._message(b"end")
         return int(status) if is_number(status) else None
 
     @property
     def output(self) -> str:
-        """Its standard output, without the greetings of login shells."""
+        """The command's standard output so far, without the greetings of login shells."""
         _, _, after_begin = self._output.partition(b"\n%b begin " % self._token)
         _, _, output = after_begin.partition(b"\n")
         return output.partition(b"\n%b end " % self._token)[0].decode(errors="replace")
@@ -4100,37 +4115,39 @@ class Job:
 
     @property
     def errors(self) -> str:
-        """The end of its standard error."""
+        """The last LARGEST_ANSWER bytes of the command's standard error, at most."""
         return self._errors.partition(b"\n%b end " % self._token)[0].decode(errors="replace")
 
     @property
     def has_left(self) -> bool:
-        """Return whether nothing of it remains on the host, or nothing can be done about it."""
+        """Return whether the job has ended on the host, files and all, or its connection has."""
         return self._finished.is_set()
 
     def time(self) -> str:
         """Return the host's time, as its `date +%s%N` prints it; "" if it doesn't answer.
 
-        Only captures answer.
+        Only the script CAPTURES answers.
         """
-        answers = self.output.count("\n")
+        earlier_lines = self.output.count("\n")
         self.say("mark")
         with self._changed:
             self._changed.wait_for(
-                lambda: self.ended or self.output.count("\n") > answers, ANSWER_SECONDS
+                lambda: self.ended or self.output.count("\n") > earlier_lines, ANSWER_SECONDS
             )
-        lines = self.output.split("\n")[answers:-1]
-        return lines[0] if lines else ""
+        new_lines = self.output.split("\n")[earlier_lines:-1]  # the last one isn't complete
+        return new_lines[0] if new_lines else ""
 
     def say(self, word: str) -> None:
-        """Send a word of the lease, if the job still reads them.
+        """Send a word of the lease, unless the host is about to close the channel.
 
-        A lost connection has ended the lease by itself. Nothing is sent when the host is about to
-        close the channel: data that cross with its closing make sshd end the whole connection.
+        Data that cross with the closing of a channel make sshd end the whole connection. A failure
+        is ignored, since a lost connection has ended the lease by itself.
         """
         with self._sending:
-            closing = self.directory in ("", "-") and (self.ended or self.has_all_errors)
-            if not self._is_leaving and not closing:
+            # With a private directory the wrapper waits for "bye", else it ends with its command.
+            waits_for_bye = self.directory not in ("", "-")
+            is_closing = not waits_for_bye and (self.ended or self.has_all_errors)
+            if not self._is_leaving and not is_closing:
                 self._is_leaving = word == "bye"
                 quietly(self._channel.sendall, word.encode() + b"\n")
 
@@ -4144,12 +4161,12 @@ class Job:
         self.say("kill")
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the end, and return whether it came in so many seconds."""
+        """Wait for the command's end, and return whether it came in so many seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self.ended, seconds)
 
     def leave(self, seconds: float = ANSWER_SECONDS) -> None:
-        """End everything on the host, and wait for that, but no longer than so many seconds."""
+        """End the job on the host with all its files; wait for that so many seconds at most."""
         self.say("bye")
         self._reader.join(seconds)
         quietly(self._channel.close)
@@ -4171,12 +4188,13 @@ class Job:
             quietly(self._channel.close)
 
     def _read_streams(self) -> None:
+        # The wrapper answers each "alive": silence means that the host can't be reached.
         last_heard = time.monotonic()
         at_end = False
         while not at_end:
             silence = time.monotonic() - last_heard
             self._poller.poll(1000 * max(0.0, IDLE_SECONDS - silence))
-            # Asked before the last data are read, so that none are missed.
+            # Look for the end before receiving, so that the last data are not missed.
             at_end = bool(self._channel.closed or self._channel.eof_received)
             if self._receive():
                 last_heard = time.monotonic()
@@ -4198,22 +4216,23 @@ class Job:
     def _add(self, stream: bytearray, data: bytes) -> None:
         with self._changed:
             stream += data
+            # The answers to "alive" are no output of the command.
             self._output[:] = self._output.replace(b"\n%b alive\n" % self._token, b"")
             del self._errors[:-LARGEST_ANSWER]
             if len(self._output) > LARGEST_ANSWER:
                 self.flooded = True
-            # It has ended when both streams say so: they may come in any order.
+            # The command has ended when both streams report it: they can come in any order.
             if self.has_all_errors and self.status is not None:
                 self.ended = True
             self._changed.notify_all()
         if self.flooded:
-            self.say("bye")  # nothing may be sent after the closing, see `say`
+            self.say("bye")  # the last word: none may cross with the closing, see `say`
             quietly(self._channel.close)
 
 
 def quietly(call: Callable[..., object], *arguments: object) -> None:
     """Call something that may fail because a connection is lost, which is reported elsewhere."""
-    with suppress(Exception):  # paramiko has many kinds
+    with suppress(Exception):  # paramiko raises many kinds of them
         call(*arguments)
 
 
@@ -4224,16 +4243,16 @@ def last_line(text: str) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Return whether a host's answer is a number of plausible size."""
+    """Return whether a host's answer is a decimal number, of nine digits at most."""
     return re.fullmatch(r"\d{1,9}", text, re.ASCII) is not None
 
 
 def short_name(command: str) -> str:
-    """Return a name for a shell command in an error message: never a whole script."""
-    first = re.split(r"[|;\n]", command)[0].strip("{ ")
-    if not first or not first.isprintable() or len(first) > 80:
+    """Return the first simple command of a script, to name the script in an error message."""
+    first_command = re.split(r"[|;\n]", command)[0].strip("{ ")
+    if not first_command or not first_command.isprintable() or len(first_command) > 80:
         return "a look-up"
-    return first
+    return first_command
 
 
 def sudo_hint(errors: str) -> str:
@@ -4248,7 +4267,7 @@ def sudo_hint(errors: str) -> str:
 class Host:
     """A host that is logged in to: runs commands under WRAPPER, and fetches files.
 
-    `changed` is notified whenever something changes there; `log` is called with each command.
+    `changed` is notified of every change of its jobs; `log` is called with each command.
     """
 
     def __init__(
@@ -4262,7 +4281,7 @@ class Host:
         self._connection = connection
         self._changed = changed
         self._log = log
-        self.sudo = sudo  # whether commands run by sudo
+        self.sudo = sudo  # whether commands run as root by sudo
         self._shell = SUDO_SHELL if sudo else "exec sh"
         self._jobs: list[Job] = []
 
@@ -4282,10 +4301,10 @@ class Host:
     def start(
         self, command: str, seconds: float, *, private: bool = False, shown: Iterable[str] = ()
     ) -> Job:
-        """Start a shell command that ends after so many seconds at the latest.
+        """Start a shell command that is ended after so many seconds at the latest.
 
         With `private` it runs in a directory of its own, which stays until `Job.leave`. The log
-        shows the command, or what is `shown` in its place.
+        shows the lines of `shown`, or the command if there are none.
         """
         for line in shown or [command]:
             self._log(f"{self.name}: {line}")
@@ -4313,15 +4332,18 @@ class Host:
             channel = self._connection.start_shell(self._shell, script)
             return Job(self._connection, channel, token, self._changed)
 
-        return self._bounded(begin)
+        return self._open_in_time(begin)
 
-    def _bounded(self, call: Callable[[], T]) -> T:
-        """Return the result of a call that opens a session; limit its time, as paramiko doesn't."""
+    def _open_in_time(self, call: Callable[[], T]) -> T:
+        """Return the result of a call that opens a session, whose time paramiko doesn't limit.
+
+        Raises HostConnectionError after CONNECT_SECONDS, or if there are too few resources.
+        """
         try:
             results: list[T] = in_parallel(call, seconds=CONNECT_SECONDS)
         except NoAnswerError:
             self._connection.give_up(f"no answer for {CONNECT_SECONDS} s")
-            self.check()
+            self.check()  # raises the error with this reason, except on this machine
             raise
         except (OSError, RuntimeError) as error:  # as for too many open files, or threads
             raise HostConnectionError(f"{self.name}: can't start a session: {error}") from error
@@ -4330,7 +4352,7 @@ class Host:
     def check_job(self, job: Job) -> None:
         """Raise HostConnectionError if a job ended because its connection or its shell did.
 
-        Raises it as well if the account can't run commands.
+        Raises it as well if the account can't run commands, unless standard error says why.
         """
         if not job.ended or job.status is not None or job.flooded:
             return
@@ -4371,15 +4393,15 @@ class Host:
         """Open the session in which files are fetched; raise CaptureError if the host has none."""
         self.check()
         try:
-            return self._bounded(self._connection.open_files)
+            return self._open_in_time(self._connection.open_files)
         except CaptureError:
-            self.check()  # a lost connection is none of SFTP's
+            self.check()  # report a lost connection as such, not as a fault of SFTP
             raise
 
     def fetch(self, files: FileSource, path: str, local: str, largest: int) -> None:
-        """Copy a file of the host, which may have so many bytes.
+        """Copy the file `path` of the host to the file `local` of this machine.
 
-        Raises CaptureError if it has more, or can't be copied whole.
+        Raises CaptureError if it has more than `largest` bytes, or can't be copied whole.
         """
         try:
             with open(local, "wb") as file:
@@ -4389,7 +4411,7 @@ class Host:
             raise CaptureError(f"can't write {local} on this machine: {error.strerror}") from error
 
     def leave(self) -> None:
-        """End everything that still runs there."""
+        """End all jobs that `start` has started, and remove their files from the host."""
         in_parallel(*(job.leave for job in self._jobs))
 
     def close(self) -> None:
@@ -4399,8 +4421,8 @@ class Host:
 class SftpFiles:
     """A session in which files of a host are read by SFTP; its answers are not trusted.
 
-    paramiko's client sends and receives by this object, which bounds the size of all answers and
-    the time that each takes.
+    paramiko's client gets this object for its channel: `get_name`, `send`, `recv` and `close` are
+    all that it calls. `recv` bounds the size of all answers, and the time that each takes.
     """
 
     def __init__(self, connection: Connection, channel: paramiko.Channel) -> None:
@@ -4409,7 +4431,7 @@ class SftpFiles:
         self._connection = connection
         self._channel = channel
         self._deadline = time.monotonic() + CONNECT_SECONDS
-        self._bytes_left = LARGEST_ANSWER
+        self._bytes_allowed = LARGEST_ANSWER  # which the server may still send
         self._client = SFTPClient(cast("paramiko.Channel", self))
 
     def get_name(self) -> str:
@@ -4424,8 +4446,8 @@ class SftpFiles:
             raise TimeoutError
         self._channel.settimeout(seconds)
         data = self._channel.recv(size)
-        self._bytes_left -= len(data)
-        if self._bytes_left < 0:
+        self._bytes_allowed -= len(data)
+        if self._bytes_allowed < 0:
             raise EOFError("the server sent more data than the file has")
         return data
 
@@ -4435,8 +4457,8 @@ class SftpFiles:
     def read(self, path: str, largest: int) -> Iterator[bytes]:
         """Yield the blocks of a file.
 
-        Raises CaptureError if it can't be read or has more bytes, HostConnectionError if the
-        server doesn't answer.
+        Raises CaptureError if it can't be read or has more than `largest` bytes,
+        HostConnectionError if the server doesn't answer.
         """
         name = self._connection.name
         try:
@@ -4458,25 +4480,27 @@ class SftpFiles:
         """Yield the blocks of a file, as `read` does; let paramiko's own errors pass."""
         self._deadline = time.monotonic() + CONNECT_SECONDS
         with self._client.open(path, "rb") as file:
-            left = file.stat().st_size or 0
-            if left > largest:
+            missing = file.stat().st_size or 0
+            if missing > largest:
                 raise CaptureError(f"{path} is larger than its limit of {largest} bytes")
-            self._bytes_left = 2 * left + LARGEST_ANSWER  # with what SFTP adds to the file
-            file.prefetch(left)
-            while left > 0:
+            self._bytes_allowed = 2 * missing + LARGEST_ANSWER  # ample for what SFTP adds
+            file.prefetch(missing)
+            while missing > 0:
                 self._deadline = time.monotonic() + CONNECT_SECONDS
-                block = file.read(min(left, SFTP_BLOCK))
+                block = file.read(min(missing, SFTP_BLOCK))
                 if not block:
-                    raise EOFError(f"{counted(left, 'byte is', 'bytes are')} missing")
-                left -= len(block)
+                    raise EOFError(f"{counted(missing, 'byte is', 'bytes are')} missing")
+                missing -= len(block)
                 yield block
 
 
 def in_parallel(*calls: Callable[[], object], seconds: float | None = None) -> list[Any]:
     """Make calls in threads of their own, and return their results in the order of the calls.
 
-    Raises the first error once all have ended, or NoAnswerError if that takes so many seconds.
+    Raises the first error once all have ended, or so many seconds have passed (None: no limit);
+    NoAnswerError if some had not ended then, and none had failed.
     """
+    # `join` refuses more than TIMEOUT_MAX seconds.
     deadline = time.monotonic() + (seconds or threading.TIMEOUT_MAX / 2)
     results: dict[int, object] = {}
     errors: list[BaseException] = []
@@ -4487,7 +4511,10 @@ def in_parallel(*calls: Callable[[], object], seconds: float | None = None) -> l
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=item, daemon=True) for item in enumerate(calls)]
+    threads = [
+        threading.Thread(target=run, args=(index, call), daemon=True)
+        for index, call in enumerate(calls)
+    ]
     try:
         for thread in threads:
             thread.start()
@@ -4506,9 +4533,9 @@ def in_parallel(*calls: Callable[[], object], seconds: float | None = None) -> l
 
 
 def join_all(threads: Iterable[threading.Thread], deadline: float) -> None:
-    """Wait for the ends of threads, as long as there is time."""
+    """Wait for the ends of threads until a deadline on the clock of time.monotonic."""
     for thread in threads:
-        if thread.is_alive():
+        if thread.is_alive():  # `join` refuses a thread that was never started
             thread.join(max(0, deadline - time.monotonic()))
 
 
@@ -4517,8 +4544,8 @@ def join_all(threads: Iterable[threading.Thread], deadline: float) -> None:
 # `ssh-keygen -F` finds lines in known_hosts, and `ssh -W` connects through a jump.  paramiko
 # carries the connection.  An option that restricts logins is honoured, or the login is refused.
 
-CERTIFICATE = "-cert-v01@openssh.com"
-# The number of strings that make up a public key, by its kind.
+CERTIFICATE = "-cert-v01@openssh.com"  # ends a certificate's kind, and the algorithms' names
+# The number of strings that follow the kind in the encoding of a public key, by kind.
 PUBLIC_KEY_STRINGS = {
     "ssh-ed25519": 1,
     "ssh-rsa": 2,
@@ -4529,7 +4556,8 @@ PUBLIC_KEY_STRINGS = {
     "sk-ssh-ed25519@openssh.com": 2,
     "sk-ecdsa-sha2-nistp256@openssh.com": 3,
 }
-# paramiko's classes, by the kind of a key or by the first line of the older format.
+# paramiko's classes, by the kind of a key in OpenSSH's format, or by XX in the older format's first
+# line, "BEGIN XX PRIVATE KEY".
 PRIVATE_KEY_CLASSES = {
     "ssh-ed25519": "Ed25519Key",
     "ssh-rsa": "RSAKey",
@@ -4539,15 +4567,15 @@ PRIVATE_KEY_CLASSES = {
     "ecdsa-sha2-nistp521": "ECDSAKey",
     "EC": "ECDSAKey",
 }
-PRIVATE_KEY_CIPHERS = ("none", "aes256-ctr", "aes256-cbc")  # of OpenSSH's format
-RSA_SIGNATURES = ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")
+PRIVATE_KEY_CIPHERS = ("none", "aes256-ctr", "aes256-cbc")  # that paramiko can read
+RSA_SIGNATURES = ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")  # in the order of preference
 USE_AGENT = "load it into ssh-agent (ssh-add), and use it without -k"
 OLD_SERVER_ADVICE = (
     "is an RSA key, and this old server supports SHA-1 only: use "
     "-o PubkeyAcceptedAlgorithms=+ssh-rsa with pip install 'paramiko<5', or, from OpenSSH 6.5 on, "
     "an ed25519 key"
 )
-# What to do about keys that paramiko can't read, by their kind.
+# What to do about keys that paramiko can't read, by kind or XX as above; XX is "" for PKCS#8.
 KEY_ADVICE = {
     "": "it is in PKCS#8 format: convert it with ssh-keygen -p -f FILE",
     "ENCRYPTED": "it is in PKCS#8 format: convert it with ssh-keygen -p -f FILE",
@@ -4558,7 +4586,7 @@ KEY_ADVICE = {
     "sk-ecdsa-sha2-nistp256@openssh.com": f"it is a security key: {USE_AGENT}",
 }
 SYSTEM_DIRECTORY = "/etc/ssh"
-# Options that the hosts of a jump must not share.
+# Options given with -o that are meant for the target, and not for the jumps to it.
 OPTIONS_OF_ONE_HOST = r"\s*(hostname|port|user|hostkeyalias|proxyjump|proxycommand)[\s=]"
 # Options that restrict algorithms, and paramiko's names for them.
 ALGORITHM_OPTIONS = {
@@ -4588,7 +4616,7 @@ OUTDATED_ALGORITHMS = (
 )
 # paramiko knows this algorithm by its older name only.
 OLDER_NAMES = {"curve25519-sha256": "curve25519-sha256@libssh.org"}
-AGENT_SIGNATURE_FLAGS = {"rsa-sha2-256": 2, "rsa-sha2-512": 4}
+AGENT_SIGNATURE_FLAGS = {"rsa-sha2-256": 2, "rsa-sha2-512": 4}  # SSH_AGENT_RSA_SHA2_...
 AGENT_KEY = "a key of ssh-agent"  # in messages
 AGENT_SIGN_SECONDS = 60  # a person may have to confirm, or to touch a security key
 
@@ -4606,17 +4634,18 @@ class Target:
         self.user = user if at_sign else None
         self.host, port = self._split(address)
         self.port = int(port) if port else None
-        has_user = not at_sign or re.fullmatch(r"[\w.+#][\w.@\\$+#-]*", user)
-        has_host = re.fullmatch(r"[\w.:%][\w.:%-]*", self.host, re.ASCII)
-        has_port = self.port is None or 1 <= self.port <= 65535
-        if not (has_user and has_host and has_port):
+        is_user_valid = not at_sign or re.fullmatch(r"[\w.+#][\w.@\\$+#-]*", user)
+        is_host_valid = re.fullmatch(r"[\w.:%][\w.:%-]*", self.host, re.ASCII)
+        is_port_valid = self.port is None or 1 <= self.port <= 65535
+        if not (is_user_valid and is_host_valid and is_port_valid):
             raise UsageError(
                 f"{text!r} is not [user@]host[:port] (an IPv6 address with a port goes in brackets)"
             )
 
     @staticmethod
     def _split(address: str) -> tuple[str, str]:
-        """Return the host and the port as they are given; "" for each that is not there."""
+        """Return host and port as they are given; "" for no port, and for both if malformed."""
+        # Two colons or more, without brackets: an IPv6 address that has no port.
         if re.fullmatch(r"[\dA-Fa-f.]*:[\dA-Fa-f.]*:[\dA-Fa-f:.]*(%[\w.-]+)?", address):
             return address, ""
         match = re.fullmatch(r"(?:\[([^]]+)]|([^]:[]+))(?::(\d{1,5}))?", address)
@@ -4650,7 +4679,8 @@ def check_ascii(text: str) -> None:
 class SshOptions:
     """The options that `ssh -G -v` printed for a host.
 
-    `files_read` are the files from which it read them, without `own_file`, which only names those.
+    `files_read` are the files of configuration that its log names, without `own_file`, in which
+    netweaver has put its options for ssh.
     """
 
     def __init__(self, output: bytes, log: bytes = b"", own_file: str = "") -> None:
@@ -4667,7 +4697,7 @@ class SshOptions:
         return [value for value in self._values.get(keyword, []) if value.lower() != "none"]
 
     def text(self, keyword: str, default: str = "") -> str:
-        """Return the value of an option as it is."""
+        """Return an option's value as it is; `default` if ssh printed none."""
         return self._values.get(keyword, [default])[0]
 
     def is_on(self, keyword: str) -> bool:
@@ -4692,15 +4722,15 @@ class HostSettings:
     host: str
     port: int
     user: str
-    place: str  # host and port in messages, without what the name has already
-    known_names: tuple[str, ...]  # in known_hosts; the first one's keys come before the others'
+    place: str  # in messages: the port, and the host if it isn't the one in the name
+    known_names: tuple[str, ...]  # in known_hosts; others than the first can only confirm a key
     user_files: tuple[str, ...]  # the user's known_hosts files, of which the first gets new keys
     system_files: tuple[str, ...]
     identities: tuple[str, ...]  # paths of private keys
     certificates: tuple[str, ...]  # paths of certificates; those beside the keys if it is empty
-    agent_socket: str
-    jumps: str
-    proxy_command: str
+    agent_socket: str  # "" for none
+    jumps: str  # the value of ProxyJump; "" for none
+    proxy_command: str  # "" for none
 
     @property
     def known_hosts_files(self) -> tuple[str, ...]:
@@ -4717,6 +4747,7 @@ class HostSettings:
 
     @property
     def smallest_rsa_bits(self) -> int:
+        # RSAMinSize is an older name of RequiredRSASize, and 1024 OpenSSH's default.
         return self.options.number("requiredrsasize", self.options.number("rsaminsize", 1024))
 
     @property
@@ -4737,8 +4768,8 @@ def read_settings(
 ) -> HostSettings:
     """Return the settings for a target from the answer of `ssh -G`.
 
-    `expand` replaces the tokens in a path, and `split_files` splits the value of a keyword into
-    names of files.  Raises HostConnectionError if an option can't be honoured.
+    `expand` replaces ~, tokens and variables in a path, and `split_files` splits the value of a
+    keyword into names of files.  Raises HostConnectionError if an option can't be honoured.
     """
     host = options.text("hostname")
     port = options.number("port", 22)
@@ -4754,6 +4785,7 @@ def read_settings(
         known_names = (alias,)
     elif port != 22:
         known_names = (f"[{host}]:{port}", host)
+    # TOKENS of ssh_config(5) that ProxyJump and ProxyCommand accept.
     tokens = {"%": "%", "h": host, "k": alias or host, "n": target.host, "p": str(port), "r": user}
 
     return HostSettings(
@@ -4776,9 +4808,10 @@ def read_settings(
 
 def check_options(name: str, options: SshOptions) -> None:
     """Raise HostConnectionError if an option asks for something that paramiko can't do."""
-    for keyword, harmless in UNSUPPORTED_OPTIONS.items():
+    for keyword, accepted in UNSUPPORTED_OPTIONS.items():
         value = options.text(keyword)
-        if not set(value.split(",")) & set(harmless):
+        # PreferredAuthentications is a list, of which one method is enough.
+        if set(value.split(",")).isdisjoint(accepted):
             raise HostConnectionError(
                 f"{name}: ssh_config sets {keyword} {value}, which is not supported: "
                 "netweaver needs public-key login and a shell. Override it with -o"
@@ -4789,7 +4822,7 @@ def check_options(name: str, options: SshOptions) -> None:
 
 
 def expand_tokens(name: str, text: str, tokens: Mapping[str, str]) -> str:
-    """Return a proxy's option with its tokens replaced; raise HostConnectionError for others."""
+    """Return a proxy's option with `tokens` replaced; raise HostConnectionError for any other."""
 
     def replacement(match: re.Match[str]) -> str:
         if match[1] not in tokens:
@@ -4804,9 +4837,11 @@ def expand_tokens(name: str, text: str, tokens: Mapping[str, str]) -> str:
 def find_agent(options: SshOptions) -> str:
     """Return the path of ssh-agent's socket; "" if there is none or it must not be used."""
     path = options.text("identityagent", "SSH_AUTH_SOCK")
-    if path == "SSH_AUTH_SOCK" or path.startswith("$"):
+    if path == "none":
+        return ""
+    if path == "SSH_AUTH_SOCK" or path.startswith("$"):  # names a variable
         return os.environ.get(path.lstrip("$"), "")
-    return "" if path == "none" else path
+    return path
 
 
 def home_path(path: str) -> str:
@@ -4822,7 +4857,7 @@ def home_path(path: str) -> str:
 
 
 def run_openssh(*command: str) -> subprocess.CompletedProcess[bytes]:
-    """Run one of OpenSSH's programs to its end."""
+    """Run one of OpenSSH's programs to its end; raise HostConnectionError if it can't be run."""
     try:
         return subprocess.run(
             [os.fsencode(word) for word in command],
@@ -4837,7 +4872,7 @@ def run_openssh(*command: str) -> subprocess.CompletedProcess[bytes]:
 
 
 def one_line(text: str) -> str:
-    """Return what a program printed as one line, without frames and noise."""
+    """Return what OpenSSH printed as one line, without "@@@" and lines that explain no failure."""
     lines = []
     for line in text.split("\n"):
         line = line.strip(" @\r")
@@ -4867,11 +4902,11 @@ def find_known_keys(name: str, files: Iterable[str]) -> list[KnownKey]:
     keys = []
     for file in filter(os.path.exists, files):
         answer = run_openssh("ssh-keygen", "-F", name, "-f", file)
-        if answer.returncode > 1 or not os.access(file, os.R_OK):
+        if answer.returncode > 1 or not os.access(file, os.R_OK):  # 1: the name isn't there
             reason = one_line(os.fsdecode(answer.stderr)) or "no permission"
             raise HostConnectionError(f"can't read {file}: {reason}")
         lines = os.fsdecode(answer.stdout).split("\n")
-        for header, line in zip(lines[::2], lines[1::2]):
+        for header, line in zip(lines[::2], lines[1::2]):  # two lines for each key
             keys.append(parse_known_key(header, line, file))
     return keys
 
@@ -4879,7 +4914,7 @@ def find_known_keys(name: str, files: Iterable[str]) -> list[KnownKey]:
 def parse_known_key(header: str, line: str, file: str) -> KnownKey:
     """Parse an answer of ssh-keygen: "# Host NAME found: line 3 REVOKED", and the line itself."""
     line_number, marker = re.findall(r" found: line (\d+) ?(\w*)\r?$", header)[0]
-    fields = line.split()
+    fields = line.split()  # [@MARKER] NAMES KIND BASE64
     if marker:
         fields = fields[1:]
     place = f"line {line_number} of {file}"
@@ -4889,18 +4924,18 @@ def parse_known_key(header: str, line: str, file: str) -> KnownKey:
 
 
 def has_own_order(algorithms: Sequence[str] | None) -> bool:
-    """Return whether ssh_config gives HostKeyAlgorithms an order, which ssh then keeps to.
+    """Return whether ssh_config replaces the default list of HostKeyAlgorithms by its own.
 
-    If they are the default's, with some appended or removed, ssh prefers those of known keys.  It
-    doesn't print which it is: a list with less than a third of the default's is taken for one that
-    replaces it.
+    ssh keeps to the order of its own list, but in the default list, also with algorithms appended
+    or removed, it prefers those of known keys.  `ssh -G` doesn't print which list it is: one with
+    less than a third of the default's algorithms, or in another order, is taken for its own.
     """
     answer = run_openssh("ssh", "-G", "-F", "/dev/null", "host")
     default = SshOptions(answer.stdout).algorithms("hostkeyalgorithms")
     if algorithms is None or default is None:
         return False
-    kept = [name for name in default if name in algorithms]
-    return len(kept) < len(default) / 3 or algorithms[: len(kept)] != kept
+    shared = [name for name in default if name in algorithms]
+    return len(shared) < len(default) / 3 or algorithms[: len(shared)] != shared
 
 
 def decode_base64(text: str) -> bytes:
@@ -4915,14 +4950,15 @@ def is_known(key: paramiko.PKey, settings: HostSettings, title: str) -> bool:
     """Return whether a host's key is known; False if the host is new.
 
     Raises HostConnectionError if the key must be refused.  `title` is the key in messages.  In
-    contrast to ssh, a host with a damaged line or a certificate authority is no new host.
+    contrast to ssh, a host that has a damaged line or only a certificate authority is not new: its
+    key is refused.
     """
     first, *others = settings.known_names
     known_keys = find_known_keys(first, settings.known_hosts_files)
     if is_among(known_keys, key, title):
         return True
     for name in others:
-        with suppress(HostConnectionError):
+        with suppress(HostConnectionError):  # the sshd of another port may have another key
             if is_among(find_known_keys(name, settings.known_hosts_files), key, title):
                 return True
     for known in known_keys:
@@ -4935,22 +4971,22 @@ def is_known(key: paramiko.PKey, settings: HostSettings, title: str) -> bool:
 
 
 def is_among(known_keys: Sequence[KnownKey], key: paramiko.PKey, title: str) -> bool:
-    """Return whether a key is among those known for a name; False if none is.
+    """Return whether a key is among those known for a name; False if no key is known for it.
 
-    Raises HostConnectionError if it is revoked, or if only others are known.
+    Raises HostConnectionError if the key is revoked, or if only other keys are known.
     """
     for known in known_keys:
         if known.marker == "REVOKED" and known.blob == key.asbytes():
             raise HostConnectionError(
                 f"{title} is revoked by {known.place}: ask the administrator of that host"
             )
-    plain = [known for known in known_keys if not known.marker]
-    if any(known.blob == key.asbytes() for known in plain):
+    unmarked = [known for known in known_keys if not known.marker]
+    if any(known.blob == key.asbytes() for known in unmarked):
         return True
-    if plain:
+    if unmarked:
         raise HostConnectionError(
             f"{title} does not match the known key (possible man-in-the-middle attack). If the "
-            f"new key is genuine, remove {', '.join(known.place for known in plain)}"
+            f"new key is genuine, remove {', '.join(known.place for known in unmarked)}"
         )
     return False
 
@@ -5000,7 +5036,7 @@ def check_key_of_address(
 def accept_new_host(
     key: paramiko.PKey, settings: HostSettings, title: str, warn: Callable[[str], None]
 ) -> None:
-    """Record the key of a new host; raise HostConnectionError if it must be known before."""
+    """Record the key of a new host; raise HostConnectionError if ssh_config forbids that."""
     # `ssh -G` prints "true" where the user wrote "yes".
     checking = settings.options.text("stricthostkeychecking").replace("true", "yes")
     if checking != "accept-new":
@@ -5091,15 +5127,15 @@ def is_certificate(blob: bytes) -> bool:
 
 
 def certified_key(certificate: bytes) -> bytes:
-    """Return the public key in a certificate; b"" if it is none."""
+    """Return the public key in a certificate; b"" if the data are no certificate."""
     try:
         reader = SshReader(certificate)
-        kind, is_certificate, _ = reader.string().decode(errors="replace").partition(CERTIFICATE)
-        if kind.startswith("sk-"):
+        kind, suffix, _ = reader.string().decode(errors="replace").partition(CERTIFICATE)
+        if kind.startswith("sk-"):  # a security key, in whose kind CERTIFICATE replaces this suffix
             kind += "@openssh.com"
-        if not is_certificate or kind not in PUBLIC_KEY_STRINGS:
+        if not suffix or kind not in PUBLIC_KEY_STRINGS:
             return b""
-        reader.string()  # the nonce
+        reader.string()  # the nonce, after which come the strings of the key
         strings = reader.strings(PUBLIC_KEY_STRINGS[kind])
     except ValueError:
         return b""
@@ -5113,12 +5149,12 @@ def rsa_bits(blob: bytes) -> int | None:
         blob = certified_key(blob)
     elif kind != "ssh-rsa":
         return None
-    _, _, modulus = SshReader(blob).strings(3)
+    _, _, modulus = SshReader(blob).strings(3)  # after kind and exponent (RFC 4253, 6.6)
     return int.from_bytes(modulus, "big").bit_length()
 
 
 def read_start(path: str) -> bytes:
-    """Return the content of a small file; b"" if it can't be read."""
+    """Return the first LARGEST_ANSWER bytes of a file; b"" if it can't be read."""
     try:
         with open(path, "rb") as file:
             return file.read(LARGEST_ANSWER)
@@ -5133,13 +5169,14 @@ def read_public_key(path: str) -> bytes:
             fields = line.split()
             if len(fields) >= 2:
                 blob = decode_base64(fields[1].decode("latin-1"))
+                # In a line "KIND BASE64 COMMENT" the encoded key begins with its kind as well.
                 if blob.startswith(ssh_string(fields[0])):
                     return blob
     return b""
 
 
 def public_half(path: str) -> bytes:
-    """Return the public key of an identity file; b"" if only its passphrase would show it."""
+    """Return the public key of an identity file; b"" if only loading the private key shows it."""
     blob = read_public_key(path)
     if blob:
         return blob
@@ -5154,23 +5191,24 @@ def parse_openssh_key(data: bytes) -> tuple[str, bytes]:
 
     Raises ValueError if the data has another format.
     """
+    content = b""
     match = re.search(rb"BEGIN OPENSSH PRIVATE KEY-----(.*)-----END", data, re.DOTALL)
-    content = decode_base64(re.sub(r"\s", "", match[1].decode("latin-1"))) if match else b""
+    if match:
+        content = decode_base64(re.sub(r"\s", "", match[1].decode("latin-1")))
     magic = b"openssh-key-v1\0"
     if not content.startswith(magic):
         raise ValueError("not OpenSSH's format")
     reader = SshReader(content, len(magic))
-    cipher, _, _ = reader.strings(3)
-    reader.number()  # of keys
-    return cipher.decode(errors="replace"), reader.string()
+    cipher, _, _ = reader.strings(3)  # and the key derivation function, with its options
+    reader.number()  # of keys, which is 1
+    public_key = reader.string()
+    return cipher.decode(errors="replace"), public_key
 
 
 def load_key(path: str, ask: Callable[[str], str] | None) -> paramiko.PKey:
-    """Return the private key in a file.
+    """Return the private key in a file; raise HostConnectionError if the key can't be used.
 
-    `ask` gets the passphrase of an encrypted key from a person; None: nobody is there.
-
-    Raises HostConnectionError if the key can't be used.
+    `ask` gets the passphrase of an encrypted key from a person; it is None if nobody is there.
     """
     import paramiko
 
@@ -5193,7 +5231,7 @@ def load_key(path: str, ask: Callable[[str], str] | None) -> paramiko.PKey:
         return key_class.from_private_key_file(path, passphrase)
     except Exception as error:  # whatever paramiko and cryptography make of a damaged file
         reason = f"paramiko can't read it ({one_line(str(error))[:120]}): {USE_AGENT}"
-        if is_encrypted and "cipher" not in str(error):
+        if is_encrypted and "cipher" not in str(error):  # paramiko names one that it lacks
             reason = "the passphrase is wrong"
         raise HostConnectionError(f"can't use the key {path}: {reason}") from error
 
@@ -5206,9 +5244,9 @@ def ask_passphrase(path: str, ask: Callable[[str], str] | None) -> str:
 
 
 def identify_private_key(data: bytes) -> tuple[str, bool]:
-    """Return the kind of a private key, and whether it is encrypted.
+    """Return the kind of a private key, as in PRIVATE_KEY_CLASSES, and whether it is encrypted.
 
-    Raises ValueError if paramiko can't read keys of this kind.
+    Raises ValueError if paramiko can't read keys of this kind, or with this cipher.
     """
     cipher = "none"
     try:
@@ -5218,7 +5256,9 @@ def identify_private_key(data: bytes) -> tuple[str, bool]:
     except ValueError:
         pattern = rb"^(?:-----BEGIN (.*?) ?PRIVATE KEY-----|(PuTTY)-User-Key-File)"
         match = re.search(pattern, data, re.MULTILINE)
-        kind = b"".join(match.groups(b"")).decode(errors="replace") if match else "nothing"
+        kind = "not a private key"
+        if match:
+            kind = (match[1] or match[2] or b"").decode(errors="replace")
         is_encrypted = b"ENCRYPTED" in data
     if kind not in PRIVATE_KEY_CLASSES:
         raise ValueError(
@@ -5235,10 +5275,16 @@ def identify_private_key(data: bytes) -> tuple[str, bool]:
 class Agent:
     """A client of ssh-agent; without keys if there is no agent."""
 
+    # Types of messages (draft-ietf-sshm-ssh-agent).
+    REQUEST_IDENTITIES = 11
+    IDENTITIES_ANSWER = 12
+    SIGN_REQUEST = 13
+    SIGN_RESPONSE = 14
+
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(CONNECT_SECONDS)
-        self.keys: list[bytes] = []
+        self.keys: list[bytes] = []  # public keys and certificates that it signs for
         try:
             if path:
                 self._socket.connect(path)
@@ -5248,7 +5294,7 @@ class Agent:
         self._socket.settimeout(AGENT_SIGN_SECONDS)
 
     def _list_keys(self) -> list[bytes]:
-        reader = self._exchange(bytes([11]), 12)  # REQUEST_IDENTITIES, IDENTITIES_ANSWER
+        reader = self._exchange(bytes([self.REQUEST_IDENTITIES]), self.IDENTITIES_ANSWER)
         keys = []
         for _ in range(reader.number()):
             keys.append(reader.string())
@@ -5258,10 +5304,12 @@ class Agent:
     def sign(self, blob: bytes, data: bytes, algorithm: str) -> bytes:
         """Return a signature in SSH's encoding; raise OSError or ValueError if it is refused."""
         flags = AGENT_SIGNATURE_FLAGS.get(algorithm.replace(CERTIFICATE, ""), 0)
-        request = bytes([13]) + ssh_string(blob) + ssh_string(data) + flags.to_bytes(4, "big")
-        return self._exchange(request, 14).string()  # SIGN_REQUEST, SIGN_RESPONSE
+        request = bytes([self.SIGN_REQUEST]) + ssh_string(blob) + ssh_string(data)
+        request += flags.to_bytes(4, "big")
+        return self._exchange(request, self.SIGN_RESPONSE).string()
 
     def _exchange(self, request: bytes, answer_type: int) -> SshReader:
+        """Return a reader of the answer after its type; raise OSError or ValueError for another."""
         self._socket.sendall(ssh_string(request))
         with self._socket.makefile("rb") as stream:
             size = int.from_bytes(stream.read(4), "big")
@@ -5276,7 +5324,7 @@ class Agent:
 
 @dataclass(frozen=True)
 class Identity:
-    """A public key or certificate to log in with, and what signs for it."""
+    """A public key or certificate to log in with, and the private key that signs for it."""
 
     title: str  # in messages
     blob: bytes  # b"" if it isn't known before the private key is loaded
@@ -5292,7 +5340,7 @@ def list_identities(
     These are certificates from ssh_config, keys of ssh-agent that are configured, ssh-agent's
     other keys, and keys in files.  If the user has given a key, ssh-agent's others are left out.
     """
-    files = list_files(settings)
+    files = list_file_identities(settings)
     titles = {identity.blob: identity.title for identity in files}
     leaves_others_out = key_given or settings.options.is_on("identitiesonly")
     configured = []
@@ -5310,10 +5358,10 @@ def list_identities(
     return [find_signer(identity, keys) for identity in certificates + keys]
 
 
-def list_files(settings: HostSettings) -> list[Identity]:
-    """Return the configured keys that have a file, private or public.
+def list_file_identities(settings: HostSettings) -> list[Identity]:
+    """Return the identities of the configured keys that have a file, private or public.
 
-    Unless certificates are configured, that beside a key follows it.
+    Unless certificates are configured, a certificate in a file beside a key follows the key.
     """
     files = []
     for path in settings.identities:
@@ -5326,7 +5374,7 @@ def list_files(settings: HostSettings) -> list[Identity]:
 
 
 def read_certificate(path: str, key_path: str = "") -> list[Identity]:
-    """Return the certificate in a file as an identity, if it is there."""
+    """Return the identity of the certificate in a file, in a list that is empty if it has none."""
     blob = read_public_key(path)
     if not is_certificate(blob):
         return []
@@ -5334,7 +5382,7 @@ def read_certificate(path: str, key_path: str = "") -> list[Identity]:
 
 
 def find_signer(identity: Identity, keys: Sequence[Identity]) -> Identity:
-    """Return a certificate's identity with what signs for its key; other identities as they are."""
+    """Complete a certificate's identity by its key among `keys`; return others unchanged."""
     if is_certificate(identity.blob) and not identity.agent_blob:
         key = certified_key(identity.blob)
         for signer in keys:
@@ -5349,17 +5397,19 @@ def signature_algorithm(
     """Return the algorithm to sign with by a key of some kind, as ssh chooses it; "" for none.
 
     `allowed` are the client's algorithms, and `server` those of the server; None if not known.
+    Only an RSA key has a choice; other kinds are left to the server to refuse.
     """
     if kind.replace(CERTIFICATE, "") != "ssh-rsa":
         if allowed is None or kind in allowed:
             return kind
         return ""
-    suffix = kind.removeprefix("ssh-rsa")
+    suffix = kind.removeprefix("ssh-rsa")  # CERTIFICATE, or ""
     if server is None:
-        server = ["ssh-rsa"]  # OpenSSH before 7.2
-    for base in RSA_SIGNATURES:
-        if base in server and (allowed is None or base + suffix in allowed):
-            return base + suffix
+        server = ["ssh-rsa"]  # all that OpenSSH before 7.2 has, which lists none
+    for signature in RSA_SIGNATURES:
+        algorithm = signature + suffix
+        if signature in server and (allowed is None or algorithm in allowed):
+            return algorithm
     return ""
 
 
@@ -5367,15 +5417,15 @@ def signature_algorithm(
 
 
 def new_transport(sock: socket.socket) -> Any:
-    """Return a paramiko.Transport that keeps what the server offers and why it disconnects."""
+    """Return a paramiko.Transport that records what the server offers and why it disconnects."""
     import paramiko
 
     class Transport(paramiko.Transport):
-        farewell = ""
-        offers: dict[str, list[str]]
+        farewell = ""  # the server's reason for disconnecting
+        offers: dict[str, list[str]]  # names of the server's algorithms, by option of ssh_config
 
         def _parse_kex_init(self, message: paramiko.Message) -> None:
-            # RFC 4253, 7.1: a cookie of 16 bytes, then lists, two of them of ciphers (both ways).
+            # RFC 4253, 7.1: a cookie of 16 bytes, then lists; ciphers have one for each direction.
             options = ("KexAlgorithms", "HostKeyAlgorithms", "Ciphers", "Ciphers", "MACs")
             reader = SshReader(message.asbytes(), 16)
             for option, names in zip(options, reader.strings(len(options))):
@@ -5384,7 +5434,7 @@ def new_transport(sock: socket.socket) -> Any:
 
         def _parse_disconnect(self, message: paramiko.Message) -> None:
             reader = SshReader(message.asbytes())
-            reader.number()
+            reader.number()  # a code for the reason, which follows in words (RFC 4253, 11.1)
             self.farewell = reader.string().decode(errors="replace")
             super()._parse_disconnect(message)  # type: ignore[misc]
 
@@ -5397,17 +5447,19 @@ class LoginEnded(Exception):
     """The server has ended a login before it was decided."""
 
 
-class NoAnswer(Exception):
-    """The server does not answer."""
+class LoginTimedOut(Exception):
+    """The server has not answered a request of PublicKeyLogin in time."""
 
 
 class PublicKeyLogin:
     """Authentication by public keys (RFC 4252), as ssh does it: offer a key, then sign.
 
-    paramiko's own signs at once, so that it needs every passphrase, and knows few kinds of keys.
-    It calls the functions in `_handler_table` for the messages that it gets.
+    paramiko's own class signs at once, so it needs every passphrase, and knows few kinds of keys.
+    In its place as `auth_handler`, this one gets messages from paramiko's thread, by the functions
+    in `_handler_table`, and a call of `abort` when the thread ends.
     """
 
+    # Types of messages (RFC 4253, 12 and RFC 4252, 6); KEY_WANTED is USERAUTH_PK_OK.
     SERVICE_REQUEST = 5
     SERVICE_ACCEPT = 6
     REQUEST = 50
@@ -5415,8 +5467,8 @@ class PublicKeyLogin:
     SUCCESS = 52
     BANNER = 53
     KEY_WANTED = 60
-    CUT_OFF = 0  # instead of a message: no other will come
-    banner = None  # paramiko looks at it
+    CUT_OFF = 0  # no message's type: the connection has ended
+    banner = None  # for paramiko, which reads this of its auth_handler
 
     def __init__(self, transport: Any, user: str, seconds: float) -> None:
         self.methods: list[str] = []  # with which the server would go on
@@ -5430,25 +5482,25 @@ class PublicKeyLogin:
         self._handler_table = {kind: partial(self._receive, kind) for kind in kinds}
         self._transport.auth_handler = self
         if not transport.is_active():
-            raise LoginEnded  # and there was nobody to tell
+            raise LoginEnded  # before paramiko could call `abort`
         self._exchange(bytes([self.SERVICE_REQUEST]) + ssh_string("ssh-userauth"))
 
     def is_authenticated(self) -> bool:
         return self._authenticated
 
     def abort(self) -> None:
-        """Wake up the thread that waits for an answer; paramiko calls this when it is cut off."""
+        """Wake up the thread that waits for an answer: none will come any more."""
         self._answers.put((self.CUT_OFF, b""))
 
     def _receive(self, kind: int, message: paramiko.Message) -> None:
         if kind == self.SUCCESS:
             self._authenticated = True
-            self._transport._auth_trigger()
+            self._transport._auth_trigger()  # begins to compress, if that was agreed on
         if kind != self.BANNER:
             self._answers.put((kind, message.asbytes()))
 
     def server_algorithms(self) -> list[str] | None:
-        """Return the server's signature algorithms; None if it does not say (RFC 8308)."""
+        """Return the server's signature algorithms; None if it lists none (RFC 8308, 3.1)."""
         text = self._transport.server_extensions.get("server-sig-algs")
         if not text:
             return None
@@ -5458,16 +5510,17 @@ class PublicKeyLogin:
         return algorithms
 
     def offer(self, algorithm: str, blob: bytes) -> bool:
-        """Return whether the server would accept a key."""
+        """Return whether the server would accept a signature by a key."""
         return self._exchange(self._request(algorithm, blob, signed=False)) == self.KEY_WANTED
 
-    def sign(self, algorithm: str, blob: bytes, sign: Callable[[bytes], bytes]) -> bool:
-        """Return whether the server lets the user in by a key; `sign` makes the signature."""
+    def sign(self, algorithm: str, blob: bytes, signer: Callable[[bytes], bytes]) -> bool:
+        """Return whether the server lets the user in by a key; `signer` makes its signatures."""
         request = self._request(algorithm, blob, signed=True)
-        signature = sign(ssh_string(self._transport.session_id) + request)
+        signature = signer(ssh_string(self._transport.session_id) + request)
         return self._exchange(request + ssh_string(signature)) == self.SUCCESS
 
     def _request(self, algorithm: str, blob: bytes, signed: bool) -> bytes:
+        """Return the request of RFC 4252, 7, to which the signature is appended if `signed`."""
         start = [self._user, "ssh-connection", "publickey"]
         return b"".join(
             [
@@ -5482,7 +5535,7 @@ class PublicKeyLogin:
     def _exchange(self, request: bytes) -> int:
         """Send a request, and return the type of the answer; a failure sets `methods`.
 
-        Raises NoAnswer, or LoginEnded if the connection ends.
+        Raises LoginTimedOut, or LoginEnded if the connection ends.
         """
         from paramiko import Message
 
@@ -5490,12 +5543,12 @@ class PublicKeyLogin:
             self._transport._send_message(Message(request))
             kind, answer = self._answers.get(timeout=self._seconds)
         except Empty as error:
-            raise NoAnswer from error
+            raise LoginTimedOut from error
         except (OSError, EOFError) as error:
             raise LoginEnded from error
         if kind == self.CUT_OFF:
             raise LoginEnded
-        if kind == self.FAILURE:  # RFC 4252, 5.1: a list after its length, and a flag
+        if kind == self.FAILURE:  # RFC 4252, 5.1: a length of 4 bytes, a list, a flag of 1 byte
             self.methods = answer[4:-1].decode(errors="replace").split(",")
             self.is_partial = answer[-1:] != b"\0"
         return kind
@@ -5595,6 +5648,7 @@ class SshConnection:
             self._socket = connect_tcp(settings)
         self.transport = new_transport(self._socket)
         security = self.transport.get_security_options()
+        # paramiko's algorithms by option, before `_restrict`.
         self._supported: dict[str, tuple[str, ...]] = {
             option: tuple(getattr(security, attribute))
             for option, attribute in ALGORITHM_OPTIONS.items()
@@ -5611,7 +5665,8 @@ class SshConnection:
         seconds = self._settings.connect_seconds
         self._restrict(known_kinds)
         self.transport.banner_timeout = seconds
-        self.transport.handshake_timeout = seconds + HEARTBEAT_SECONDS  # start_client ends first
+        # Longer than start_client's timeout, so that this comes first.
+        self.transport.handshake_timeout = seconds + HEARTBEAT_SECONDS
         self.transport.channel_timeout = CONNECT_SECONDS
         try:
             self.transport.start_client(timeout=seconds)
@@ -5622,16 +5677,16 @@ class SshConnection:
         except paramiko.ssh_exception.IncompatiblePeer as error:
             raise HostConnectionError(self._explain_incompatible(error)) from error
         except Exception as error:  # whatever paramiko's thread has died of
-            words = self._proxy_words()
-            message = self._explain_failure(error, words)
-            # Of many connections at once sshd drops some.
+            proxy_errors = self._read_proxy_errors()
+            message = self._explain_failure(error, proxy_errors)
+            # Of many connections sshd drops some (MaxStartups): at once, before its banner.
             is_dropped = "SSH protocol banner" in str(error) and time.monotonic() - started < 2
-            if is_dropped and (not words or "closed by remote host" in words):
+            if is_dropped and (not proxy_errors or "closed by remote host" in proxy_errors):
                 raise DroppedConnectionError(message) from error
             raise HostConnectionError(message) from error
 
     def _restrict(self, known_kinds: Collection[str]) -> None:
-        """Leave only the algorithms that ssh_config allows, in its order."""
+        """Leave only ssh_config's algorithms, in its order, but known kinds of host keys first."""
 
         def is_unknown(algorithm: str) -> bool:
             kind = "ssh-rsa" if algorithm in RSA_SIGNATURES else algorithm
@@ -5657,10 +5712,10 @@ class SshConnection:
         security = self.transport.get_security_options()
         for option, offers in self.transport.offers.items():
             usable = getattr(security, ALGORITHM_OPTIONS[option])
-            markers = ("ext-info-", "kex-strict-")
-            offered = [name for name in offers if not name.startswith(markers)]
+            extensions = ("ext-info-", "kex-strict-")  # listed among KexAlgorithms
+            offered = [name for name in offers if not name.startswith(extensions)]
             if not set(offered).isdisjoint(usable):
-                continue
+                continue  # this option is not the one that failed
             allowable = [name for name in offered if name in self._supported[option]]
             outdated = [name for name in offered if name in OUTDATED_ALGORITHMS]
             if allowable:
@@ -5673,41 +5728,44 @@ class SshConnection:
             return f"{self.name}: {place} offers only {names} ({option}): {advice}"
         return f"{self.name}: no algorithms in common with {place}: {error}"
 
-    def _explain_failure(self, error: Exception, proxy_words: str) -> str:
+    def _explain_failure(self, error: Exception, proxy_errors: str) -> str:
         place = self._settings.place
-        if proxy_words:
-            return f"{self.name}: can't reach {place} through {self._settings.proxy}: {proxy_words}"
+        if proxy_errors:
+            proxy = self._settings.proxy
+            return f"{self.name}: can't reach {place} through {proxy}: {proxy_errors}"
         reason = str(error) or self.transport.farewell or "connection closed"
         problem = f"{self.name}: can't start an SSH session on {place}: {reason}"
         return f"{problem}: is sshd listening there?"
 
-    def _proxy_words(self) -> str:
-        """Return what the process that carries the connection reported."""
+    def _read_proxy_errors(self) -> str:
+        """Return what the process that carries the connection reported; "" for none."""
         self._proxy_errors.seek(0)
         return one_line(self._proxy_errors.read().decode(errors="replace"))
 
     @property
     def signs_by_sha1(self) -> bool:
         """Return whether this version of paramiko signs by RSA with SHA-1."""
+        # It then verifies such signatures of hosts, too.
         return "ssh-rsa" in self._supported["HostKeyAlgorithms"]
 
     @property
     def address(self) -> str:
         """The IP address under which the host was reached; "" behind a jump."""
         try:
-            return str(self._socket.getpeername()[0]).split("%")[0].removeprefix("::ffff:")
-        except (OSError, IndexError):
+            address = str(self._socket.getpeername()[0])
+        except (OSError, IndexError):  # the other end of a socket pair has no name
             return ""
+        return address.split("%")[0].removeprefix("::ffff:")  # no scope, no IPv4 within IPv6
 
     def is_active(self) -> bool:
         return bool(self.transport.is_active())
 
     def error(self) -> str:
         """Return why the connection was lost, or "" if that isn't known."""
-        return self._reason or str(self.transport.get_exception() or "")  # EOFError has no words
+        return self._reason or str(self.transport.get_exception() or "")  # "" for an EOFError
 
     def _open_session(self) -> paramiko.Channel:
-        """Open a session; sshd counts one that has just ended a little longer."""
+        """Open a session; ask again if refused, as sshd still counts one that has just ended."""
         from paramiko import SSHException
 
         for attempt in range(6):
@@ -5716,12 +5774,13 @@ class SshConnection:
                 channel.settimeout(CONNECT_SECONDS)
                 return channel
             except (SSHException, EOFError, OSError) as error:
-                # All else is a refusal: of several at once, paramiko tells only one why.
+                # All else is a refusal, but its type can't be tested: when several threads are
+                # refused at once, paramiko gives the right exception to one of them only.
                 if not self.is_active() or str(error).startswith("Timeout"):
                     raise HostConnectionError(
                         f"{self.name}: can't start a session: no answer"
                     ) from error
-            time.sleep(0.02 * 2**attempt)
+            time.sleep(0.02 * 2**attempt)  # 1.26 s in all
         raise HostConnectionError(
             f"{self.name}: sshd allows too few sessions per connection: its sshd_config needs "
             "MaxSessions 2 or more"
@@ -5730,7 +5789,7 @@ class SshConnection:
     def start_shell(self, command: str, script: str) -> Channel:
         """Start a command in a session of its own, and send it a script."""
         channel = self._open_session()
-        # What fails has ended the channel or the connection, which its reader notices.
+        # If these fail, the channel or the connection has ended, as the job's reader will notice.
         quietly(channel.exec_command, command)
         quietly(channel.sendall, script.encode(errors="surrogateescape"))
         return channel
@@ -5748,7 +5807,7 @@ class SshConnection:
             ) from error
 
     def give_up(self, reason: str) -> None:
-        """Close the connection, whatever waits for it; `error` returns the reason."""
+        """Close the connection even if calls wait for it; `error` then returns the reason."""
         self._reason = reason
         self.close()
 
@@ -5756,8 +5815,8 @@ class SshConnection:
         quietly(self.transport.close)
         quietly(self._socket.close)  # a transport that hasn't begun leaves it open
         self._proxy_errors.close()
-        if self._proxy:  # ssh -W would wait for a host that is silent
-            quietly(os.killpg, self._proxy.pid, signal.SIGKILL)  # with what it has started
+        if self._proxy:  # it is killed, since ssh -W would wait for a host that is silent
+            quietly(os.killpg, self._proxy.pid, signal.SIGKILL)  # also what it has started
             self._proxy.wait()
 
 
@@ -5785,8 +5844,9 @@ class LocalChannel:
         self._input = self._process.stdin
         self._output = self._process.stdout
         self._errors = self._process.stderr
-        self._open = {self._output, self._errors}
-        for stream in self._open:  # until `close`: the end of both is seen by polling, too
+        self._open = {self._output, self._errors}  # without those that have ended
+        # Registered until `close`, also after their ends, which make `fileno` readable.
+        for stream in self._open:
             self._selector.register(stream, selectors.EVENT_READ)
 
     def fileno(self) -> int:
@@ -5833,14 +5893,14 @@ class LocalChannel:
             for stream in (self._input, self._output, self._errors):
                 quietly(stream.close)
             self._selector.close()
-        self._process.poll()
+        self._process.poll()  # leave no zombie, if it has ended
 
 
 class LocalConnection:
-    """This machine itself, as a host."""
+    """This machine itself: its settings, a connection to it, and the source of its files."""
 
     name = "local"
-    is_unchecked = False
+    is_unchecked = False  # as in HostSettings
     address = ""
 
     def is_active(self) -> bool:
@@ -5858,7 +5918,7 @@ class LocalConnection:
         return self
 
     def read(self, path: str, largest: int) -> Iterator[bytes]:
-        """Yield the blocks of a file; raise CaptureError if it can't be read or has more bytes."""
+        """Yield a file's blocks; raise CaptureError if unreadable or over `largest` bytes."""
         try:
             with open(path, "rb") as file:
                 if os.fstat(file.fileno()).st_size > largest:
@@ -5884,7 +5944,7 @@ def without_module(name: str) -> Iterator[None]:
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
     hidden = name not in modules
     if hidden:
-        modules[name] = None
+        modules[name] = None  # makes its import fail, which paramiko expects
     try:
         yield
     finally:
@@ -5909,9 +5969,10 @@ def import_paramiko() -> None:
 class Access:
     """The options of logins, as a configuration for ssh that is wrapped around the user's own.
 
-    `options` are given to ssh by its -o, and come before everything else.  Defaults that differ
-    from ssh's stand last.  The `ssh` of a jump gets the same.  `ask` gets a passphrase from a
-    person; without it a protected key can't be used.  `warn` gets warnings.
+    ssh keeps the first value that it reads: `options`, which it gets by -o, have precedence over
+    the user's configuration, and this over defaults that differ from ssh's.  The `ssh` of a jump
+    gets the same.  `key_path` is the key to try first.  `ask` gets a passphrase from a person;
+    without it a protected key can't be used.  `warn` gets warnings.
     """
 
     def __init__(
@@ -5925,7 +5986,7 @@ class Access:
         self._options = list(options)
         self._ask = ask
         self._warn = warn
-        self._keys: dict[str, paramiko.PKey | HostConnectionError] = {}
+        self._keys: dict[str, paramiko.PKey | HostConnectionError] = {}  # by path
         self._lock = threading.Lock()  # one question at a time
 
     @cached_property
@@ -5979,7 +6040,7 @@ class Access:
         return key
 
     def settings(self, target: Target) -> HostSettings | LocalConnection:
-        """Return OpenSSH's configuration for a target, if it is not this machine.
+        """Return OpenSSH's configuration for a target, or a LocalConnection for this machine.
 
         Raises HostConnectionError if ssh refuses it, or if netweaver can't honour it.
         """
@@ -5987,7 +6048,7 @@ class Access:
             return LocalConnection()
         user = target.user
         if user is None:
-            # `Match user` and %r must then mean the user that the configuration names.
+            # Ask for the configured user first, whom `Match user` and %r must mean below.
             user = self._ask_ssh(target, "").text("user")
         options = self._ask_ssh(target, user)
 
@@ -5999,10 +6060,10 @@ class Access:
 
         return read_settings(target, options, expand, partial(self._split_files, target, options))
 
-    def _ask_ssh(self, target: Target, user: str, *more: str) -> SshOptions:
-        """Return the options that ssh would use for a target."""
+    def _ask_ssh(self, target: Target, user: str, *first_options: str) -> SshOptions:
+        """Return the options that ssh would use for a target; "" is the configured user."""
         words = []
-        for option in (*more, *self._options):
+        for option in (*first_options, *self._options):
             words += ["-o", option]
         if user:
             words.append(f"-l{user}")
@@ -6016,15 +6077,15 @@ class Access:
         return SshOptions(answer.stdout, answer.stderr, own_file=path)
 
     def _split_files(self, target: Target, options: SshOptions, keyword: str) -> tuple[str, ...]:
-        """Split names of files that `ssh -G` joined by blanks.
+        """Return the names of files in a keyword's value, which `ssh -G` printed joined by blanks.
 
-        Raises HostConnectionError where names may contain blanks themselves.
+        Raises HostConnectionError if the lines that set the keyword allow of blanks in a name.
         """
         joined = options.text(keyword.lower())
         if joined == "none":
             return ()
         home = home_path("~")
-        names = joined.replace(home, "\0").split()  # only the home's own blanks are certain
+        names = joined.replace(home, "\0").split()  # blanks in the home's path don't separate
         lines = [*self._options, *self._config.split("\n")]
         for path in options.files_read:
             if not os.access(path, os.R_OK):
@@ -6032,7 +6093,7 @@ class Access:
             lines += os.fsdecode(read_start(path)).split("\n")
         for line in lines:
             is_relevant = keyword.lower() in line.lower() and not line.strip().startswith("#")
-            # What remains may be read in several ways, or hide a blank.
+            # Quotes around a word are harmless; any other of these characters can make a blank.
             is_doubtful = re.search(r"[\"'\\#$]", re.sub(r'"[^"\s]*"', "", line))
             if is_relevant and is_doubtful and len(names) > 1:
                 raise HostConnectionError(
@@ -6042,7 +6103,7 @@ class Access:
         return tuple(name.replace("\0", home) for name in names)
 
     def log_in(self, settings: HostSettings | LocalConnection) -> Connection:
-        """Log in to a host; HostConnectionError says where, what failed and what to do."""
+        """Log in; try again if sshd drops the connection. Raise HostConnectionError on failure."""
         if isinstance(settings, LocalConnection):
             return settings
         for attempt in range(1, CONNECT_ATTEMPTS):
@@ -6057,7 +6118,7 @@ class Access:
         known_keys = find_known_keys(settings.known_names[0], settings.known_hosts_files)
         known_kinds = {known.kind for known in known_keys if not known.marker}
         if has_own_order(settings.options.algorithms("hostkeyalgorithms")):
-            known_kinds = set()
+            known_kinds = set()  # known keys don't change that order
         try:
             with self._config_file() as config:
                 connection = SshConnection(settings, self._proxy_command(settings, config))
@@ -6077,15 +6138,17 @@ class Access:
     def _proxy_command(self, settings: HostSettings, config: str) -> list[str]:
         """Return the command that a connection goes through; empty for a direct one."""
         if settings.jumps:
-            before, _, last = settings.jumps.rpartition(",")
+            earlier_jumps, _, last_jump = settings.jumps.rpartition(",")
+            if "://" not in last_jump:
+                last_jump = f"ssh://{last_jump}"  # which may have a port
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             command = ["ssh", "-F", config, "-W", f"{host}:{settings.port}"]
-            if before:
-                command += ["-J", before]
+            if earlier_jumps:
+                command += ["-J", earlier_jumps]
             for option in self._options:
                 if not re.match(OPTIONS_OF_ONE_HOST, option, re.IGNORECASE):
                     command += ["-o", option]
-            return [*command, "--", last if "://" in last else f"ssh://{last}"]
+            return [*command, "--", last_jump]
         if settings.proxy_command:
             return [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {settings.proxy_command}"]
         return []
@@ -6094,13 +6157,14 @@ class Access:
 def system_configuration() -> list[str]:
     """Return the lines of the system's ssh_config, with absolute names of included files.
 
-    From another file ssh would look for relative names in ~/.ssh.
+    They become part of another file, from which ssh would look for relative names in ~/.ssh.
     """
 
     def with_absolute_names(match: re.Match[str]) -> str:
-        names = [
-            re.sub(r'^"?(?![/"~])', rf"\g<0>{SYSTEM_DIRECTORY}/", name) for name in match[2].split()
-        ]
+        names = []
+        for name in match[2].split():
+            # A relative name, after a quote or not: it begins neither with / nor with ~.
+            names.append(re.sub(r'^"?(?![/"~])', rf"\g<0>{SYSTEM_DIRECTORY}/", name))
         return match[1] + " ".join(names)
 
     text = os.fsdecode(read_start(f"{SYSTEM_DIRECTORY}/ssh_config"))
@@ -6109,10 +6173,11 @@ def system_configuration() -> list[str]:
 
 
 def find_key(path: str) -> str:
-    """Return the absolute path of a private key; raise an error if it can't be used."""
+    """Return the absolute path of a private key, which can be given by its .pub file as well."""
     path = os.path.abspath(os.path.expanduser(path))
-    if path.endswith(".pub") and os.path.exists(path[:-4]):
-        path = path[:-4]
+    private_path = path.removesuffix(".pub")
+    if os.path.exists(private_path):
+        path = private_path
     if not os.path.exists(path):
         raise HostConnectionError(f"can't use the key {path}: No such file or directory")
     if re.search(r'[\n"]|\$\{', path):
@@ -6152,7 +6217,7 @@ class Authentication:
                 if login.methods and "publickey" not in login.methods:
                     break
             raise HostConnectionError(f"{name}: {self._explain(login)}")
-        except NoAnswer as error:
+        except LoginTimedOut as error:
             raise HostConnectionError(
                 f"{name}: no answer within {seconds} s during authentication: "
                 f"-o ConnectTimeout={4 * seconds} waits longer"
@@ -6163,19 +6228,20 @@ class Authentication:
             self._agent.close()
 
     def _try(self, login: PublicKeyLogin, identity: Identity) -> bool:
-        """Return whether the server lets the user in by an identity."""
+        """Return whether the server lets the user in by an identity; if not, record why."""
         try:
             blob = identity.blob or self._load_key(identity.path).asbytes()
             algorithm = self._choose_algorithm(login, identity, blob)
             if not algorithm:
                 return False
+            # An offer saves loading a private key in vain. Without a blob, it is loaded already.
             if not identity.blob or login.offer(algorithm, blob):
                 if login.sign(algorithm, blob, self._signer(identity, blob, algorithm)):
                     return True
-                if login.is_partial:
+                if login.is_partial:  # the key was accepted, but isn't enough
                     return False
             self._refused.append(identity.title)
-        except DroppedConnectionError:
+        except DroppedConnectionError:  # which `log_in` tries again
             raise
         except HostConnectionError as error:
             self._unusable.append(str(error))
@@ -6194,7 +6260,7 @@ class Authentication:
         return key
 
     def _choose_algorithm(self, login: PublicKeyLogin, identity: Identity, blob: bytes) -> str:
-        """Return the algorithm to sign with by a key; "" if it can't be used, with the reason."""
+        """Return the algorithm to sign with by a key; if none, record why and return ""."""
         options = self._settings.options
         kind = key_kind(blob)
         bits = rsa_bits(blob)
@@ -6204,10 +6270,10 @@ class Authentication:
         )
         offered = login.server_algorithms()
         algorithm = signature_algorithm(kind, allowed, offered)
-        if algorithm:
-            lacks_sha1 = algorithm.startswith("ssh-rsa") and not self._can_sign_by_sha1(identity)
-        else:  # an old server, which doesn't say, supports SHA-1 only, and ssh_config excludes that
-            lacks_sha1 = not offered
+        if algorithm.startswith("ssh-rsa"):
+            lacks_sha1 = not self._can_sign_by_sha1(identity)
+        else:  # an old server, which lists no algorithms, needs SHA-1, but ssh_config excludes that
+            lacks_sha1 = not algorithm and not offered
         if bits is not None and bits < smallest:
             reason = f"has only {bits} bits: RequiredRSASize is {smallest}"
         elif bits is not None and lacks_sha1:
@@ -6223,13 +6289,14 @@ class Authentication:
         return bool(identity.agent_blob) or self._connection.signs_by_sha1
 
     def _signer(self, identity: Identity, blob: bytes, algorithm: str) -> Callable[[bytes], bytes]:
-        """Return the function that signs for an identity; raise HostConnectionError for none."""
+        """Return what signs for an identity; raise HostConnectionError if it has no usable key."""
         if identity.agent_blob:
             return lambda data: self._agent.sign(identity.agent_blob, data, algorithm)
         if not identity.path:
             raise HostConnectionError(f"{identity.title} has no private key here")
         key = self._load_key(identity.path)
-        if key.asbytes() != (certified_key(blob) or blob):
+        public_key = certified_key(blob) or blob  # the latter if it is no certificate
+        if key.asbytes() != public_key:
             raise HostConnectionError(f"{identity.title} does not match the public key beside it")
         return lambda data: key.sign_ssh_data(data, algorithm.replace(CERTIFICATE, "")).asbytes()
 
@@ -6256,7 +6323,7 @@ class Authentication:
         return "; ".join(reasons)
 
     def _explain_end(self) -> str:
-        """Return why the server ended the connection."""
+        """Return why the server ended the login."""
         farewell = self._connection.transport.farewell or "connection closed"
         if not self._refused:
             return f"the server ended the login: {farewell}"
@@ -6272,13 +6339,14 @@ class Authentication:
         return f"add the public key to {self._settings.user}'s ~/.ssh/authorized_keys there"
 
     def _refused_titles(self) -> str:
+        """Return the titles of the refused keys; those of ssh-agent share one, with their count."""
         titles = list(dict.fromkeys(self._refused))
         count = self._refused.count(AGENT_KEY)
         return ", ".join(titles).replace(AGENT_KEY, f"{counted(count, 'key')} of ssh-agent")
 
 
 def resolve(name: str) -> str:
-    """Return the IP address of a host given as an address or a name; UsageError for neither."""
+    """Return the IP address of a host given as an address or a name; raise UsageError if none."""
     try:
         if re.fullmatch(r"[\d.]+|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*", name, re.ASCII):
             return str(ip_address(name))
