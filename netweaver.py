@@ -3837,10 +3837,11 @@ finish() {
   [ -z "$directory" ] || rm -rf "$directory"
 }
 
-# Succeed if all users may enter a directory. The TMPDIR that root has under sudo can be closed to
-# the user, who has to fetch the files.
+# Succeed if all users may enter a directory of this absolute path. The TMPDIR that root has under
+# sudo can be closed to the user, who has to fetch the files.
 open_to_all() {
   path=$1
+  case $path in ""|/*) ;; *) return 1 ;; esac
   while [ -n "$path" ]; do
     case `ls -ldL "$path"` in  # the last letter of drwxr-xr-x is x or t if others may enter
       d????????[xt]*) path=${path%/*} ;;

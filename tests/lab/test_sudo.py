@@ -102,11 +102,12 @@ def test_the_trace_with_sudo(sudo_lab: Lab) -> None:
     assert document["stages"]["forwarding"]["packets"] == 300
 
 
-def test_a_temporary_directory_of_root_only(sudo_lab: Lab) -> None:
-    """As pam_tmpdir gives: the user who fetches the files couldn't enter it."""
+@pytest.mark.parametrize("directory", ["/root/private", "."])
+def test_a_temporary_directory_that_can_not_be_used(sudo_lab: Lab, directory: str) -> None:
+    """The user who fetches the files couldn't enter one of root, as pam_tmpdir gives."""
     for host in sudo_lab.hosts:
         (host.directory / "root" / "private").mkdir(mode=0o700)
-        (host.directory / "etc" / "sudo-environment").write_text("TMPDIR=/root/private\n")
+        (host.directory / "etc" / "sudo-environment").write_text(f"TMPDIR={directory}\n")
     write_rules(sudo_lab, RULE, "Defaults env_file=/etc/sudo-environment")
     try:
         document = report(sudo_lab.netweaver(*arguments(sudo_lab, "--sudo")))
