@@ -2168,40 +2168,41 @@ class RankedDelays:
         counts = Counter(delays)
         self.values = sorted(counts)
         self.counts = [counts[value] for value in self.values]
-        self._ends = list(accumulate(self.counts))  # ranks after the last one of each value
+        self._end_ranks = list(accumulate(self.counts))  # first rank after each value's delays
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._end_ranks[-1]
 
     def __getitem__(self, rank: int) -> int:
-        return self.values[bisect(self._ends, rank)]
+        return self.values[bisect(self._end_ranks, rank)]
 
 
 def delay_statistics(delays: Iterable[int]) -> DelayStatistics:
-    """Return the statistics of at least one delay, which are exact but for the final rounding.
+    """Return the statistics of at least one delay (ns), which are exact but for the final rounding.
 
     The delays may be counted already (a Counter).
     """
     ranked = RankedDelays(delays)
     size = len(ranked)
-    sums = list(map(mul, ranked.values, ranked.counts))
-    total = sum(sums)
-    squares = sum(map(mul, sums, ranked.values))
+    # These sums are integers, since floats would lose digits of large squares.
+    sums_by_value = list(map(mul, ranked.values, ranked.counts))
+    total = sum(sums_by_value)
+    total_of_squares = sum(map(mul, sums_by_value, ranked.values))
     minimum = ranked.values[0]
-    p99 = percentile(ranked, 990)
+    p99 = percentile(ranked, permille=990)
     below_zero = bisect_left(ranked.values, 0)
     up_to_zero = bisect(ranked.values, 0)
     return DelayStatistics(
         average=microseconds(total / size),
         minimum=microseconds(minimum),
         maximum=microseconds(ranked.values[-1]),
-        stdev=microseconds(math.sqrt(size * squares - total * total) / size),
-        median=microseconds(percentile(ranked, 500)),
+        stdev=microseconds(math.sqrt(size * total_of_squares - total * total) / size),
+        median=microseconds(percentile(ranked, permille=500)),
         percentiles={
-            "90": microseconds(percentile(ranked, 900)),
-            "95": microseconds(percentile(ranked, 950)),
+            "90": microseconds(percentile(ranked, permille=900)),
+            "95": microseconds(percentile(ranked, permille=950)),
             "99": microseconds(p99),
-            "99.9": microseconds(percentile(ranked, 999)),
+            "99.9": microseconds(percentile(ranked, permille=999)),
         },
         pdv=microseconds(p99 - minimum),
         negative=sum(ranked.counts[:below_zero]),
@@ -2215,7 +2216,10 @@ def microseconds(nanoseconds: float) -> float:
 
 
 def percentile(ranked: Sequence[int] | RankedDelays, permille: int) -> float:
-    """Return a percentile of sorted values, interpolated between the two nearest ranks."""
+    """Return a percentile of sorted values, interpolated between the two nearest ranks.
+
+    `permille` is 990 for the 99th percentile.
+    """
     rank, remainder = divmod(permille * (len(ranked) - 1), 1000)
     if remainder == 0:
         return ranked[rank]
@@ -2225,7 +2229,8 @@ def percentile(ranked: Sequence[int] | RankedDelays, permille: int) -> float:
 def mean_ipdv(delays: Sequence[int]) -> float | None:
     """Return the mean absolute difference of consecutive delays (RFC 3393), in microseconds.
 
-    Returns None if no two consecutive packets have one.
+    `delays` are in nanoseconds, or NO_DELAY.  Return None if no two consecutive packets have a
+    delay.
     """
     differences = [
         abs(later - earlier)
@@ -2238,16 +2243,17 @@ def mean_ipdv(delays: Sequence[int]) -> float | None:
 
 
 def reordering(result: DirectionResult) -> dict[int, int]:
-    """Return the extent of each reordered packet (RFC 4737), by rank.
+    """Return the extent (in packets) of each reordered packet (RFC 4737), by rank.
 
     Only packets of one stream, from one address to another, can overtake each other.
     """
-    if all(map(le, result.arrivals, islice(result.arrivals, 1, None))):  # all in order
+    in_order = all(map(le, result.arrivals, islice(result.arrivals, 1, None)))
+    if in_order:
         return {}
     ends = {
         kind: ADDRESSES + len(addresses_of(identity)) for kind, identity in result.kinds.items()
     }
-    addresses = list(_parts_from_addresses(result, ends))
+    addresses = list(_endpoints(result, ends))
     streams: defaultdict[bytes, list[int]] = defaultdict(list)
     for rank in result.arrivals:
         streams[addresses[rank]].append(rank)
@@ -2262,28 +2268,31 @@ def _reordering_extents(ranks: Sequence[int]) -> dict[int, int]:
 
     The extent is the distance back to the first arrival that was sent later.
     """
-    late: list[int] = []  # positions
-    newest = -1
-    newest_by_position = array("I")
+    late_positions: list[int] = []
+    highest = -1
+    highest_so_far = array("I")  # by position; sorted, since it never falls
     for position, rank in enumerate(ranks):
-        if rank > newest:
-            newest = rank
+        if rank > highest:
+            highest = rank
         else:
-            late.append(position)
-        newest_by_position.append(newest)
-    return {
-        ranks[position]: position - bisect(newest_by_position, ranks[position]) for position in late
-    }
+            late_positions.append(position)
+        highest_so_far.append(highest)
+    extents = {}
+    for position in late_positions:
+        rank = ranks[position]
+        first_sent_later = bisect(highest_so_far, rank)
+        extents[rank] = position - first_sent_later
+    return extents
 
 
-def _parts_from_addresses(result: DirectionResult, ends: Mapping[bytes, int]) -> Iterator[bytes]:
-    """Return the part of each packet's identity from its addresses to an end, by rank.
+def _endpoints(result: DirectionResult, ends: Mapping[bytes, int]) -> Iterator[bytes]:
+    """Return the addresses in each packet's identity, with or without the ports, by rank.
 
-    `ends` are the positions at which that part ends, by the kind of identity (its first two bytes).
-    The parts tell streams (by addresses) or flows (by ports, too) apart.
+    `ends` are the offsets at which that part of an identity ends, by the kind of identity (its
+    first two bytes): after the addresses for streams, or after the ports for flows.
     """
     identities = map(result.identities.__getitem__, result.ids)
-    if len(ends) == 1:  # the usual case, in which one slice for all takes less time
+    if len(ends) == 1:  # the usual case, in which the same slice of all is faster
         [end] = ends.values()
         return map(itemgetter(slice(ADDRESSES, end)), identities)
     return (identity[ADDRESSES : ends[identity[:2]]] for identity in identities)
@@ -2291,21 +2300,21 @@ def _parts_from_addresses(result: DirectionResult, ends: Mapping[bytes, int]) ->
 
 @dataclass
 class FlowDelays:
-    """The delays of all packets, and those of the first packets of flows, counted by value."""
+    """The delays (ns) of all packets, and those of the first packets of flows, counted by value."""
 
-    flows: int
-    whole: Counter[int]
-    first: Counter[int]
+    flows: int  # the number of flows
+    whole: Counter[int]  # all packets
+    first: Counter[int]  # the first packet of each flow
 
     @property
     def later(self) -> Counter[int]:
         """The delays of all packets that are not the first of their flows."""
         later = self.whole.copy()
-        for delay, number in self.first.items():  # faster than a difference of Counters
-            if later[delay] == number:
+        for delay, packets in self.first.items():  # faster than a difference of Counters
+            if later[delay] == packets:
                 del later[delay]
             else:
-                later[delay] -= number
+                later[delay] -= packets
         return later
 
 
@@ -2318,63 +2327,79 @@ def delays_by_flow(result: DirectionResult) -> FlowDelays:
     del whole[NO_DELAY]
     if result.identities[0][0] == TEXT:
         return FlowDelays(0, whole, Counter())
-    delay_of_first: dict[bytes, int] = {}  # packet, by flow
-    for flow, delay, kind in zip(_flows(result), result.delays, result.classes):
-        if flow not in delay_of_first and kind != PacketClass.UNDECIDED:
-            delay_of_first[flow] = delay
-    delay_of_first.pop(b"", None)  # fragments of unknown flows
-    first = Counter(delay_of_first.values())
+    first_delays: dict[bytes, int] = {}  # by flow; NO_DELAY if its first packet has none
+    for flow, delay, packet_class in zip(_flows(result), result.delays, result.classes):
+        # Undecided packets are in no count, so that they can't be the first ones either.
+        if flow not in first_delays and packet_class != PacketClass.UNDECIDED:
+            first_delays[flow] = delay
+    first_delays.pop(b"", None)  # fragments of unknown flows
+    first = Counter(first_delays.values())
     del first[NO_DELAY]
-    return FlowDelays(len(delay_of_first), whole, first)
+    return FlowDelays(len(first_delays), whole, first)
 
 
 def _flows(result: DirectionResult) -> Iterable[bytes]:
-    """Return the flow of each packet, by rank; a fragment has that of its datagram.
+    """Return the flow of each packet, by rank, as bytes that distinguish it from other flows.
 
-    Without the datagram's first fragment, which has the ports, it is b"", unless there are only
-    later fragments.
+    A later fragment has no ports: its flow is that of the datagram's first fragment, or b"" if that
+    wasn't seen.  If all packets are later fragments, their flows differ by address only.
     """
     ends = {kind: _flow_end(identity) for kind, identity in result.kinds.items()}
-    slices = _parts_from_addresses(result, ends)
-    if len(ends) == 1:
-        return slices
-    datagrams = _fragmented_flows(result)
+    endpoints = _endpoints(result, ends)
+    if len(ends) == 1:  # all packets have the same version and protocol
+        return endpoints
+    flow_by_datagram = _flow_by_datagram(result)
     flows = []
-    for packet_id, addresses_and_ports in zip(result.ids, slices):
+    for packet_id, addresses_and_ports in zip(result.ids, endpoints):
         identity = result.identities[packet_id]
         if identity[0] & NOT_FIRST:
-            flows.append(datagrams.get(_datagram_of(identity), b""))
+            flows.append(flow_by_datagram.get(_datagram_key(identity), b""))
             continue
         flow = identity[:2] + addresses_and_ports
         flows.append(flow)
-        if datagrams and _datagram_of(identity) in datagrams:
-            datagrams[_datagram_of(identity)] = flow  # of a later one with the same IP id
+        if flow_by_datagram and _datagram_key(identity) in flow_by_datagram:
+            # The fragments that follow are of this datagram, even if an earlier one had its IP id.
+            flow_by_datagram[_datagram_key(identity)] = flow
     return flows
 
 
-def _fragmented_flows(result: DirectionResult) -> dict[bytes, bytes]:
-    """Return the flow of each datagram of which there are fragments, by `_datagram_of`.
+def _flow_by_datagram(result: DirectionResult) -> dict[bytes, bytes]:
+    """Return the flow of each datagram of which there are later fragments, by `_datagram_key`.
 
-    Of several datagrams with the same IP id it is that of the first.
+    If several datagrams have the same key, it is the flow of the first.
     """
     if not any(kind[0] & NOT_FIRST for kind in result.kinds):
         return {}
     fragmented = {
-        _datagram_of(identity) for identity in result.identities if identity[0] & NOT_FIRST
+        _datagram_key(identity) for identity in result.identities if identity[0] & NOT_FIRST
     }
     return {
-        _datagram_of(identity): flow_of(identity)
-        for identity in reversed(result.identities)
-        if not identity[0] & NOT_FIRST and _datagram_of(identity) in fragmented
+        _datagram_key(identity): flow_of(identity)
+        for identity in reversed(result.identities)  # so that the first one of a key prevails
+        if not identity[0] & NOT_FIRST and _datagram_key(identity) in fragmented
     }
 
 
-def _datagram_of(identity: bytes) -> bytes:
+def _datagram_key(identity: bytes) -> bytes:
     """Return the parts that the fragments of a datagram share: protocol, IP id and addresses."""
-    return identity[1:2] + identity[4:ADDRESSES] + addresses_of(identity)
+    protocol = identity[1:2]
+    ip_id = identity[4:ADDRESSES]
+    return protocol + ip_id + addresses_of(identity)
 
 
 # ---- Statistics: relations between packets ---------------------------------------------------
+
+# Where the part of the transport header begins in an identity, by IP version: that of TCP is whole
+# up to the flags, that of ICMP lacks the checksum.  Later fragments and text have none.
+TRANSPORT_OFFSETS = {4: ADDRESSES + 8, 6: ADDRESSES + 32}
+# Addresses, ports and sequence number of a TCP segment, by IP version.
+SEGMENT_FIELDS = {4: Struct(">4s4s2s2sI"), 6: Struct(">16s16s2s2sI")}
+TCP_FLAGS = 13  # offset in the TCP header
+HANDSHAKE_FLAGS = FIN | SYN | RST | ACK
+SYN_ACK = SYN | ACK
+# Protocol and type of ICMP messages.
+ECHO_REQUESTS = (bytes((ICMP, 8)), bytes((ICMPV6, 128)))
+ECHO_REPLIES = (bytes((ICMP, 0)), bytes((ICMPV6, 129)))
 
 
 def _is_tcp(identity: bytes) -> bool:
@@ -2383,31 +2408,33 @@ def _is_tcp(identity: bytes) -> bool:
 
 
 def resized(result: DirectionResult) -> int:
-    """Return how many packets that only the second point saw differ from a lost one in length only.
+    """Return how many packets that only the second point saw are lost segments of another length.
 
-    They are segments that were merged (GRO) or split (TSO) between the points.
+    They were merged (GRO) or split (TSO) between the points.
     """
     if not result.unsent_ids:
         return 0
-    lost = {_unsized_segment(result.identity(rank)) for rank in result.ranks(PacketClass.LOST)}
+    lost = {_segment_key(result.identity(rank)) for rank in result.ranks(PacketClass.LOST)}
     lost.discard(b"")
-    unsent = [_unsized_segment(result.identities[packet_id]) for packet_id in result.unsent_ids]
-    return sum(segment in lost for segment in unsent)
+    unsent = [_segment_key(result.identities[packet_id]) for packet_id in result.unsent_ids]
+    return sum(key in lost for key in unsent)
 
 
-def _unsized_segment(identity: bytes) -> bytes:
+def _segment_key(identity: bytes) -> bytes:
     """Return the parts of a TCP segment that merging or splitting keeps; b"" for other packets."""
     if not _is_tcp(identity):
         return b""
     header = bytearray(_transport_of(identity))
-    header[13] &= ~(PSH | FIN | CWR)
-    return identity[:2] + identity[4:ADDRESSES] + addresses_of(identity) + header
+    # Of the parts of a segment, only the last one has PSH and FIN, and only the first one CWR.
+    header[TCP_FLAGS] &= ~(PSH | FIN | CWR)
+    ip_id = identity[4:ADDRESSES]
+    return identity[:2] + ip_id + addresses_of(identity) + header
 
 
 def sent_datagrams(result: DirectionResult) -> int:
     """Return how many packets passed the first point, fragments of one datagram counted once."""
-    fragments = sum(result.identities[packet_id][0] & NOT_FIRST > 0 for packet_id in result.ids)
-    return len(result.ids) - fragments
+    later = sum(1 for packet_id in result.ids if result.identities[packet_id][0] & NOT_FIRST)
+    return len(result.ids) - later
 
 
 def are_later_fragments(result: DirectionResult, kind: PacketClass) -> bool:
@@ -2417,16 +2444,16 @@ def are_later_fragments(result: DirectionResult, kind: PacketClass) -> bool:
 
 def resets_of_own_syns(result: DirectionResult) -> int:
     """Return how many packets are RSTs by which a source rejects the answers to its own SYNs."""
-    opened: set[bytes] = set()  # flows
+    opened_flows: set[bytes] = set()
     resets = 0
     for packet_id in result.ids:
         identity = result.identities[packet_id]
         if not _is_tcp(identity):
             continue
-        flags = _transport_of(identity)[13] & HANDSHAKE_FLAGS
+        flags = _transport_of(identity)[TCP_FLAGS] & HANDSHAKE_FLAGS
         if flags == SYN:
-            opened.add(flow_of(identity))
-        elif flags == RST and flow_of(identity) in opened:
+            opened_flows.add(flow_of(identity))
+        elif flags == RST and flow_of(identity) in opened_flows:
             resets += 1
     return resets
 
@@ -2434,98 +2461,99 @@ def resets_of_own_syns(result: DirectionResult) -> int:
 def guest_times(inbound: DirectionResult, outbound: DirectionResult) -> GuestTimes:
     """Return how long the VM took to answer the probes that came in.
 
-    Probes are TCP SYNs, which are answered by acknowledgment number, and ICMP echo requests, which
-    are answered by identifier and sequence number.  A probe is unanswered only if the vif was
-    watched for as long as the slowest answer took.
+    Probes are TCP SYNs, whose answers acknowledge their sequence number, and ICMP echo requests,
+    whose answers have their identifier and sequence number.  A probe is unanswered only if the vif
+    was watched for as long as the slowest answer took.
     """
-    probes: dict[bytes, int] = {}  # ranks, by what links an answer to its probe
-    asked: list[int] = []
-    ambiguous: set[int] = set()
+    probes: list[int] = []  # ranks
+    rank_by_answer_key: dict[bytes, int] = {}  # of the probe
+    ambiguous: set[int] = set()  # ranks
     for rank in inbound.ranks(PacketClass.MATCHED, PacketClass.AMBIGUOUS):
-        answers = _expected_answer_keys(inbound.identity(rank))
-        if not answers:
+        answer_keys = _expected_answer_keys(inbound.identity(rank))
+        if not answer_keys:
             continue
-        asked.append(rank)
-        if inbound.delays[rank] == NO_DELAY:
+        probes.append(rank)
+        if inbound.delays[rank] == NO_DELAY:  # its time at the vif is unknown
             ambiguous.add(rank)
-        for answer in answers:
-            other = probes.setdefault(answer, rank)
-            if other != rank:
-                ambiguous.update((rank, other))
+        for key in answer_keys:
+            earlier_probe = rank_by_answer_key.setdefault(key, rank)
+            if earlier_probe != rank:
+                ambiguous.update((rank, earlier_probe))
 
-    times = _answer_times(inbound, outbound, probes, ambiguous)
-    decided_until = outbound.until - max(times.values(), default=0)
-    unanswered = [rank for rank in asked if rank not in ambiguous and rank not in times]
-    undecided = sum(
-        inbound.sent[rank] + inbound.delays[rank] > decided_until for rank in unanswered
-    )
-    return GuestTimes(times, len(unanswered) - undecided, undecided, len(ambiguous))
+    times = _answer_times(inbound, outbound, rank_by_answer_key, ambiguous)
+    slowest = max(times.values(), default=0)
+    decided_until = outbound.until - slowest
+    missing = [rank for rank in probes if rank not in ambiguous and rank not in times]
+    undecided = sum(inbound.sent[rank] + inbound.delays[rank] > decided_until for rank in missing)
+    unanswered = len(missing) - undecided
+    return GuestTimes(times, unanswered, undecided, len(ambiguous))
 
 
 def _answer_times(
     inbound: DirectionResult,
     outbound: DirectionResult,
-    probes: Mapping[bytes, int],
+    rank_by_answer_key: Mapping[bytes, int],
     ambiguous: Container[int],
 ) -> dict[int, int]:
-    """Return how long after the arrival of a probe its first answer was sent, by rank."""
+    """Return the time (ns) from a probe's arrival at the vif to its first answer there, by rank."""
     times: dict[int, int] = {}
     for packet_id, time_ns in zip(outbound.ids, outbound.sent):
-        rank = probes.get(_answer_key(outbound.identities[packet_id]))
+        rank = rank_by_answer_key.get(_answer_key(outbound.identities[packet_id]))
         if rank is None or rank in ambiguous or rank in times:
             continue
         guest_time = time_ns - inbound.sent[rank] - inbound.delays[rank]
-        if guest_time >= 0:
+        if guest_time >= 0:  # what left before the probe came can't answer it
             times[rank] = guest_time
     return times
 
 
-# Where the transport header begins in an identity; later fragments and text have none.
-TRANSPORT_AT = {4: ADDRESSES + 8, 6: ADDRESSES + 32}
-# Addresses, ports and sequence number of a TCP segment, by IP version.
-SEGMENT_FIELDS = {4: Struct(">4s4s2s2sI"), 6: Struct(">16s16s2s2sI")}
-HANDSHAKE_FLAGS = FIN | SYN | RST | ACK
-# Protocol and type of ICMP messages.
-ECHO_REQUESTS = (bytes((ICMP, 8)), bytes((ICMPV6, 128)))
-ECHO_REPLIES = (bytes((ICMP, 0)), bytes((ICMPV6, 129)))
-
-
 def _expected_answer_keys(identity: bytes) -> list[bytes]:
-    """Return the keys that `_answer_key` may return for the answer to a probe; none for others."""
-    at = TRANSPORT_AT.get(identity[0])
-    if at is None:
+    """Return the keys that the answer to a probe may have; an empty list for other packets.
+
+    They are those of `_answer_key`: the answer's addresses with its ports and acknowledgment
+    number, or with its identifier and sequence number.
+    """
+    transport = TRANSPORT_OFFSETS.get(identity[0])
+    if transport is None:
         return []
     if identity[1] != TCP:
-        if identity[1:2] + identity[at : at + 1] not in ECHO_REQUESTS:
+        if identity[1:2] + identity[transport : transport + 1] not in ECHO_REQUESTS:
             return []
-        half = (ADDRESSES + at) // 2
-        return [identity[half:at] + identity[ADDRESSES:half] + identity[at + 2 : at + 6]]
-    if identity[at + 13] & HANDSHAKE_FLAGS != SYN:
+        half = (ADDRESSES + transport) // 2
+        source = identity[ADDRESSES:half]
+        destination = identity[half:transport]
+        identifier_and_sequence = identity[transport + 2 : transport + 6]
+        return [destination + source + identifier_and_sequence]
+    if identity[transport + TCP_FLAGS] & HANDSHAKE_FLAGS != SYN:
         return []
     fields = SEGMENT_FIELDS[identity[0]]
-    source, destination, source_port, port, sequence = fields.unpack_from(identity, ADDRESSES)
-    sequence += 1
-    answer = fields.pack(destination, source, port, source_port, sequence % (1 << 32))
+    source, destination, sport, dport, sequence = fields.unpack_from(identity, ADDRESSES)
+    acknowledgment = sequence + 1  # a SYN counts like a byte of data
+    keys = [fields.pack(destination, source, dport, sport, acknowledgment % (1 << 32))]
+    ip_length = identity[2] << 8 | identity[3]
     ip_header = 20 if identity[0] == 4 else 0  # the length of an IPv6 packet is without its header
-    payload = (identity[2] << 8 | identity[3]) - ip_header - (identity[at + 12] >> 4) * 4
-    if payload <= 0:
-        return [answer]
-    # The answer may acknowledge the data that a SYN carries, or the SYN only.
-    sequence += payload
-    return [answer, fields.pack(destination, source, port, source_port, sequence % (1 << 32))]
+    tcp_header = (identity[transport + 12] >> 4) * 4
+    payload = ip_length - ip_header - tcp_header
+    if payload > 0:  # the answer may acknowledge the data that the SYN carries, or the SYN only
+        acknowledgment += payload
+        keys.append(fields.pack(destination, source, dport, sport, acknowledgment % (1 << 32)))
+    return keys
 
 
 def _answer_key(identity: bytes) -> bytes:
     """Return the key that links an answer to its probe; b"" for a packet that answers no probe."""
-    at = TRANSPORT_AT.get(identity[0])
-    if at is None:
+    transport = TRANSPORT_OFFSETS.get(identity[0])
+    if transport is None:
         return b""
     if identity[1] == TCP:
-        flags = identity[at + 13]
-        if flags & RST or flags & (SYN | ACK) == SYN | ACK:
-            return identity[ADDRESSES : at + 4] + identity[at + 8 : at + 12]
-    elif identity[1:2] + identity[at : at + 1] in ECHO_REPLIES:
-        return identity[ADDRESSES:at] + identity[at + 2 : at + 6]
+        flags = identity[transport + TCP_FLAGS]
+        if flags & RST or flags & SYN_ACK == SYN_ACK:
+            addresses_and_ports = identity[ADDRESSES : transport + 4]
+            acknowledgment = identity[transport + 8 : transport + 12]
+            return addresses_and_ports + acknowledgment
+    elif identity[1:2] + identity[transport : transport + 1] in ECHO_REPLIES:
+        identifier_and_sequence = identity[transport + 2 : transport + 6]
+        return identity[ADDRESSES:transport] + identifier_and_sequence
     return b""
 
 
@@ -2533,10 +2561,10 @@ def _answer_key(identity: bytes) -> bytes:
 
 COMPARED = {"median": 3, "p99": 3, "loss_ratio": 6}  # figures, and the decimals to report them with
 FEWEST_RUNS = 3  # on each side, to know how much equal runs vary
-CONFIDENCE = 0.99  # that the intervals of all COMPARED figures hold together
+CONFIDENCE = 0.99  # that the intervals of all COMPARED figures contain the true shifts
 EQUAL_RUNS = "equal runs don't show how much runs vary"
-# Student's t for that confidence, by degrees of freedom: two-sided, and with the error divided
-# among the figures (Bonferroni).
+# Student's t for CONFIDENCE, by degrees of freedom: two-sided, and with the probability of an error
+# divided among the COMPARED figures (Bonferroni).
 STUDENT_T = {
     2: 17.277,
     3: 8.575,
@@ -2557,14 +2585,17 @@ STUDENT_T = {
 
 @dataclass
 class Shift:
-    """The shift of a figure's mean between two sets of runs; None: there are too few runs."""
+    """The shift of a figure's mean between two sets of runs.
 
-    baseline: float
-    current: float
+    What depends on the variation of runs is None if there are too few of them.
+    """
+
+    baseline: float  # mean
+    current: float  # mean
     shift: float
-    interval: list[float] | None = None
-    run_to_run: float | None = None  # standard deviation of the runs of a set
-    distinguishable: bool | None = None  # None, too, if the runs of each set are equal
+    interval: list[float] | None = None  # confidence interval of the shift: its two ends
+    run_to_run: float | None = None  # standard deviation of the runs within a set
+    distinguishable: bool | None = None  # None, too, if the sets differ and each has equal runs
 
 
 def run_figures(result: DirectionResult) -> dict[str, float]:
@@ -2587,7 +2618,7 @@ def compare_runs(
     }
     verdicts = [shift.distinguishable for shift in shifts.values()]
     verdict: bool | None = any(verdicts)
-    if not verdict and None in verdicts:
+    if not verdict and None in verdicts:  # a figure that can't be decided may have changed
         verdict = None
     return {
         **{name: asdict(shift) for name, shift in shifts.items()},
@@ -2598,6 +2629,7 @@ def compare_runs(
 
 
 def _shift(baseline: Sequence[float], current: Sequence[float], decimals: int) -> Shift:
+    """Return the shift of one figure, of which the runs of each set have these values."""
     before = _mean(baseline)
     after = _mean(current)
     shift = Shift(round(before, decimals), round(after, decimals), round(after - before, decimals))
@@ -2606,8 +2638,9 @@ def _shift(baseline: Sequence[float], current: Sequence[float], decimals: int) -
         low = round(after - before - margin, decimals)
         high = round(after - before + margin, decimals)
         shift.interval = [low, high]
-        # Runs that are all equal don't show how much equal runs vary: they decide nothing.
-        if low < high or low == 0:
+        # An interval without width comes from sets of equal runs, which don't show how much runs
+        # vary: any shift may be such variation.
+        if low < high or low == high == 0:
             shift.distinguishable = low > 0 or high < 0
         run_to_run = math.sqrt((_variance(baseline) + _variance(current)) / 2)
         shift.run_to_run = round(run_to_run, decimals)
@@ -2626,29 +2659,34 @@ def _variance(values: Sequence[float]) -> float:
 
 def _welch_margin(baseline: Sequence[float], current: Sequence[float]) -> float:
     """Return half the width of Welch's confidence interval for the difference of two means."""
-    baseline_error = _variance(baseline) / len(baseline)
+    baseline_error = _variance(baseline) / len(baseline)  # squared standard error of the mean
     current_error = _variance(current) / len(current)
     error = baseline_error + current_error
     if error == 0:
         return 0.0
-    freedom = error**2 / (
+    freedom = error**2 / (  # degrees of freedom, by Welch and Satterthwaite
         baseline_error**2 / (len(baseline) - 1) + current_error**2 / (len(current) - 1)
     )
     return _student_t(freedom) * math.sqrt(error)
 
 
 def _student_t(freedom: float) -> float:
-    """Return Student's t for at least two degrees of freedom, rounded down to a known number."""
+    """Return Student's t for at least two degrees of freedom.
+
+    Between two rows of the table it is that of fewer degrees, which makes intervals wider.
+    """
     known = [degrees for degrees in STUDENT_T if degrees <= freedom]
-    return STUDENT_T[max(known, default=2)]
+    return STUDENT_T[max(known, default=2)]  # rounding can yield slightly less than 2
 
 
 # ---- Kernel trace ----------------------------------------------------------------------------
 # With --stages the hypervisor's kernel traces when its stack receives a packet on the first
 # interface, when the packet enters the queue of the second one and then its driver, and where it
 # is freed.  The events of one packet have the address of its sk_buff (skb) in common; they are a
-# Passage.  The captures tell which packet that was: its stamps and its size must fit.
+# Passage.  It belongs to the packet in the captures whose time stamps and size fit.
 
+# The stages of a packet end when the stack receives it, when it enters the queue, when the driver
+# gets it, and when the guest has it.
 STAGES = ("before_stack", "forwarding", "queueing", "to_guest")
 NOT_TRACED = -1  # in place of the time of a stage
 
@@ -2657,16 +2695,17 @@ MOST_RECORDS = 2_000_000  # of the trace, that are read
 MOST_PROCESSORS = 512
 LARGEST_TEXT = 1 << 20  # bytes of a text file of the trace
 MOST_SYMBOLS = 1000  # of the kernel's functions, whose names are looked up
-EVENTS_KIB = 0.2  # of the events of one packet in one direction
-BUFFER_MARGIN = 4  # a busy hypervisor drains the buffers late
+EVENTS_KIB = 0.2  # size of the events of one packet in one direction
+BUFFER_MARGIN = 4  # seconds of events; a busy hypervisor drains the buffers late
 SMALLEST_BUFFER_KIB = 8192  # for a processor: all other traffic of the pif is traced, too
 
 # Beside the captures: a trace in an instance for this run only, drained into files each second.
 # It is certainly removed: by a keeper outside of the process group, else by the guard that watches
-# the keeper, else by the next run.
+# the keeper, else by the next run.  The functions in $tracing, which must be free of single quotes,
+# are those that the keeper's shell needs, too.
 TRACING = r"""
 tracing='
-remove() {  # INSTANCE: a process that reads it delays that
+remove() {  # INSTANCE: tries again, as rmdir fails while a process reads it
   echo 0 >"$1/tracing_on"
   echo 0 >"$1/events/enable"
   n=0
@@ -2682,7 +2721,7 @@ release() {  # unmounts what a run has mounted, once no run traces
   ls -d /sys/kernel/tracing/instances/netweaver-* || umount /sys/kernel/tracing
 } >/dev/null 2>&1
 
-online() {  # the processors that run: others may have a directory in per_cpu, too
+online() {  # prints the processors of instance $i that run: others may have a directory, too
   for c in "$i"/per_cpu/cpu*; do
     c=${c##*/} on=0
     [ ! -d "/sys/devices/system/cpu/$c" ] || on=1
@@ -2695,7 +2734,7 @@ copy() {  # FROM TO PAGES: appends; some versions of dd open standard output aga
   dd if="$1" bs=4096 count="$3" iflag=nonblock oflag=append conv=notrunc >>"$2"
 }
 
-drain() {  # MOST_KIB: fails once the files have so much
+drain() {  # MOST_KIB: moves the events of instance $i to files; fails once these are so large
   used=`du -ck trace-cpu* | tail -n 1 | cut -f 1`
   [ "${used:-0}" -lt "$1" ] || return
   for c in `online`; do
@@ -2704,7 +2743,7 @@ drain() {  # MOST_KIB: fails once the files have so much
   :
 }
 
-offset() {  # ns from the clock of the trace to the time of day
+offset() {  # saves the ns from the clock of the trace to the time of day (clock 1: CLOCK_REALTIME)
   awk "/^ clock 1:/ { real = 1 } real && /offset/ { print \$2; exit }" /proc/timer_list \
     >>trace-offset
 }
@@ -2743,37 +2782,40 @@ trace() {  # BUFFER_KIB MOST_KIB DIRECTION VIF PIF...
   all="$all $k $!"
 }
 
-guard() {  # kills a keeper that takes more than 8 s to end
-  left=
+guard() {  # kills a keeper that takes more than 8 s to end after TERM
+  left=  # in tenths of a second; empty before TERM
   trap 'left=80' TERM
   while kill -s 0 $k && [ "$left" != 0 ]; do
     if [ -z "$left" ]; then
       sleep 1 & wait $!
     else
       left=$((left - 1))
-      sleep 0.1 || { sleep 1; left=$((left - left % 10)); }
+      sleep 0.1 || { sleep 1; left=$((left - left % 10)); }  # some sleep for whole seconds only
     fi
   done
   [ "$left" != 0 ] || kill -s KILL $k
   remove $i
 }
 
-start_events() {
+start_events() {  # PIF...: sets up instance $i for packets between these and $vif, and starts it
   processors=`online`
   n=`echo "$processors" | wc -l`
-  # MemAvailable follows MemFree, and is missing before Linux 3.14.
+  # An eighth of the free memory: MemAvailable follows MemFree, and is missing before Linux 3.14.
   room=`awk '/^Mem(Free|Available):/ { kib = $2 } END { print int(kib / 8) }' /proc/meminfo`
   [ $kib -le $((room / n)) ] || kib=$((room / n))
   [ $kib -ge 64 ] || { echo "too little memory is free" >&2; return 1; }
   echo 0 >$i/tracing_on && echo mono >$i/trace_clock && echo 0 >$i/options/overwrite &&
     echo $kib >$i/buffer_size_kb || return
-  for n in 1 2 3; do  # the kernel sees packets on what is below a bond or a VLAN
+  # The kernel sees packets on the interfaces below a bond or a VLAN, which may be nested: three
+  # times, each interface is replaced by those below it.
+  for n in 1 2 3; do
     for p; do
       shift
       set -- "$@" `ls -d /sys/class/net/$p/lower_* 2>/dev/null | sed "s/.*lower_//" | grep . ||
         echo "$p"`
     done
   done
+  # Filters of the events of the interfaces that receive packets (from) and that send them (to):
   to="name == \"$vif\"" from=
   for p; do from="$from || name == \"$p\""; done
   from=${from# || }
@@ -2785,6 +2827,7 @@ start_events() {
   kind=`readlink "/sys/class/net/$vif/device/driver"`
   kind=${kind##*/}
   if [ -e "/sys/class/net/$vif/tun_flags" ]; then
+    # The process that reads a tap for the guest consumes the packets: vhost, or QEMU.
     kind=tap events="$events skb/consume_skb"
     echo 'comm ~ "vhost*" || comm ~ "qemu*" || comm ~ "kvm*" || comm ~ "CPU *"' \
       >$i/events/skb/consume_skb/filter
@@ -2818,16 +2861,17 @@ def trace_command(
 ) -> str:
     """Return the shell commands that start a trace beside the captures, and report its status.
 
-    `packets_per_second` are those to expect in one direction, and `free_bytes` is the disk space.
+    `direction` is a key of DIRECTIONS, `packets_per_second` are those to expect in one direction,
+    and `free_bytes` is the disk space, or None if that is unknown.
     """
-    directions = 2 if direction == "both" else 1
+    directions = len(DIRECTIONS[direction])
     expected_kib = math.ceil(packets_per_second * directions * EVENTS_KIB * BUFFER_MARGIN)
     buffer_kib = max(SMALLEST_BUFFER_KIB, expected_kib)
-    largest = LARGEST_TRACE // 2  # what a drain adds must fit in, too
+    most_bytes = LARGEST_TRACE // 2  # half of it, since the last drain may exceed this
     if free_bytes is not None:
-        largest = min(largest, free_bytes // 4)
+        most_bytes = min(most_bytes, free_bytes // 4)
     interfaces = " ".join(map(quote, (vif, *pifs)))
-    return f"{TRACING}start_trace {buffer_kib} {largest // 1024} {direction} {interfaces}"
+    return f"{TRACING}start_trace {buffer_kib} {most_bytes // 1024} {direction} {interfaces}"
 
 
 @dataclass(frozen=True)
@@ -2835,9 +2879,9 @@ class TraceStatus:
     """The status of the trace by the hypervisor's kernel."""
 
     running: bool
-    backend: str = ""  # what takes packets from the vif: "tap", "netback", or unknown
+    backend: str = ""  # what takes packets from the vif: "tap", "netback", or "" if unknown
     processors: tuple[str, ...] = ()  # "cpu0" ...
-    problem: str = ""
+    problem: str = ""  # why it isn't running; "" if its commands haven't reported anything
 
     @property
     def warning(self) -> str:
@@ -2848,7 +2892,10 @@ class TraceStatus:
 
 
 def trace_status(messages: str) -> TraceStatus | None:
-    """Return the status of the trace by its commands' messages, or None before there is one."""
+    """Return the status of the trace by its commands' messages, or None before there is one.
+
+    The message is "trace on DRIVER PROCESSOR...", or "trace off PROBLEM".
+    """
     status = re.search(r"^trace (on|off)(?: (.*))?$", messages, re.MULTILINE)
     if not status:
         return None
@@ -2856,7 +2903,7 @@ def trace_status(messages: str) -> TraceStatus | None:
     if status[1] == "off":
         return TraceStatus(running=False, problem=details.strip())
     driver, _, processors = details.partition(" ")
-    backend = {"tap": "tap", "vif": "netback"}.get(driver, "")
+    backend = {"tap": "tap", "vif": "netback"}.get(driver, "")  # netback's driver is named vif
     valid = [name for name in processors.split() if re.fullmatch(r"cpu\d{1,4}", name, re.ASCII)]
     return TraceStatus(True, backend, tuple(valid[:MOST_PROCESSORS]))
 
@@ -2864,26 +2911,30 @@ def trace_status(messages: str) -> TraceStatus | None:
 def fetch_trace(
     host: Host, files: FileSource, source: str, directory: str, processors: Iterable[str]
 ) -> str:
-    """Copy the trace from a directory on the hypervisor; return a warning if it isn't whole."""
-    left = LARGEST_TRACE
+    """Copy the trace from a directory on the hypervisor.
+
+    Return a warning if it isn't whole, or "".
+    """
+    bytes_left = LARGEST_TRACE
     for name in ("formats", "offset", "stats", *processors):
         path = os.path.join(directory, f"trace-{name}")
         try:
-            host.fetch(files, f"{source}/trace-{name}", path, left)
+            host.fetch(files, f"{source}/trace-{name}", path, bytes_left)
         except NetWeaverError as error:
             return f"part of the kernel trace is left out: {error}"
-        left -= os.path.getsize(path)
+        bytes_left -= os.path.getsize(path)
     return ""
 
 
 def fetch_symbols(run: RunCommand, directory: str, trace: KernelTrace) -> None:
     """Add the names of the kernel's functions where packets were freed, and keep them in a file.
 
-    Without them their addresses are reported.
+    If that fails, the report has the functions' addresses instead.
     """
     addresses = [f"{location:016x}" for location in trace.locations()[:MOST_SYMBOLS]]
     if not addresses:
         return
+    # Sorted among the kernel's symbols, an address follows the function that contains it.
     command = (
         f"{{ printf '%s ?\\n' {' '.join(addresses)}; "
         "awk '$2 ~ /[tT]/ { print $1, $3 }' /proc/kallsyms; } | LC_ALL=C sort | "
@@ -2902,8 +2953,8 @@ class EventKind(Enum):
 
     RECEIVED = "netif_receive_skb"
     QUEUED = "net_dev_queue"
-    SENT = "net_dev_start_xmit"
-    DROPPED = "kfree_skb"
+    SENT = "net_dev_start_xmit"  # to the driver
+    DROPPED = "kfree_skb"  # netback frees delivered packets in this way, too
     CONSUMED = "consume_skb"
 
 
@@ -2912,8 +2963,8 @@ class End:
     """The event by which the kernel freed a packet."""
 
     kind: EventKind
-    location: int  # address in the kernel
-    reason: str | None  # from Linux 5.17 on
+    location: int  # address in the kernel; 0 if it isn't traced
+    reason: str | None  # the kernel's, from Linux 5.17 on
 
 
 @dataclass(slots=True)
@@ -2935,17 +2986,17 @@ class Passage:
 
     direction: Direction
     processor: int  # of the first event
-    continued: bool = False  # the same packet may have been sent already, and gone round
+    continued: bool = False  # perhaps of a packet that was sent in an earlier passage
     received: int = 0
-    received_size: int = 0
+    received_size: int = 0  # without the Ethernet header
     queued: int = 0
     sent: int = 0  # to the driver
     sent_size: int = 0
     earliest: int = 0  # time at which the second point's capture may have seen it
     freed: int = 0
     end: End | None = None
-    stamp: int = 0  # at the first point, of the packet to which the events belong
-    stamp_from: int = 0  # if that packet is unknown: bounds of its stamp
+    stamp: int = 0  # at the first point, of the packet that the passage belongs to; 0 if unknown
+    stamp_from: int = 0  # bounds of the stamp while it is unknown
     stamp_until: int = 0
 
     @property
@@ -2963,22 +3014,23 @@ class EventFormat:
     kind: EventKind
     offsets: dict[str, int]  # by the names of the fields
     reasons: dict[int, str]  # why packets are dropped, by number
-    ends: dict[tuple[int, int], End] = field(default_factory=dict)  # that were decoded
+    ends: dict[tuple[int, int], End] = field(default_factory=dict)  # by location and reason number
 
     def decode(self, time_ns: int, page: bytes, start: int, processor: int) -> Event:
-        """Return the event at `start`; raises struct.error or KeyError if it isn't whole."""
+        """Return the event at `start`; raise struct.error or KeyError if it isn't whole."""
         offsets = self.offsets
         (skb,) = unpack_from("<Q", page, start + offsets["skbaddr"])
-        if "name" not in offsets:  # the packet is freed
+        if "name" not in offsets:  # events of freed packets have no interface
             return Event(time_ns, processor, self.kind, skb, end=self._decode_end(page, start))
         (size,) = unpack_from("<I", page, start + offsets["len"])
-        (place,) = unpack_from("<I", page, start + offsets["name"])
-        name_start = start + (place & 0xFFFF)
-        device = page[name_start : name_start + (place >> 16)].rstrip(b"\0")
+        # The kernel's __data_loc: offset of the name in the lower 16 bits, size in the upper ones.
+        (offset_and_size,) = unpack_from("<I", page, start + offsets["name"])
+        name_start = start + (offset_and_size & 0xFFFF)
+        device = page[name_start : name_start + (offset_and_size >> 16)].rstrip(b"\0")
         return Event(time_ns, processor, self.kind, skb, device, size)
 
     def _decode_end(self, page: bytes, start: int) -> End:
-        """Return how a packet was freed, of which old kernels don't trace everything."""
+        """Return how a packet was freed; old kernels don't trace the location or the reason."""
         location = reason = 0
         if "location" in self.offsets:
             (location,) = unpack_from("<Q", page, start + self.offsets["location"])
@@ -2991,31 +3043,34 @@ class EventFormat:
         return end
 
 
+# In the kernel's `format` files: "field:unsigned int len;\toffset:16;" and { 6, "NETFILTER_DROP" }.
 FORMAT_FIELD = re.compile(r"^\tfield:[^;\n]*\b(\w+)(?:\[\w*\])?;\toffset:(\d{1,5});", re.MULTILINE)
 FORMAT_REASON = re.compile(r'\{ (\d{1,5}), "(\w{1,64})" \}')
 
 
 def parse_formats(text: str) -> dict[int, EventFormat]:
-    """Return the formats of events by their numbers, from the kernel's `format` files."""
+    """Return the event formats in the kernel's `format` files, by event id."""
     kinds = {kind.value: kind for kind in EventKind}
     formats = {}
     for block in text.split("name: ")[1:]:
         kind = kinds.get(block.partition("\n")[0])
-        number = re.search(r"^ID: (\d{1,5})$", block, re.MULTILINE)
-        if kind and number:
+        event_id = re.search(r"^ID: (\d{1,5})$", block, re.MULTILINE)
+        if kind and event_id:
             offsets = {name: int(offset) for name, offset in FORMAT_FIELD.findall(block)}
             reasons = {int(reason): name for reason, name in FORMAT_REASON.findall(block)}
-            formats[int(number[1])] = EventFormat(kind, offsets, reasons)
+            formats[int(event_id[1])] = EventFormat(kind, offsets, reasons)
     return formats
 
 
-# The ring buffer's pages begin with a time (64 bits), the number of bytes that follow (20 bits) and
-# flags.  A record begins with its kind (5 bits) and the time since the record before (27 bits).
+# The ring buffer's pages begin with a time (64 bits), the size of the records that follow (20 bits)
+# and flags.  A record begins with its kind (5 bits) and the time since the record before (27 bits).
+# Kinds 1 to 28 are events of so many words (32 bits); an event of kind 0 has its size, with that
+# word, in the next word (the kernel's include/linux/ring_buffer.h).
 PAGE = 4096
 PAGE_HEADER = 16
-PAGE_BYTES = 0xFFFFF
+RECORDS_SIZE = 0xFFFFF
 LOST_BEFORE = 1 << 31  # flag: events were lost
-LOST_NUMBER = 1 << 30  # flag: how many follows the records
+LOST_COUNTED = 1 << 30  # flag: the number of these follows the records
 PADDING = 29
 TIME_EXTEND = 30
 ABSOLUTE_TIME = 31
@@ -3037,7 +3092,7 @@ class TraceReader:
         return self.bytes_left < 0 or self.records_left < 0
 
     def read(self, file: BinaryIO, processor: int) -> Iterator[Event]:
-        """Yield the events of a processor in order of time."""
+        """Yield the events in a processor's file, which are in order of time."""
         while not self.exhausted:
             page = file.read(PAGE)
             if len(page) < PAGE_HEADER:
@@ -3048,37 +3103,38 @@ class TraceReader:
             self.lost += lost_before(page)
             for time_ns, start in records:
                 try:
-                    (number,) = unpack_from("<H", page, start)
-                    decode = self.formats[number].decode
+                    (event_id,) = unpack_from("<H", page, start)
+                    decode = self.formats[event_id].decode
                     yield decode(time_ns + self.clock_offset, page, start, processor)
                 except (KeyError, StructError):  # an event of another kind, or a damaged one
                     continue
 
 
 def lost_before(page: bytes) -> int:
-    """Return the number of events that the kernel lost before a page; 1 if it doesn't say it."""
+    """Return the number of events that the kernel lost before a page; 1 if that isn't stored."""
     (header,) = unpack_from("<Q", page, 8)
     if not header & LOST_BEFORE:
         return 0
-    end = PAGE_HEADER + (header & PAGE_BYTES)
-    if not header & LOST_NUMBER or end + 8 > len(page):
+    end = PAGE_HEADER + (header & RECORDS_SIZE)
+    if not header & LOST_COUNTED or end + 8 > len(page):
         return 1
-    number: int
-    (number,) = unpack_from("<Q", page, end)
-    return min(number, LARGEST_TRACE)
+    events: int
+    (events,) = unpack_from("<Q", page, end)
+    return min(events, LARGEST_TRACE)  # on a damaged page, it may be anything
 
 
 def page_records(page: bytes) -> list[tuple[int, int]]:
-    """Return the time (ns) of each record on a page, and where its data start."""
+    """Return the time (ns) of each event on a page, and the offset of its data."""
     time_ns, header = unpack_from("<QQ", page)
-    end = min(PAGE_HEADER + (header & PAGE_BYTES), len(page)) - 8
+    # A record is read with the word that follows its first one: 8 bytes.
+    last_start = min(PAGE_HEADER + (header & RECORDS_SIZE), len(page)) - 8
     records = []
     position = PAGE_HEADER
-    while position <= end:
+    while position <= last_start:
         head, word = unpack_from("<II", page, position)
         kind = head & 31
         delta = head >> 5
-        if kind == ABSOLUTE_TIME:  # but for the highest bits
+        if kind == ABSOLUTE_TIME:  # its lower 59 bits; the others don't change
             time_ns = time_ns >> 59 << 59 | word << 27 | delta
             position += 8
         elif kind == TIME_EXTEND:
@@ -3093,7 +3149,7 @@ def page_records(page: bytes) -> list[tuple[int, int]]:
             time_ns += delta
             records.append((time_ns, position + 4))
             position += 4 + 4 * kind
-        else:  # too long for the kind to give the length
+        else:  # kind 0
             time_ns += delta
             records.append((time_ns, position + 8))
             position += 4 + word
@@ -3105,10 +3161,10 @@ class PassageCollector:
 
     def __init__(self, vif: str, pifs: Iterable[str]) -> None:
         self.passages: dict[Direction, list[Passage]] = {IN: [], OUT: []}
-        self.devices: set[bytes] = set()  # that have events
+        self.devices: set[bytes] = set()  # names of interfaces with events
         self._vif = vif.encode()
         self._captured = {self._vif, *(pif.encode() for pif in pifs)}
-        self._current: dict[int, Passage] = {}  # by skb
+        self._current: dict[int, Passage] = {}  # of packets that aren't freed, by skb
         self._previous: dict[int, int] = {}  # time of the last event of an interface, by processor
 
     def add(self, event: Event) -> None:
@@ -3132,10 +3188,11 @@ class PassageCollector:
         direction = IN
         if event.device == self._vif:
             direction = OUT
-        before = self._current.get(event.skb)
+        previous = self._current.get(event.skb)
         passage = self._begin(event, direction)
-        if before and before.sent and before.direction is direction:
-            # An interface of another namespace may have this name, too.
+        if previous and previous.sent and previous.direction is direction:
+            # The packet wasn't freed after it had been sent, but was received again, perhaps by an
+            # interface of this name in another network namespace.
             passage.continued = True
         passage.received = event.time
         passage.received_size = event.size
@@ -3144,6 +3201,7 @@ class PassageCollector:
         direction = self._direction_to(event.device)
         passage = self._current.get(event.skb)
         if passage is None or passage.direction is not direction or passage.queued or passage.sent:
+            # The passage of this skb, if any, is that of an earlier hop or of another packet.
             passage = self._begin(event, direction)
         passage.queued = event.time
 
@@ -3155,8 +3213,9 @@ class PassageCollector:
         passage.sent = event.time
         passage.sent_size = event.size
         passage.earliest = max(event.time - LATEST, passage.received)
-        if event.device in self._captured:
-            # Between the capture's stamp and this event the processor does nothing else.
+        if event.device in self._captured:  # else the capture is on an interface above this one
+            # The processor traces nothing between the capture's stamp and this event, so that the
+            # stamp is later than its previous event.
             previous = self._previous.get(event.processor, 0)
             passage.earliest = max(passage.earliest, passage.queued, previous)
 
@@ -3181,12 +3240,12 @@ class KernelTrace:
     symbols: dict[int, str]  # names of the kernel's functions by the addresses in them
     devices: set[bytes]  # interfaces with events
     lost: int  # events for which the buffers had no room
-    ended_early: bool  # when the files reached their limit
-    partly_read: bool  # as there are more records than MOST_RECORDS
-    clock_set: bool  # during the run
+    ended_early: bool  # as the files had reached their limit
+    partly_read: bool  # as it is larger than LARGEST_TRACE or MOST_RECORDS
+    clock_set: bool  # whether the time of day was changed during the run
 
     def locations(self) -> list[int]:
-        """Return the addresses in the kernel where packets were freed."""
+        """Return the known addresses in the kernel where packets were freed, in order."""
         ends = {
             passage.end.location
             for passages in self.passages.values()
@@ -3198,7 +3257,7 @@ class KernelTrace:
 
 def read_trace(directory: str, vif: str, pifs: Iterable[str]) -> KernelTrace:
     """Read the trace in a run's directory, in which files may be missing."""
-    offsets = _read_text(directory, "offset").split()
+    offsets = _read_text(directory, "offset").split()  # at the start and at the end of the trace
     clock_offset = 0
     if offsets and re.fullmatch(r"\d{1,19}", offsets[0], re.ASCII):
         clock_offset = int(offsets[0])
@@ -3223,7 +3282,7 @@ def read_trace(directory: str, vif: str, pifs: Iterable[str]) -> KernelTrace:
         passages=collector.passages,
         symbols=parse_symbols(_read_text(directory, "symbols")),
         devices=collector.devices,
-        lost=max(reader.lost, sum(map(int, unrecorded))),
+        lost=max(reader.lost, sum(map(int, unrecorded))),  # both may count the same events
         ended_early="full" in statistics.split(),
         partly_read=reader.exhausted,
         clock_set=len(set(offsets)) > 1,
@@ -3240,7 +3299,7 @@ def open_regular(path: str) -> BinaryIO:
 
 
 def _open_trace(directory: str, name: str) -> BinaryIO | None:
-    """Open a file of the trace; return None if that can't be read."""
+    """Open a file of the trace; return None if it can't be opened."""
     try:
         return open_regular(os.path.join(directory, f"trace-{name}"))
     except OSError:
@@ -3248,6 +3307,7 @@ def _open_trace(directory: str, name: str) -> BinaryIO | None:
 
 
 def _read_text(directory: str, name: str) -> str:
+    """Return a text file of the trace, up to LARGEST_TEXT; "" if it can't be opened."""
     file = _open_trace(directory, name)
     if file is None:
         return ""
@@ -3256,6 +3316,7 @@ def _read_text(directory: str, name: str) -> str:
 
 
 def parse_symbols(text: str) -> dict[int, str]:
+    """Return the names of functions by the addresses in them, from lines of "ADDRESS NAME"."""
     symbols = {}
     for line in text.splitlines():
         address, _, name = line.partition(" ")
@@ -3268,30 +3329,33 @@ def parse_symbols(text: str) -> dict[int, str]:
 # the stages of a packet follow each other.  Where several packets or passages fit, none is used.
 
 LATEST = 10_000_000  # ns from a packet's stamp to its event
-LONGEST_STAMP_ERROR = 100_000  # ns, of a packet whose delay isn't longer
-NEAREST = 50  # candidates that are looked at
+LONGEST_STAMP_ERROR = 100_000  # ns; or the packet's delay, if that is longer
+NEAREST = 50  # candidates, at most, for a passage or for a packet
 ETHERNET_HEADER = 14
 VLAN_TAG = 4
 SMALLEST_PAYLOAD = 46  # of Ethernet: shorter ones are padded
 IPV6_HEADER = 40
 # The kernel's functions in which netback frees what it has given to the guest.
 DELIVERED = ("xenvif_rx_copy", "xenvif_rx_action", "xenvif_rx_skb", "xenvif_rx_next")
-# A switch in userspace gets a copy of each packet, and the kernel drops the original for this.
+# A switch in userspace gets a copy of each packet; the kernel drops the original for this reason.
 NOT_FOR_THE_HOST = "OTHERHOST"
 
 
 class Attachment:
-    """Attaches passages to the packets of one direction, by rank."""
+    """The passages of the packets of one direction, `arrived` and `lost`, by rank.
+
+    A passage is free until it has the `stamp` of a packet.
+    """
 
     def __init__(self, result: DirectionResult, trace: KernelTrace, unit_ns: int) -> None:
-        """Attach what passages it can; `unit_ns` is the resolution of the captures' stamps."""
+        """Attach the passages to packets; `unit_ns` is the resolution of the captures' stamps."""
         self._result = result
         self._symbols = trace.symbols
         self._events_lost = trace.lost > 0
         self._rounding = unit_ns - 1  # by so much a stamp may be too early
         self._passages = trace.passages[result.direction]
         self.arrived = self._attach_arrived()
-        if not self._events_lost:
+        if not self._events_lost:  # else the only passage that fits may be another packet's
             self._attach_received()
         self._bound_stamps()
         self.lost = self._attach_lost()
@@ -3307,23 +3371,25 @@ class Attachment:
             for rank, delay in enumerate(self._result.delays)
             if delay != NO_DELAY
         )
-        times = [time_ns for time_ns, _ in arrivals]
+        arrival_times = [time_ns for time_ns, _ in arrivals]
         attached: dict[int, Passage] = {}
         contested: set[int] = set()
         passages = [passage for passage in self._passages if passage.sent]
         for passage in sorted(passages, key=attrgetter("sent")):
-            last = bisect(times, passage.sent)
-            first = bisect_left(times, passage.earliest - self._rounding)
+            begin = bisect_left(arrival_times, passage.earliest - self._rounding)
+            end = bisect(arrival_times, passage.sent)
             candidates = [
                 rank
-                for time_ns, rank in arrivals[max(first, last - NEAREST) : last]
+                for time_ns, rank in arrivals[max(begin, end - NEAREST) : end]
                 if self._can_have_arrived(rank, time_ns, passage)
             ]
-            free = [rank for rank in candidates if rank not in attached]
-            if len(free) == 1:
-                attached[free[0]] = passage
-            else:  # several fit, or the only ones have a passage already: none is certain
-                contested.update(free or candidates)
+            unattached = [rank for rank in candidates if rank not in attached]
+            if len(unattached) == 1:
+                attached[unattached[0]] = passage
+            elif unattached:
+                contested.update(unattached)
+            else:  # all that fit have a passage already, and this one may be theirs
+                contested.update(candidates)
         for rank in contested:
             attached.pop(rank, None)
         self._drop_inversions(attached)
@@ -3333,87 +3399,93 @@ class Attachment:
 
     def _drop_inversions(self, attached: dict[int, Passage]) -> None:
         """Remove packets that a processor would have received in another order than stamped."""
-        sent = self._result.sent
+        sent_times = self._result.sent
         ranks = {passage: rank for rank, passage in attached.items()}
         last_ranks: dict[int, int] = {}  # by processor
         for passage in self._passages:
             if passage not in ranks or not passage.received:
                 continue
             rank = ranks[passage]
-            before = last_ranks.get(passage.processor, rank)
-            if sent[before] > sent[rank]:
-                attached.pop(before, None)
+            last_rank = last_ranks.get(passage.processor)
+            if last_rank is not None and sent_times[last_rank] > sent_times[rank]:
+                attached.pop(last_rank, None)  # it may have been removed already
                 attached.pop(rank)
             last_ranks[passage.processor] = rank
 
-    def _can_have_arrived(self, rank: int, time_ns: int, passage: Passage) -> bool:
-        begun = passage.received or passage.queued
-        if not self._result.sent[rank] <= begun <= time_ns + self._rounding:
+    def _can_have_arrived(self, rank: int, arrival_time: int, passage: Passage) -> bool:
+        """Return whether a passage can be that of a packet, by its time and its size."""
+        first_event = passage.received or passage.queued  # the first is 0 if it wasn't traced
+        if not self._result.sent[rank] <= first_event <= arrival_time + self._rounding:
             return False
-        return self._has_size(rank, passage.sent_size, ETHERNET_HEADER)
+        return self._has_size(rank, passage.sent_size, header_size=ETHERNET_HEADER)
 
     def _attach_received(self) -> None:
-        """Complete passages that begin at the second point, since a switch copied the packet.
+        """Add the time of reception to passages that begin at the second point.
 
-        The only packet of this size that was received in between is the one that was copied, unless
-        events were lost.
+        A switch in userspace has sent a copy of the packet.  If only one packet of this size was
+        received between the stamp and the queueing of the copy, it is the original, unless events
+        were lost.
         """
-        received = self._free_passages(lambda passage: not passage.queued)
-        claims: defaultdict[Passage, list[int]] = defaultdict(list)
+        originals = self._free_passages(lambda passage: not passage.queued)
+        claims: defaultdict[Passage, list[int]] = defaultdict(list)  # ranks, by original
         for rank, passage in self.arrived.items():
             if not passage.received:
-                candidates = self._received_until(passage.queued, received, rank)
+                candidates = self._candidates(originals, rank, latest=passage.queued)
                 if len(candidates) == 1:
                     claims[candidates[0]].append(rank)
-        for passage, ranks in claims.items():
+        for original, ranks in claims.items():
             if len(ranks) == 1:
-                passage.stamp = self._result.sent[ranks[0]]
-                self.arrived[ranks[0]].received = passage.received
+                original.stamp = self._result.sent[ranks[0]]
+                self.arrived[ranks[0]].received = original.received
 
-    def _received_until(self, latest: int, passages: Sequence[Passage], rank: int) -> list[Passage]:
-        """Return the passages, in order, that were received from a packet's stamp on."""
+    def _candidates(self, passages: Sequence[Passage], rank: int, latest: int) -> list[Passage]:
+        """Return the passages of a packet's size that were received from its stamp to `latest`.
+
+        `passages` must be in order of reception.
+        """
         received = attrgetter("received")
-        first = bisect_left(passages, self._result.sent[rank], key=received)
-        last = min(bisect(passages, latest, key=received), first + NEAREST)
+        begin = bisect_left(passages, self._result.sent[rank], key=received)
+        end = min(bisect(passages, latest, key=received), begin + NEAREST)
         return [
             passage
-            for passage in passages[first:last]
-            if self._has_size(rank, passage.received_size, 0)
+            for passage in passages[begin:end]
+            if self._has_size(rank, passage.received_size, header_size=0)
         ]
 
     def _bound_stamps(self) -> None:
         """Bound unknown stamps, since each processor receives packets in the order of stamps."""
+        # A copy may have its original's time of reception, but only the original has the size.
         received = [passage for passage in self._passages if passage.received_size]
-        bounds: dict[int, int] = {}  # by processor
+        stamps_before: dict[int, int] = {}  # by processor
         for passage in received:
             if passage.stamp:
-                bounds[passage.processor] = passage.stamp
-            passage.stamp_from = bounds.get(passage.processor, 0)
-        bounds.clear()
+                stamps_before[passage.processor] = passage.stamp
+            passage.stamp_from = stamps_before.get(passage.processor, 0)
+        stamps_after: dict[int, int] = {}  # by processor
         for passage in reversed(received):
             if passage.stamp:
-                bounds[passage.processor] = passage.stamp
-            passage.stamp_until = bounds.get(passage.processor, passage.received)
+                stamps_after[passage.processor] = passage.stamp
+            passage.stamp_until = stamps_after.get(passage.processor, passage.received)
 
     def _attach_lost(self) -> dict[int, Passage]:
         """Return the passages of lost packets, by rank.
 
         If all passages that a packet may have end in the same place, it doesn't matter which it is.
-        Places where mostly packets end that weren't captured only count if there are no others.
+        Those that end where mostly uncaptured packets do only count if there are no others.
         """
         candidates = self._candidates_of_lost()
-        elsewhere = self._ends_of_others(candidates)
+        uncaptured_ends = self._uncaptured_ends(candidates)
         lost: dict[int, Passage] = {}
         for rank, passages in candidates.items():
-            # Earlier packets of this loop have claimed some.
-            unclaimed = [passage for passage in passages if not passage.stamp]
-            likely = [passage for passage in unclaimed if passage.end not in elsewhere]
-            if not likely and not self._events_lost:  # then it must have one of them
-                likely = unclaimed
+            # Packets earlier in this loop may have taken some.
+            free = [passage for passage in passages if not passage.stamp]
+            likely = [passage for passage in free if passage.end not in uncaptured_ends]
+            if not likely and not self._events_lost:  # all are known, so one is the packet's
+                likely = free
             places = {(passage.lost_in, passage.end) for passage in likely}
             if len(places) == 1:
                 lost[rank] = likely[0]
-                likely[0].stamp = self._result.sent[rank]  # claims the passage
+                likely[0].stamp = self._result.sent[rank]
         return lost
 
     def _candidates_of_lost(self) -> dict[int, list[Passage]]:
@@ -3424,21 +3496,24 @@ class Attachment:
             sent = self._result.sent[rank]
             candidates[rank] = [
                 passage
-                for passage in self._received_until(sent + LATEST, drops, rank)
+                for passage in self._candidates(drops, rank, latest=sent + LATEST)
                 if passage.stamp_from <= sent <= passage.stamp_until
             ]
         return candidates
 
-    def _ends_of_others(self, candidates: Mapping[int, Iterable[Passage]]) -> set[End | None]:
-        """Return the ends that are mostly those of packets that weren't captured."""
+    def _uncaptured_ends(self, candidates: Mapping[int, Iterable[Passage]]) -> set[End | None]:
+        """Return the ends that are mostly those of packets that weren't captured.
+
+        `candidates` are the passages that each lost packet may have.
+        """
+        drops = self._free_passages(self._is_loss)
         possible = {passage for passages in candidates.values() for passage in passages}
-        balance: Counter[End | None] = Counter()
-        for passage in self._free_passages(self._is_loss):
-            balance[passage.end] += -1 if passage in possible else 1
-        return {end for end, excess in balance.items() if excess > 0}
+        captured = Counter(passage.end for passage in possible)
+        uncaptured = Counter(passage.end for passage in drops if passage not in possible)
+        return {end for end, passages in uncaptured.items() if passages > captured[end]}
 
     def _free_passages(self, condition: Callable[[Passage], bool]) -> list[Passage]:
-        """Return the passages that begin at the first point, in order, and aren't attached."""
+        """Return the free passages that begin at the first point and meet a condition, in order."""
         return [
             passage
             for passage in self._passages
@@ -3460,20 +3535,25 @@ class Attachment:
         )
 
     def is_delivery(self, end: End) -> bool:
-        """Return whether the backend freed a packet since the guest had got it."""
+        """Return whether the backend freed a packet because the guest had received it."""
         if end.kind is EventKind.CONSUMED:  # traced for taps only
             return True
         return self._symbols.get(end.location, "").startswith(DELIVERED)
 
-    def _has_size(self, rank: int, size: int, header: int) -> bool:
-        """Return whether a packet has this size after so many bytes; it may be tagged or padded."""
+    def _has_size(self, rank: int, size: int, header_size: int) -> bool:
+        """Return whether an event's size can be that of a packet, which may be tagged or padded.
+
+        `header_size` is the part of the event's size that comes before the IP header.
+        """
         identity = self._result.identity(rank)
-        length = header + identity[2] * 256 + identity[3]
-        if identity[0] & 15 == 6:
+        ip_length = identity[2] << 8 | identity[3]
+        length = header_size + ip_length
+        version = identity[0] & ~NOT_FIRST
+        if version == 6:  # its length field does not include the header
             length += IPV6_HEADER
         if size == length:
             return True
-        padded = max(length, header + SMALLEST_PAYLOAD)
+        padded = max(length, header_size + SMALLEST_PAYLOAD)
         return size in (length + VLAN_TAG, padded, padded + VLAN_TAG)
 
 
@@ -3493,7 +3573,7 @@ class AfterVif:
 
     delivered: int = 0
     dropped: int = 0
-    stuck: int = 0  # neither of them during the run
+    stuck: int = 0  # neither delivered nor dropped during the run
 
 
 @dataclass
@@ -3513,7 +3593,8 @@ class TraceAccount:
     def traced_packets(self) -> tuple[list[int], dict[str, list[int]]]:
         """Return the ranks of the packets with stages, and their times (ns) by stage.
 
-        A time is 0 where it isn't known, as may be that until the guest had the packet.
+        Stages without any known time are left out.  Of `to_guest`, unknown times are 0; so are
+        times that would be negative because stamps are rounded.
         """
         ranks = [
             rank for rank, time_ns in enumerate(self.stages["forwarding"]) if time_ns != NOT_TRACED
@@ -3531,8 +3612,8 @@ def account_for(
 ) -> TraceAccount:
     """Return the trace's account of the packets of one direction.
 
-    `backend` takes them from the second point, if it's known, and `unit_ns` the resolution of the
-    captures' stamps in ns.
+    `backend` is what takes them from the second point, "" if unknown; `unit_ns` is the resolution
+    of the captures' stamps in ns.
     """
     attachment = Attachment(result, trace, unit_ns)
     account = TraceAccount(
@@ -3561,6 +3642,7 @@ def account_for(
         if end:
             where = trace.symbols.get(end.location, hex(end.location))
             account.losses.append(PlaceOfLoss(stage, where, end.reason, packets))
+    # Exactly the packets with all stages up to the driver have a stamp error at the first point.
     explained = len(account.stamp_errors[result.direction.first]) + len(attachment.lost)
     account.unattached = result.counts.timed + result.counts.lost - explained
     return account
@@ -3569,9 +3651,11 @@ def account_for(
 def _add_stages(
     account: TraceAccount, result: DirectionResult, rank: int, passage: Passage
 ) -> None:
-    sent = result.sent[rank]
+    """Add the stages that a passage shows of a packet that arrived, and the stamp errors."""
+    first_stamp = result.sent[rank]
     delay = result.delays[rank]
-    stamp_error = passage.sent - sent - delay
+    second_stamp = first_stamp + delay
+    stamp_error = passage.sent - second_stamp
     if stamp_error > max(delay, LONGEST_STAMP_ERROR):  # the driver's event may be another packet's
         return
     account.stamp_errors[result.direction.second].append(stamp_error)
@@ -3580,9 +3664,9 @@ def _add_stages(
     account.stages["queueing"][rank] = passage.sent - passage.queued
     if not passage.received:
         return
-    account.stages["before_stack"][rank] = passage.received - sent
+    account.stages["before_stack"][rank] = passage.received - first_stamp
     account.stages["forwarding"][rank] = passage.queued - passage.received
-    account.stamp_errors[result.direction.first].append(passage.received - sent)
+    account.stamp_errors[result.direction.first].append(passage.received - first_stamp)
 
 
 def attach_stages(analysis: Analysis, trace: KernelTrace, info: RunInfo) -> None:
@@ -3604,7 +3688,7 @@ def trace_warnings(
     packets = sum(result.counts.timed + result.counts.lost for result in results)
     unattached = sum(result.trace.unattached for result in results if result.trace)
     causes = _limits_reached(trace)
-    if not causes and unattached > packets / 100:
+    if not causes and unattached > packets / 100:  # a few don't fit in complete traces, either
         causes.append(_cause_of_no_fit(trace, vif, pif))
     warnings = []
     if causes:
@@ -3664,17 +3748,23 @@ def stages_report(account: TraceAccount) -> Report:
         times = account.times(name)
         if times:
             stages[name] = {**asdict(delay_statistics(times)), "packets": len(times)}
+    after_vif = None
+    if account.after_vif:
+        after_vif = asdict(account.after_vif)
     return {
         "stages": stages,
         "lost_at": [asdict(place) for place in account.losses],
-        "after_vif": account.after_vif and asdict(account.after_vif),
+        "after_vif": after_vif,
     }
 
 
 def stamp_error_report(account: TraceAccount) -> dict[str, float | None]:
-    """Return the median time from the stamps of each point to their events, in microseconds."""
+    """Return the median time from the stamps of each point to their events, in microseconds.
+
+    It is None for a point without such times.
+    """
     return {
-        point: microseconds(percentile(sorted(errors), 500)) if errors else None
+        point: microseconds(percentile(sorted(errors), permille=500)) if errors else None
         for point, errors in account.stamp_errors.items()
     }
 
@@ -3691,10 +3781,10 @@ def main_loss(account: TraceAccount | None) -> str:
 
 
 def processing_times(guest_times: Mapping[int, int], account: TraceAccount | None) -> list[int]:
-    """Return the times (ns) from when the guest had a probe to its answer at the vif.
+    """Return the times (ns) from a probe's delivery to the guest to its answer at the vif.
 
     `guest_times` are those from the probe at the vif to its answer there, by rank.  Probes whose
-    delivery to the guest wasn't traced have none.
+    delivery wasn't traced are left out.
     """
     if not account:
         return []
@@ -3723,8 +3813,8 @@ LOSS_ADVICE = {  # by the kernel's reason or function
     "br_handle_frame_finish": "the bridge ({name}): bridge -d link",
     "xenvif_kthread_guest_rx": "netback ({name}): the guest is too slow",
 }
-NO_REASON = "NOT_SPECIFIED"  # the kernel's
-STAGE_BAR = 38  # width of the bar of all stages, which fills the line after their figures
+NO_REASON = "NOT_SPECIFIED"  # in place of a reason that the kernel doesn't know
+STAGE_BAR = 38  # columns that the bars of all stages share: the rest of 80 after the figures
 
 
 def stage_lines(part: Report, fancy: bool) -> list[str]:
@@ -3732,7 +3822,7 @@ def stage_lines(part: Report, fancy: bool) -> list[str]:
     stages = part.get("stages", {})
     if not stages:
         return []
-    total = sum(stage["average"] for stage in stages.values()) or 1
+    total = sum(stage["average"] for stage in stages.values()) or 1  # not 0: it is a divisor
     mark = "█" if fancy else "#"
     lines = [f"{'Stages':<14}{'median':>10}{'p99':>8}{'packets':>8}"]
     if "queueing" in stages:
@@ -3748,7 +3838,8 @@ def stage_lines(part: Report, fancy: bool) -> list[str]:
 def loss_lines(name: str, part: Report, info: RunInfo, most: int | None = None) -> list[str]:
     """Return lines on where packets were lost, and what happened behind the vif and in the guest.
 
-    At most `most` lines are on places of loss; if that is 2 or more, the last one sums up the rest.
+    They begin with `name`.  At most `most` lines are on places of loss; if that is 2 or more, the
+    last one sums up the rest.  None: each place has a line.
     """
     places = part.get("lost_at", [])
     shown = places[:most]
@@ -3765,7 +3856,7 @@ def loss_lines(name: str, part: Report, info: RunInfo, most: int | None = None) 
         counts = ", ".join(f"{packets} {fate}" for fate, packets in fates.items())
         texts.append(f"behind the vif: {counts}")
     processing = part.get("own")
-    if processing:  # the part is the guest's, whose name fills its column: a blank comes first
+    if processing:  # of the guest only, whose `name` fills its column: a blank must follow
         median = duration_text(processing["median"])
         p99 = duration_text(processing["percentiles"]["99"])
         texts.append(f" excluding delivery to it: median {median}, p99 {p99}")
