@@ -11061,13 +11061,16 @@ WIDTH = 80  # of a terminal
 HEIGHT = 23  # of a terminal, without the line of the prompt
 BINS = 12  # lines of a histogram
 BAR = 40  # width of a histogram's longest bar
-LOGARITHMIC = (
-    4  # a histogram's scale is logarithmic where its delays differ by more than this factor
-)
-DURATION_UNITS = (("s", 1e6), ("ms", 1e3), ("µs", 1.0))  # and their size in microseconds
-# Nine columns fill the width: a tenth would be cut off.
+# A histogram's scale is logarithmic where its ends differ by more than this factor.
+LOGARITHMIC_HISTOGRAM = 4
+DURATION_UNITS = (("s", 1e6), ("ms", 1e3), ("µs", 1.0))  # with their sizes in microseconds
+# Nine columns fill the width: with a tenth each row would be wrapped.
 DELAY_COLUMNS = ("median", "average", "stdev", "minimum", "p90", "p95", "p99", "p99.9", "maximum")
 RUN_COLUMNS = ("median", "average", "p99", "maximum", "loss")
+# Codes of SGR, the terminals' escape sequence for colours:
+BOLD = "1"
+RED = "31"
+YELLOW = "33"
 
 
 def printable(text: str) -> str:
@@ -11078,10 +11081,13 @@ def printable(text: str) -> str:
 
 
 def duration_text(microseconds: float, digits: int = 3) -> str:
-    """Return a time in a unit that suits it."""
+    """Return a time in the largest unit in which it is at least 1, else in ns.
+
+    `digits` limits the significant ones of values below 1000.
+    """
     for unit, size in DURATION_UNITS:
         value = microseconds / size
-        if abs(value) >= 999.5:
+        if abs(value) >= 999.5:  # rounded to three digits, it would be shown as 1e+03
             return f"{value:.0f} {unit}"
         if abs(value) >= 1:
             return f"{value:.{digits}g} {unit}"
@@ -11089,7 +11095,7 @@ def duration_text(microseconds: float, digits: int = 3) -> str:
 
 
 def percent_text(ratio: float) -> str:
-    """Return a ratio in percent, in at most eight characters."""
+    """Return a ratio in percent, in at most eight characters: a table has no room for more."""
     if 0 < ratio < 1e-5:
         return "<0.001 %"
     digits = 3 if ratio >= 1e-3 else 2
@@ -11099,32 +11105,36 @@ def percent_text(ratio: float) -> str:
 def histogram(delays: Iterable[int], fancy: bool = True, bins: int = BINS) -> list[str]:
     """Return lines that show how delays (ns), which may be counted already, are distributed.
 
-    The bins end at the 99th percentile; a last line counts the delays above it.
+    There are at most so many bins, up to the 99th percentile; a last line counts the delays above
+    it.  The bars are made of blocks if `fancy`, else of ASCII characters.
     """
     ranked = RankedDelays(delays)
     edges = _bin_edges(ranked, bins)
     labels = _edge_labels(edges)
     labels[-1] = f"> {labels[-1]}"
-    below = [bisect_left(ranked, edge) for edge in edges]
-    sizes = [after - before for before, after in pairwise([*below, len(ranked)])]
+    ranks = [bisect_left(ranked, edge) for edge in edges]  # of the first delay of each line
+    sizes = [end - start for start, end in pairwise([*ranks, len(ranked)])]
     if not sizes[-1]:
         del labels[-1], sizes[-1]
+    largest = max(sizes)
     label_width = max(map(len, labels))
-    size_width = len(str(max(sizes)))
+    size_width = len(str(largest))
     return [
-        f"{label:>{label_width}}  {size:>{size_width}}  {_bar(size / max(sizes), fancy)}".rstrip()
+        f"{label:>{label_width}}  {size:>{size_width}}  {_bar(size / largest, fancy)}".rstrip()
         for label, size in zip(labels, sizes)
     ]
 
 
 def _bin_edges(ranked: RankedDelays, bins: int) -> list[int]:
-    """Return the lower edges of at most so many bins, and the end of the last one."""
-    low = ranked[len(ranked) // 100]  # a single short delay must not stretch the scale
-    end = ranked[(len(ranked) - 1) * 99 // 100] + 1
-    if low > 0 and end > LOGARITHMIC * low:
+    """Return the lower edges (ns) of at most so many bins, and the end of the last one."""
+    # From percentile 1 to 99: single delays must not stretch the scale.
+    low = ranked[len(ranked) // 100]
+    end = ranked[(len(ranked) - 1) * 99 // 100] + 1  # a bin is without its end
+    if low > 0 and end > LOGARITHMIC_HISTOGRAM * low:
         inner = [round(low * (end / low) ** (i / bins)) for i in range(1, bins)]
     else:
         inner = [low + (end - low) * i // bins for i in range(1, bins)]
+    # A narrow scale has fewer edges than bins: some are rounded to the same ns, or to an end.
     return sorted({ranked[0], end, *(edge for edge in inner if low < edge < end)})
 
 
@@ -11139,21 +11149,21 @@ def _edge_labels(edges: Sequence[int]) -> list[str]:
 
 
 def _bar(share: float, fancy: bool) -> str:
-    """Return a bar of a share of the longest one's width."""
+    """Return a bar that is as long as this share of the longest one."""
     character = "█" if fancy else "#"
-    return character * math.ceil(share * BAR)
+    return character * math.ceil(share * BAR)  # rounded up: a single packet has a bar, too
 
 
 def date_text(nanoseconds: int) -> str:
-    """Return a time to the minute, in UTC."""
+    """Return a time (ns since 1970) to the minute, in UTC."""
     return f"{iso_time(nanoseconds)[:16].replace('T', ' ')} UTC"
 
 
 def side_names(info: RunInfo) -> dict[str, str]:
     """Return the interfaces, or the files' names without their directories, by point."""
-    paths = {"pif": info.pif, "vif": info.vif}
+    names = {"pif": info.pif, "vif": info.vif}
     return {
-        point: ",".join(map(os.path.basename, text.split(","))) for point, text in paths.items()
+        point: ",".join(map(os.path.basename, text.split(","))) for point, text in names.items()
     }
 
 
@@ -11163,13 +11173,16 @@ def run_name(info: RunInfo) -> str:
 
 
 def run_label(name: str, numbers: Sequence[int]) -> str:
-    """Return the label of some of several runs for their messages."""
+    """Return the name of runs with their numbers, from 1: "web1 syn runs 1, 3"."""
     word = "run" if len(numbers) == 1 else "runs"
     return f"{name} {word} {', '.join(map(str, numbers))}"
 
 
 def rate_of(info: RunInfo) -> float | None:
-    """Return the rate at which each source sent packets, or else was asked to, if it is known."""
+    """Return the packets a second that each source sent or, if that is unknown, was to send.
+
+    Returns None if the run generated no traffic, or if that is unknown.
+    """
     if info.traffic is None:
         return None
     return info.achieved_rate or info.traffic.rate
@@ -11194,12 +11207,13 @@ def _cells(texts: Iterable[str]) -> str:
 def summary(report: Report, delays: Iterable[int], fancy: bool = True) -> list[str]:
     """Return lines for people on a run, which fit a terminal.
 
-    `delays` are its samples (ns), which may be counted already.
+    `delays` are its samples (ns), which may be counted already.  See `histogram` for `fancy`.
     """
-    for places in (3, 2, 1, 0):
-        lines = fitting(_summary_lines(report, fancy, places))
+    for loss_places in (3, 2, 1, 0):  # as many as fit
+        lines = fitting(_summary_lines(report, fancy, loss_places))
         if len(lines) <= HEIGHT:
             break
+    # The histogram also has a title, and a line for the delays above its bins.
     bins = min(BINS, HEIGHT - len(lines) - 2 - _rows_of_warnings(report))
     if bins > 1:
         title = "Distribution of the delay"
@@ -11217,27 +11231,27 @@ def _rows_of_warnings(report: Report) -> int:
     return sum(math.ceil(len(text) / WIDTH) for text in texts)
 
 
-def _summary_lines(report: Report, fancy: bool, places: int) -> list[str]:
-    """Return the lines of a summary but for the histogram, with so many places of loss."""
+def _summary_lines(report: Report, fancy: bool, loss_places: int) -> list[str]:
+    """Return the lines of a summary without the histogram; see `summarized_losses`."""
     return [
         *heading_lines(report),
         *delay_lines(report),
         *packet_lines(report),
         *stage_lines(report, fancy),
-        *summarized_losses(report, places),
+        *summarized_losses(report, loss_places),
         *queue_lines(report),
         *comparison_lines(report, "this run"),
     ]
 
 
 def fitting(lines: Iterable[str]) -> list[str]:
-    """Return lines that can be printed, those wrapped that are too long for a terminal."""
+    """Return lines without control characters, wrapped if they are too long for a terminal."""
     fitted = []
     for line in map(printable, lines):
         if len(line) <= WIDTH:
             fitted.append(line)
         else:
-            fitted += _wrapped(line, " " * 13)
+            fitted += _wrapped(line, " " * 13)  # to the right of where any line's text begins
     return fitted
 
 
@@ -11249,8 +11263,9 @@ def heading_lines(report: Report) -> list[str]:
         title += f", {info.traffic_name}"
     if report.get("interrupted"):
         title += ", interrupted"
-    if info.traffic:
-        title += f" ({counted(round(rate_of(info) or 0), 'packet')} a second)"
+    rate = rate_of(info)
+    if rate is not None:
+        title += f" ({counted(round(rate), 'packet')} a second)"
     return _wrapped(f"{title}; {_interfaces(info)}", " ")
 
 
@@ -11269,7 +11284,7 @@ def _wrapped(text: str, indent: str) -> list[str]:
 
 
 def delay_lines(report: Report) -> list[str]:
-    """Return a table of the delays of each direction and of the guest."""
+    """Return a table of the delays of each direction and of the guest, and lines on flows."""
     lines = [f"{'Delay':<8}{_cells(DELAY_COLUMNS)}"]
     parts = parts_of(report)
     for name, part in parts.items():
@@ -11304,40 +11319,45 @@ def packet_text(name: str, part: Report) -> str:
         ]
         kinds = [kind for kind in packets if kind not in ("answered", "unanswered")]
     else:
-        direction = DIRECTIONS[name][0]
+        [direction] = DIRECTIONS[name]
+        second_only = packets[f"{direction.second}_only"]
         counts = [
             f"{packets[direction.first]} on the {direction.first}",
             f"{packets['matched']} matched",
             f"{packets['lost']} lost ({percent_text(part['loss_ratio'])})",
         ]
         kinds = ["ambiguous", "undecided", "duplicated", "reordered"]
-        if packets[f"{direction.second}_only"]:
-            counts.append(f"{packets[f'{direction.second}_only']} only on the {direction.second}")
+        if second_only:
+            counts.append(f"{second_only} only on the {direction.second}")
     counts += [f"{packets[kind]} {kind}" for kind in kinds if packets[kind]]
     return ", ".join(counts)
 
 
-def summarized_losses(report: Report, places: int) -> list[str]:
-    """Return lines on the places where most packets were lost, of the way out on at most one."""
+def summarized_losses(report: Report, loss_places: int) -> list[str]:
+    """Return lines on where packets were lost, or on how to learn that.
+
+    They show at most `loss_places` places, but at least one of the way in, and at most one of the
+    way out.
+    """
     lost = any(part.get("loss_ratio") for part in parts_of(report).values())
     if lost and info_of(report).measured and "stages" not in report:
         return [" --stages shows where packets are lost"]
     lines: list[str] = []
     for name, part in parts_of(report).items():
-        most = max(1, places)
+        most = max(1, loss_places)
         if name == "out":
-            most = min(1, places)
+            most = min(1, loss_places)
         lines += loss_lines(name, part, info_of(report), most)
     return lines
 
 
 def queue_lines(report: Report) -> list[str]:
-    """Return a line on the vif's queue, if packets were lost or dropped."""
+    """Return a line on the vif's queue, if packets were lost or dropped, or else none."""
     info = info_of(report)
     queue = info.platform.get("vif")
-    lost = any(part.get("loss_ratio") for part in parts_of(report).values())
     if not queue:
         return []
+    is_relevant = any(part.get("loss_ratio") for part in parts_of(report).values())
     line = f" {info.vif}: {queue.get('qdisc')}, length {queue.get('queue_length')}"
     before = queue.get("before")
     after = queue.get("after")
@@ -11345,10 +11365,11 @@ def queue_lines(report: Report) -> list[str]:
         to_guest = after["tx_dropped"] - before["tx_dropped"]
         from_guest = after["rx_dropped"] - before["rx_dropped"]
         line += f", dropped {to_guest} to the guest, {from_guest} from it"
+        # The interface's counters leave out what its queueing discipline drops.
         if queue.get("qdisc") != "noqueue" and "stages" not in report:
             line += " (not by tc)"
-        lost = lost or to_guest > 0 or from_guest > 0
-    return [line] if lost else []
+        is_relevant = is_relevant or to_guest > 0 or from_guest > 0
+    return [line] if is_relevant else []
 
 
 def table(reports: Sequence[Report]) -> list[str]:
@@ -11361,11 +11382,11 @@ def table(reports: Sequence[Report]) -> list[str]:
     runs: defaultdict[str, list[tuple[int, Report]]] = defaultdict(list)
     for number, report in enumerate(reports, 1):
         runs[info_of(report).traffic_name].append((number, report))
-    for kind, numbered in runs.items():
-        for number, report in numbered:
-            lines += _run_rows(f" {kind}", number, report)
-        if len(numbered) > 1:
-            lines += _mean_rows(f" {kind}", [report for _, report in numbered])
+    for traffic, numbered_reports in runs.items():
+        for number, report in numbered_reports:
+            lines += _run_rows(f" {traffic}", number, report)
+        if len(numbered_reports) > 1:
+            lines += _mean_rows(f" {traffic}", [report for _, report in numbered_reports])
     lines += [
         f" run {number} was interrupted"
         for number, report in enumerate(reports, 1)
@@ -11377,7 +11398,7 @@ def table(reports: Sequence[Report]) -> list[str]:
 
 
 def _run_rows(label: str, number: int, report: Report) -> list[str]:
-    """Return a run's row for each direction and the guest, and where packets were lost."""
+    """Return a run's rows for each direction and the guest, their stages, and losses."""
     info = info_of(report)
     rows = []
     for name, part in parts_of(report).items():
@@ -11390,21 +11411,21 @@ def _run_rows(label: str, number: int, report: Report) -> list[str]:
 
 
 def _mean_rows(label: str, reports: Sequence[Report]) -> list[str]:
-    """Return the rows of the means and standard deviations of several runs."""
-    runs: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
+    """Return the rows of the means and standard deviations of several runs, by part."""
+    runs_of_part: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
     for report in reports:
         for name, part in parts_of(report).items():
             if "median" in part:
-                runs[name].append(figures_in(part))
+                runs_of_part[name].append(figures_in(part))
     rows = []
-    for name, figures in runs.items():
-        if len(figures) < 2:
+    for name, runs in runs_of_part.items():
+        if len(runs) < 2:
             continue
         means = {}
         deviations = {}
         for column in RUN_COLUMNS:
-            if column in figures[0]:
-                values = [run[column] for run in figures]
+            if column in runs[0]:  # the guest has no loss
+                values = [figures[column] for figures in runs]
                 means[column] = _mean(values)
                 deviations[column] = math.sqrt(_variance(values))
         rows.append(_table_row(label, "mean", name, "", means))
@@ -11428,13 +11449,16 @@ def _figure_text(name: str, figures: Mapping[str, float]) -> str:
 
 
 def comparison_lines(report: Report, subject: str) -> list[str]:
-    """Return lines on what has changed since the baseline, if there is one."""
+    """Return lines on what has changed since the baseline, or none without a comparison.
+
+    `subject` is the name of what is compared with it.
+    """
     comparison = report.get("comparison")
     if not comparison:
         return []
     before, now = comparison["runs"]
     runs = f"({counted(before, 'run')} before, {now} now)"
-    changes = []
+    texts = []
     differences = []
     for name in COMPARED:
         label = name.removesuffix("_ratio")
@@ -11442,12 +11466,12 @@ def comparison_lines(report: Report, subject: str) -> list[str]:
         text = f"{label:<8}{_shift_text(name, change['shift'])}"
         if change["interval"]:
             text += f" (99 %: {_interval_text(name, *change['interval'])})"
-        changes.append(text)
+        texts.append(text)
         if change["distinguishable"]:
             word = "higher" if change["shift"] > 0 else "lower"
             differences.append(f"{label} is {word}")
     if min(before, now) < FEWEST_RUNS:
-        shifts = ", ".join(" ".join(change.split()) for change in changes)
+        shifts = ", ".join(" ".join(text.split()) for text in texts)  # without padding
         too_few = f"too few runs for a verdict ({FEWEST_RUNS} needed on each side)"
         return [f"{subject}: {too_few}; baseline {comparison['path']}", f" {shifts} {runs}"]
     heading = f"{subject} compared with {comparison['path']}"
@@ -11456,7 +11480,7 @@ def comparison_lines(report: Report, subject: str) -> list[str]:
         verdict = f"no verdict: {EQUAL_RUNS}"
     if differences:
         verdict = f"significant difference: {', '.join(differences)}"
-    return [heading, f" {verdict} {runs}", *(f" {change}" for change in changes)]
+    return [heading, f" {verdict} {runs}", *(f" {text}" for text in texts)]
 
 
 def _shift_text(name: str, shift: float) -> str:
@@ -11467,7 +11491,7 @@ def _shift_text(name: str, shift: float) -> str:
 
 
 def _interval_text(name: str, low: float, high: float) -> str:
-    if name == "loss_ratio":  # the shift before it has the unit
+    if name == "loss_ratio":  # the text of the shift, which comes first, has the unit
         return f"{100 * low:+.3g} to {100 * high:+.3g}"
     return f"{_shift_text(name, low)} to {_shift_text(name, high)}"
 
@@ -11489,7 +11513,7 @@ class TextOutput(Output):
     def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
         """Take the report of the next run."""
         self._reports.append(report)
-        if len(self._reports) == 1:
+        if len(self._reports) == 1:  # only a single run is shown with a histogram
             self._delays = Counter(results[0].samples())
 
     def finish(self) -> None:
@@ -11506,12 +11530,14 @@ class TextOutput(Output):
             write_result(self._path, "".join(f"{line}\n" for line in shown))
         else:
             for line in lines:
-                self._screen.say(line, colour="" if line.startswith(" ") else "1")
+                is_heading = not line.startswith(" ")
+                self._screen.say(line, colour=BOLD if is_heading else "")
 
 
 # ---- Outputs: CSV ----------------------------------------------------------------------------
 
 CSV_FIELDS = [column.name for column in fields(PacketFields)]
+# The first flag of a row, by its packet's class: these are all classes after matching.
 CSV_FLAGS = {
     PacketClass.MATCHED: "",
     PacketClass.AMBIGUOUS: "ambiguous",
@@ -11521,7 +11547,7 @@ CSV_FLAGS = {
 
 
 def csv_rows(result: DirectionResult) -> Iterator[list[object]]:
-    """Yield a row for each packet that counts: time, identity, delay in µs and flags."""
+    """Yield a row for each packet of the first point: time, fields, delay in µs and flags."""
     reordered = reordering(result)
     for rank in result.ranks(*CSV_FLAGS):
         flags = [CSV_FLAGS[PacketClass(result.classes[rank])]]
@@ -11541,30 +11567,33 @@ def csv_rows(result: DirectionResult) -> Iterator[list[object]]:
 
 
 class CsvOutput(Output):
-    """A table of all packets; that of several runs has a column with the number of the run."""
+    """A table of the packets of each run's first direction.
+
+    That of several runs has a column with the number of the run.
+    """
 
     def __init__(self, path: str, several: bool) -> None:
         self._path = path
         self._several = several
-        self._runs = 0
+        self._run_number = 0  # from 1
         self._written = False
 
     def add(self, report: Report, results: Sequence[DirectionResult]) -> None:
         """Write the packets of the next run."""
-        self._runs += 1
+        self._run_number += 1
         write_file(self._path, lambda file: self._write(file, results[0]), append=self._written)
         self._written = True
 
     def _write(self, file: BinaryIO, result: DirectionResult) -> None:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="")
         writer = csv.writer(text, lineterminator="\n")
-        run = [self._runs] if self._several else []
         if not self._written:
             heading = ["run"] if self._several else []
             writer.writerow([*heading, "time", *CSV_FIELDS, "delay_us", "flags"])
+        run = [self._run_number] if self._several else []
         writer.writerows([*run, *row] for row in csv_rows(result))
         text.flush()
-        text.detach()
+        text.detach()  # so that `text` leaves the file open: the caller closes it
 
 
 # ---- Outputs: Prometheus ---------------------------------------------------------------------
@@ -11583,7 +11612,7 @@ PROMETHEUS_HELP = {
     "loss_ratio": "Lost packets / packets at the first point (both without undecided ones).",
     "reordering_ratio": "Reordered packets / packets with a delay.",
 }
-# Labels that series have of themselves, or that Prometheus gives a meaning.
+# Labels that netweaver sets itself, or to which Prometheus gives a meaning.
 RESERVED_LABELS = frozenset(
     "hypervisor name_label destination source traffic measured direction statistic kind stage login"
     " pif vif version le quantile".split()
@@ -11594,7 +11623,7 @@ RESERVED_LABELS = frozenset(
 class Sample:
     """A value of a series, with the labels that it doesn't share with all others."""
 
-    family: str
+    family: str  # in PROMETHEUS_HELP
     value: float
     labels: dict[str, str] = field(default_factory=dict)
 
@@ -11611,10 +11640,10 @@ def prometheus(info: RunInfo, code: int, report: Report | None = None) -> str:
             samples += part_samples(name, part)
     common = series_labels(info)
     lines = []
-    for family, text in PROMETHEUS_HELP.items():
+    for family, description in PROMETHEUS_HELP.items():
         family_samples = [sample for sample in samples if sample.family == family]
         if family_samples:
-            lines.append(f"# HELP netweaver_{family} {text}")
+            lines.append(f"# HELP netweaver_{family} {description}")
             lines.append(f"# TYPE netweaver_{family} gauge")
         for sample in family_samples:
             labels = _label_text({**common, **sample.labels})
@@ -11638,12 +11667,13 @@ def part_samples(name: str, part: Report) -> list[Sample]:
     samples = []
     for figure in FIGURES:
         value = figure.find(part)
-        if value is None or figure.unit is Unit.PACKETS:
+        if value is None or figure.unit is Unit.PACKETS:  # packets are counted below
             continue
         if figure.unit is Unit.MICROSECONDS:
             labels = {**direction, "statistic": figure.name}
             samples.append(Sample("delay_seconds", value / 1e6, labels))
         else:
+            # negative_delays, zero_delays, loss_ratio or reordering_ratio
             samples.append(Sample(f"{figure.name}_{figure.unit.value}", value, direction))
     counts = {**part["packets"], **(part.get("after_vif") or {})}
     for kind, number in counts.items():
@@ -11657,9 +11687,10 @@ def part_samples(name: str, part: Report) -> list[Sample]:
 
 
 def series_labels(info: RunInfo) -> dict[str, str]:
-    """Return the labels of all series of a measurement, whatever becomes of it.
+    """Return the labels that all series of a measurement have, even if it fails.
 
-    They distinguish all measurements of a VM, and have neither its interfaces nor the login.
+    They distinguish all measurements of a VM.  Only the series `info` has its interfaces, which may
+    be unknown after a failure, and the login.
     """
     labels = {prometheus_name(key): value for key, value in info.labels.items()}
     labels |= {
@@ -11669,7 +11700,7 @@ def series_labels(info: RunInfo) -> dict[str, str]:
         "source": ",".join(Target(source).host for source in info.sources),
         "traffic": info.traffic_name,
         "measured": info.direction,
-        "direction": info.direction,
+        "direction": info.direction,  # series on one part have its name instead
     }
     if info.hypervisor:
         labels["hypervisor"] = Target(info.hypervisor).host
@@ -11677,8 +11708,11 @@ def series_labels(info: RunInfo) -> dict[str, str]:
 
 
 def prometheus_name(key: str) -> str:
-    """Return a key as the name of a label."""
-    return re.sub(r"^(?=\d)|[^A-Za-z0-9_]", "_", key)
+    """Return a key as the name of a label, with "_" for invalid characters and before a digit."""
+    name = re.sub(r"[^A-Za-z0-9_]", "_", key)
+    if key[:1].isdecimal():
+        return f"_{name}"
+    return name
 
 
 def check_labels(keys: Iterable[str]) -> None:
@@ -11697,6 +11731,7 @@ def _label_text(labels: Mapping[str, str]) -> str:
     """Return labels in Prometheus' text format."""
     pairs = []
     for name, value in labels.items():
+        # Line breaks stay, since the format has an escape for them.
         lines = "\n".join(map(printable, value.split("\n")))
         escaped = lines.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
         pairs.append(f'{name}="{escaped}"')
@@ -11739,23 +11774,24 @@ class PrometheusOutput(Output):
         if self._report:
             info = info_of(self._report)
             text = prometheus(info, self._exit_code(), self._report)
+            # For standard output, if the file can't be written: that is an error with this code.
             failed = prometheus(info, UsageError.exit_code, self._report)
             write_result(self._path, text, after_failure=failed)
 
 
 # ---- Outputs: pictures -----------------------------------------------------------------------
 
-# Of Okabe and Ito's colours, which everyone can tell apart; both sets have none in common.
+# Of Okabe and Ito's colours, which everyone can tell apart; parts and stages share none.
 PART_COLOURS = {"in": "#0072B2", "out": "#D55E00", "guest": "#000000"}
 STAGE_COLOURS = ("#F0E442", "#009E73", "#CC79A7", "#999999")
 CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-CURVE_STYLES = {"median": "o-", "p99": "^--", "loss": "x-"}  # marker and line
-MARKERS = {"in": "o", "out": "^"}
-LINES = {"in": "-", "out": "--"}
+CURVE_STYLES = {"median": "o-", "p99": "^--", "loss": "x-"}  # a marker, then a line
+PART_MARKERS = {"in": "o", "out": "^"}
+PART_LINES = {"in": "-", "out": "--"}
 PICTURE_ENDINGS = (".png", ".svg", ".pdf")
 # Where delays differ by more than this factor from the median, their axis is logarithmic.
 LOGARITHMIC_PICTURE = 20
-POINTS_TO_RASTERIZE = 5000
+POINTS_TO_RASTERIZE = 5000  # more would make .svg and .pdf files large
 
 
 @dataclass
@@ -11771,7 +11807,7 @@ def check_picture(path: str) -> None:
     """Raise UsageError if a picture of that name can't be made."""
     if not is_standard_output(path) and not path.lower().endswith(PICTURE_ENDINGS):
         raise UsageError(f"--plot {path}: the name must end in .png, .svg or .pdf")
-    new_figure()
+    new_figure()  # fails without matplotlib
 
 
 def new_figure() -> Picture:
@@ -11791,10 +11827,10 @@ def save_figure(figure: Picture, path: str, *title: str) -> None:
     for text in figure.findobj(Text):  # a name with $ is no formula
         text.set_parse_math(False)
         text.set_usetex(False)
-    kind = "png"
+    file_format = "png"  # of standard output
     if path.lower().endswith(PICTURE_ENDINGS):
-        kind = path[-3:].lower()
-    write_file(path, lambda file: figure.savefig(file, format=kind, dpi=150))
+        file_format = path.lower().rpartition(".")[2]
+    write_file(path, lambda file: figure.savefig(file, format=file_format, dpi=150))
 
 
 def plot(path: str, report: Report, results: Sequence[DirectionResult]) -> None:
@@ -11803,8 +11839,8 @@ def plot(path: str, report: Report, results: Sequence[DirectionResult]) -> None:
     over_time, distribution = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     names = side_names(info_of(report))
     start = min(result.sent[0] for result in results if result.sent)
-    delays = [delay / 1000 for result in results for delay in result.samples()]
-    logarithmic = min(delays) > 0 and max(delays) > LOGARITHMIC_PICTURE * report["median"]
+    delays_us = [delay / 1000 for result in results for delay in result.samples()]
+    logarithmic = min(delays_us) > 0 and max(delays_us) > LOGARITHMIC_PICTURE * report["median"]
     if logarithmic:
         over_time.set_yscale("log")
         _label_plainly(over_time.yaxis)
@@ -11820,14 +11856,14 @@ def plot(path: str, report: Report, results: Sequence[DirectionResult]) -> None:
     save_figure(figure, path, _picture_heading(report, start), _picture_figures(report, results))
 
 
-def _picture_heading(report: Report, first_packet: int) -> str:
-    """Return the VM, the traffic with its achieved rate, the direction and the time of a run."""
+def _picture_heading(report: Report, start: int) -> str:
+    """Return the VM, the traffic with its rate, the direction and the start (ns) of a run."""
     info = info_of(report)
-    traffic = run_name(info)
+    title = run_name(info)
     if info.traffic:
-        traffic += f" at {rate_text(info)}"
+        title += f" at {rate_text(info)}"
     directions = " and ".join(direction.name for direction in info.selection.directions)
-    return f"{traffic}, direction {directions}, {date_text(first_packet)}"
+    return f"{title}, direction {directions}, {date_text(start)}"
 
 
 def _picture_figures(report: Report, results: Sequence[DirectionResult]) -> str:
@@ -11851,9 +11887,12 @@ def _label_plainly(axis: Axis) -> None:
 
     class PlainFormatter(LogFormatter):
         def __call__(self, value: float, position: int | None = None) -> str:
-            return f"{value:g}" if super().__call__(value, position) else ""
+            if not super().__call__(value, position):  # a tick that is to have no label
+                return ""
+            return f"{value:g}"
 
     axis.set_major_formatter(PlainFormatter())
+    # Label some minor ticks on an axis of up to two powers of ten, and all on half of one.
     axis.set_minor_formatter(PlainFormatter(minor_thresholds=(2, 0.5)))
 
 
@@ -11863,7 +11902,10 @@ def _seconds(result: DirectionResult, ranks: Iterable[int], start: int) -> list[
 
 
 def _draw_stages(axes: Axes, result: DirectionResult, start: int, logarithmic: bool) -> None:
-    """Draw how long each stage took: stacked, but on a logarithmic axis side by side."""
+    """Draw how long each stage took, if that was traced.
+
+    The stages are stacked, unless the axis is logarithmic: there heights don't add up.
+    """
     if not result.trace:
         return
     ranks, stages = result.trace.traced_packets()
@@ -11872,7 +11914,7 @@ def _draw_stages(axes: Axes, result: DirectionResult, start: int, logarithmic: b
     if logarithmic:
         for colour, (name, values) in zip(STAGE_COLOURS, durations.items()):
             axes.plot(seconds, values, ".", markersize=2, color=colour, label=name)
-    elif durations:
+    elif durations:  # stackplot fails without any
         axes.stackplot(
             seconds,
             *durations.values(),
@@ -11891,7 +11933,7 @@ def _draw_delays(axes: Axes, result: DirectionResult, start: int, names: Mapping
     axes.plot(
         _seconds(result, timed, start),
         [result.delays[rank] / 1000 for rank in timed],
-        MARKERS[direction.name],
+        PART_MARKERS[direction.name],
         markersize=3,
         color=colour,
         alpha=0.6,
@@ -11903,7 +11945,7 @@ def _draw_delays(axes: Axes, result: DirectionResult, start: int, names: Mapping
     if lost:
         axes.plot(
             _seconds(result, lost, start),
-            [0.02] * len(lost),  # of the height of the axes
+            [0.02] * len(lost),  # of the height of the axes: see `transform`
             "x",
             markersize=6,
             color=colour,
@@ -11917,20 +11959,25 @@ def _draw_distribution(axes: Axes, result: DirectionResult) -> None:
 
     The axis shows 1 / (1 - share), which on a logarithmic scale puts p99 and p99.9 apart.
     """
-    delays = sorted(delay / 1000 for delay in result.samples())
-    size = len(delays)
+    delays_us = sorted(delay / 1000 for delay in result.samples())
+    size = len(delays_us)
+    positions = [size / (size - rank) for rank in range(size)]  # with a share of rank / size
     axes.plot(
-        [size / (size - rank) for rank in range(size)],
-        delays,
+        positions,
+        delays_us,
         color=PART_COLOURS[result.direction.name],
-        linestyle=LINES[result.direction.name],
+        linestyle=PART_LINES[result.direction.name],
         rasterized=size > POINTS_TO_RASTERIZE,
     )
 
 
 def _label_percentiles(axes: Axes, size: int) -> None:
-    """Label the axis of a distribution of at most so many packets in percent, up to p99.9."""
+    """Label the axis of a distribution of at most so many packets in percent.
+
+    It ends at p99.9, or beyond if there are more than 1000 packets.
+    """
     end = max(size, 1000)
+    # By position: 1 / (1 - share), see _draw_distribution.
     labels = {1: "0", 2: "50", 10: "90", 100: "99", 1000: "99.9", 10_000: "99.99"}
     positions = [position for position in labels if position <= end]
     axes.set(xscale="log", xlabel="packets within this delay (%)", xlim=(1, end))
@@ -11939,22 +11986,23 @@ def _label_percentiles(axes: Axes, size: int) -> None:
 
 
 def run_curves(reports: Sequence[Report]) -> dict[str, list[RunPoint]]:
-    """Return the figures of several runs, by pattern of traffic and direction."""
-    sweep = is_sweep(reports)
+    """Return the figures of several runs by curve, such as "syn in": the traffic and the part."""
+    over_rates = is_sweep(reports)
     curves: defaultdict[str, list[RunPoint]] = defaultdict(list)
     for number, report in enumerate(reports, 1):
         info = info_of(report)
-        pattern = ""
-        position = group = float(number)
+        prefix = ""
+        position = float(number)
+        group = position
         if info.traffic:
-            pattern = f"{info.traffic.pattern} "
-        if sweep and info.traffic:
-            group = info.traffic.rate
-            position = rate_of(info) or group
+            prefix = f"{info.traffic.pattern} "
+            if over_rates:
+                group = info.traffic.rate
+                position = rate_of(info) or group
         for name, part in parts_of(report).items():
             figures = figures_in(part)
             if "median" in figures:
-                curves[pattern + name].append(RunPoint(position, group, figures))
+                curves[prefix + name].append(RunPoint(position, group, figures))
     return curves
 
 
@@ -12007,7 +12055,9 @@ def _runs_title(reports: Sequence[Report]) -> list[str]:
 
 
 def _draw_curve(axes: Axes, points: Sequence[RunPoint], name: str, colour: str) -> None:
-    """Draw a figure of each run, and a line through the means of its groups."""
+    """Draw one figure of all runs: a marker for each, and a line through the means of groups."""
+    marker = CURVE_STYLES[name][0]
+    line = CURVE_STYLES[name][1:]
     groups: defaultdict[float, list[tuple[float, float]]] = defaultdict(list)
     for point in points:
         if name in point.figures:
@@ -12015,10 +12065,11 @@ def _draw_curve(axes: Axes, points: Sequence[RunPoint], name: str, colour: str) 
     means = []
     for group in groups.values():
         positions, values = zip(*group)
-        axes.plot(positions, values, CURVE_STYLES[name][0], color=colour)
+        axes.plot(positions, values, marker, color=colour)
         means.append((_mean(positions), _mean(values)))
     if means:  # the guest has no loss
-        axes.plot(*zip(*sorted(means)), CURVE_STYLES[name][1:], color=colour)
+        positions, values = zip(*sorted(means))
+        axes.plot(positions, values, line, color=colour)
 
 
 class PictureOutput(Output):
@@ -12074,13 +12125,13 @@ class Outcome:
         self._signals = signals
         self._several = several
         self._subject = subject
-        self._advice = "send more (-c)"
+        self._more_advice = "send more (-c)"  # if there are too few packets
         if options.pcaps:
-            self._advice = "capture more of them"
+            self._more_advice = "capture more of them"
         elif options.duration:
-            self._advice = "measure for longer (--duration)"
-        elif "{count}" not in (options.source_command or "{count}"):
-            self._advice = "send more"
+            self._more_advice = "measure for longer (--duration)"
+        elif options.source_command and "{count}" not in options.source_command:
+            self._more_advice = "send more"  # -c has no effect
         self._outputs = self._make_outputs(options)
         self._reports: list[Report] = []
         self._breaches: list[str] = []
@@ -12089,11 +12140,11 @@ class Outcome:
     def _make_outputs(self, options: Options) -> list[Output]:
         """Return the outputs that are asked for, the result first."""
         path = options.output
-        result = options.result_format
+        result_format = options.result_format
         if options.format is None and path == "-" and is_terminal(sys.stdout):
-            result = TextOutput
-        outputs = [result.for_result(path, self._screen, lambda: self.exit_code)]
-        if self._screen.has_people and result is not TextOutput:
+            result_format = TextOutput
+        outputs = [result_format.for_result(path, self._screen, lambda: self.exit_code)]
+        if self._screen.has_people and result_format is not TextOutput:
             outputs.append(TextOutput(self._screen, None))
         if options.csv:
             outputs.append(CsvOutput(options.csv, self._several))
@@ -12138,12 +12189,13 @@ class Outcome:
 
     def end(self) -> None:
         """Complete the outputs, and show warnings, broken limits and errors."""
-        for output in sorted(self._outputs, key=attrgetter("has_exit_code")):  # such are last
+        # Those with the exit code are last: it depends on whether the others fail.
+        for output in sorted(self._outputs, key=attrgetter("has_exit_code")):
             self.attempt(output.finish)
         for warning in self._warnings():
             self._screen.warn(warning)
         for breach in self._breaches:
-            self._screen.say(f"netweaver: limit: {breach}", "31")
+            self._screen.say(f"netweaver: limit: {breach}", RED)
         for problem in dict.fromkeys(map(str, self._problems)):
             self._screen.error(problem)
 
@@ -12162,11 +12214,11 @@ class Outcome:
             for limit in limits
             if isinstance(limit, FigureLimit)
         ]
-        if self._screen.has_people:
+        if self._screen.has_people:  # the summary shows these
             percentiles += ["p90", "p95", "p99"]
-        few = percentile_warning(self._reports, percentiles)
-        if few:
-            warnings.append(f"{few}: {self._advice}")
+        too_few = percentile_warning(self._reports, percentiles)
+        if too_few:
+            warnings.append(f"{too_few}: {self._more_advice}")
         return warnings
 
     def _label(self, name: str, numbers: Sequence[int]) -> str:
@@ -12213,10 +12265,11 @@ def option(
     with_pcaps: bool = False,
     **details: Any,
 ) -> Any:
-    """Return the field of Options for one option of a group of the help text.
+    """Return the field of Options for one option, which the help text shows in its group.
 
-    `usage` has its flags and its argument; without an argument it is False unless it is given.
-    `with_pcaps` marks options that can be used with --pcaps.  The `details` go to argparse.
+    `usage` is its flags and its argument, as in "-d,--destination DESTINATION"; an option without
+    an argument is a switch, which is off by default.  `with_pcaps` marks options that can be used
+    with --pcaps.  The `details` go to argparse's add_argument.
     """
     flags, _, metavar = usage.partition(" ")
     if metavar:
@@ -12224,7 +12277,7 @@ def option(
     else:
         details["action"] = "store_true"
         default = False
-    details["help"] = help.replace("%", "%%")
+    details["help"] = help.replace("%", "%%")  # argparse formats it with %
     metadata = {
         "group": group,
         "flags": flags.split(","),
@@ -12242,7 +12295,7 @@ login_option = partial(option, "login")
 output_option = partial(option, "output")
 
 NUMBER_SUFFIXES = {"": 1, "k": 1000, "m": 1_000_000}
-TIME_UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
+TIME_UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}  # in seconds
 TRAFFIC_ALIASES = {"icmp": "ping", "tcp": "syn"}
 TOOLSTACK_ALIASES = {
     "xenserver": "xe",
@@ -12255,7 +12308,7 @@ TOOLSTACK_ALIASES = {
 
 
 def list_of(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
-    """Return an argparse type for lists with commas."""
+    """Return an argparse type for a list whose items are separated by commas."""
     return lambda text: [parse(item.strip()) for item in text.split(",")]
 
 
@@ -12276,7 +12329,7 @@ def number_in(smallest: int, largest: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         parts = re.fullmatch(r"(\d{1,10})(?:e(\d))?([km]?)", text.lower(), re.ASCII)
-        number = -1
+        number = -1  # below any range
         if parts:
             digits, exponent, suffix = parts.groups()
             number = int(digits) * 10 ** int(exponent or 0) * NUMBER_SUFFIXES[suffix]
@@ -12292,7 +12345,7 @@ def number_in(smallest: int, largest: int) -> Callable[[str], int]:
 def parse_seconds(text: str) -> float:
     """Return the seconds of a positive time, which may have a unit: 90, 1.5m, 2h."""
     parts = re.fullmatch(r"(\d{1,7}(?:\.\d{0,9})?)(|s|m|min|h)", text.lower(), re.ASCII)
-    seconds = 0.0
+    seconds = 0.0  # which is refused
     if parts:
         seconds = float(parts[1]) * TIME_UNITS[parts[2]]
     if not 0 < seconds < 10_000_000:
@@ -12303,7 +12356,8 @@ def parse_seconds(text: str) -> float:
 
 
 def parse_interface(text: str) -> str:
-    """Return the name of a network interface."""
+    """Return a name that a network interface may have."""
+    # Linux allows 15 bytes. Commands would take one that begins with "-" for an option.
     if not re.fullmatch(r"[^\s/-][^\s/]{0,14}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a network interface")
     return text
@@ -12545,7 +12599,10 @@ class Options:
 
     @property
     def result_format(self) -> type[Output]:
-        """The class of the format of the result; without --format it is text or JSON."""
+        """The class of the result's output; without --format it is JsonOutput.
+
+        For a terminal Outcome chooses TextOutput instead.
+        """
         return FORMATS[self.format or "json"]
 
 
@@ -12617,9 +12674,12 @@ def add_option(group: argparse._ActionsContainer, row: Field[object]) -> None:
 
 
 def valid_options(argv: Sequence[str] | None) -> Options:
-    """Return the valid options of a command line that is wrong: they name its error and series."""
+    """Return those options of an invalid command line that are valid by themselves.
+
+    They give the VM that its error names, and the file and the labels for its failure.
+    """
     valid: dict[str, Any] = {}
-    for row in fields(Options):
+    for row in fields(Options):  # one parser each, since a parser stops at the first error
         parser = Parser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
         add_option(parser, row)
         with suppress(UsageError):
@@ -12646,7 +12706,7 @@ def parse_options(argv: Sequence[str] | None) -> Options:
 
 
 def _check_empty(given: Mapping[str, object]) -> None:
-    """Raise UsageError for a value without text, such as that of a shell's unset variable."""
+    """Raise UsageError for a blank value, such as an unset variable of a shell leaves."""
     for row in fields(Options):
         values = given.get(row.name)
         if not isinstance(values, list):
@@ -12696,7 +12756,7 @@ def _check_hosts(options: Options) -> None:
     for flag, host in hosts:
         _check_host(flag, host)
         with naming(flag):
-            Target(host)
+            Target(host)  # raises UsageError if this is no [user@]host[:port]
     if options.destination:
         _check_host("-d", options.destination)
         if "@" in options.destination:
@@ -12733,9 +12793,9 @@ def _check_requirements(options: Options) -> None:
     check_number_of_runs(options, len(sweep(options)))
     if options.keep and not options.save:
         raise UsageError("--keep requires --save")
-    compared = list(filter(is_on_change, options.limits))
-    if compared and not options.baseline:
-        raise UsageError(f"--fail-if {compared[0]} requires --baseline")
+    change_limits = list(filter(is_on_change, options.limits))
+    if change_limits and not options.baseline:
+        raise UsageError(f"--fail-if {change_limits[0]} requires --baseline")
 
 
 def input_files(options: Options) -> set[str]:
@@ -12743,7 +12803,7 @@ def input_files(options: Options) -> set[str]:
     inputs: list[str] = []
     for name in filter(None, [*options.pcaps, options.baseline]):
         if os.path.isdir(name):
-            for pattern in ("*", "*/*"):
+            for pattern in ("*", "*/*"):  # the directory of a run, or of several
                 files = glob.glob(os.path.join(glob.escape(name), pattern))
                 inputs += [
                     path for path in files if re.fullmatch(SAVED_FILE, os.path.basename(path))
@@ -12771,21 +12831,22 @@ def _check_outputs(options: Options) -> None:
 
 def _check_files(options: Options) -> None:
     """Raise UsageError for files that can't be written, or of which one would replace another."""
-    flags: dict[str, str] = {}
+    flag_of: dict[str, str] = {}
     outputs = {"--output": options.output, "--csv": options.csv, "--plot": options.plot}
     inputs = input_files(options)
     for flag, path in outputs.items():
         if not path:
             continue
         check_writable(path)
-        name = "standard output" if is_standard_output(path) else os.path.realpath(path)
-        if name in inputs:
+        target = "standard output" if is_standard_output(path) else os.path.realpath(path)
+        if target in inputs:
             raise UsageError(f"{flag} {path}: it would replace an input. Name another file")
-        other = flags.setdefault(name, flag)
-        if other != flag and not is_special(name):
+        if target in flag_of and not is_special(target):  # a device, such as /dev/null, takes both
             raise UsageError(
-                f"{other} and {flag} can't both be written to {name}: name different files"
+                f"{flag_of[target]} and {flag} can't both be written to {target}: name different "
+                "files"
             )
+        flag_of[target] = flag
 
 
 def new_weaver(options: Options, screen: Screen, progress: Progress) -> NetWeaver:
@@ -12828,7 +12889,7 @@ def new_weaver(options: Options, screen: Screen, progress: Progress) -> NetWeave
 
 
 def sweep(options: Options) -> list[Traffic]:
-    """Return the traffic of each run: all combinations once, and then again."""
+    """Return the traffic of each run: all combinations of pattern and rate, --runs times over."""
     combinations = [
         Traffic(pattern, rate, options.size, options.port, options.source_command, options.load)
         for pattern in options.traffic or ["syn"]
@@ -12841,7 +12902,10 @@ def sweep(options: Options) -> list[Traffic]:
 
 
 def capture_paths(pif: str, vif: str) -> dict[str, list[str]]:
-    """Return the capture files of each point: one, or several separated by commas."""
+    """Return the capture files of each point; several are separated by commas.
+
+    Raises UsageError if the name of one is empty.
+    """
     paths = {"pif": split_paths(pif), "vif": split_paths(vif)}
     for text, names in ((pif, paths["pif"]), (vif, paths["vif"])):
         if "" in names:
@@ -12850,12 +12914,15 @@ def capture_paths(pif: str, vif: str) -> dict[str, list[str]]:
 
 
 def split_paths(text: str) -> list[str]:
-    """Return the paths in a list with commas, which a path may contain, too."""
+    """Return the paths of a comma-separated list, or the whole text if it is an existing path."""
     return [text] if os.path.exists(text) else text.split(",")
 
 
 def saved_runs(paths: Sequence[str], warn: Callable[[str], None]) -> list[SavedRun]:
-    """Return the saved runs that --pcaps names, or nothing if it names other captures."""
+    """Return the saved runs that --pcaps names, or nothing if it names other captures.
+
+    Two captures are a saved run if they are the ones in its directory.
+    """
     if len(paths) == 1:
         if not os.path.exists(paths[0]):
             raise UsageError(f"{paths[0]}: no such directory")
@@ -12866,19 +12933,24 @@ def saved_runs(paths: Sequence[str], warn: Callable[[str], None]) -> list[SavedR
             )
         return load_runs(paths[0], warn)
     pif, vif = paths
-    files = capture_paths(pif, vif)
+    paths_of_point = capture_paths(pif, vif)
     try:
-        run = load_run(os.path.dirname(files["pif"][0]) or ".")
+        run = load_run(os.path.dirname(paths_of_point["pif"][0]) or ".")
     except UsageError:  # these captures were not saved by --save
         return []
-    for point, names in files.items():
-        if list(map(os.path.abspath, names)) != list(map(os.path.abspath, run.files.paths[point])):
+    for point, given in paths_of_point.items():
+        saved = run.files.paths[point]
+        if list(map(os.path.abspath, given)) != list(map(os.path.abspath, saved)):
             return []
     return [run]
 
 
 def select_packets(info: RunInfo, options: Options) -> RunInfo:
-    """Return the description of captured packets as the options select and label them."""
+    """Return the description of captures, with the packets and labels that the options give.
+
+    What they leave open stays as it is.  Raises UsageError for a name without an address, and for
+    --direction both if the VM's address isn't known or is translated.
+    """
     selection = info.selection
     with naming("-s"):
         sources = [resolve(Target(source).host) for source in options.sources]
@@ -12887,7 +12959,7 @@ def select_packets(info: RunInfo, options: Options) -> RunInfo:
     if options.destination:
         with naming("-d"):
             destinations = [resolve(options.destination)]
-        excluded_sources = ()
+        excluded_sources = ()  # they tell answers apart only if no destination is known
     selection = replace(
         selection,
         excluded_sources=excluded_sources,
@@ -12908,11 +12980,11 @@ def analyze_run(options: Options, run: SavedRun) -> tuple[Report, Sequence[Direc
     """Return the report on a saved run, and the result of each direction."""
     info = select_packets(run.info, options)
     analysis = analyze_measured(info, run.files, run.report["capture"])
-    if info.backend is not None:
+    if info.backend is not None:  # the run was made with --stages
         trace = read_trace(run.files.directory, info.vif, info.pif.split(","))
         attach_stages(analysis, trace, info)
     report = build_report(analysis, info, run.report["capture"], files=True)
-    for name in ("failed_sources", "interrupted"):
+    for name in ("failed_sources", "interrupted"):  # which the captures don't show
         if name in run.report:
             report[name] = run.report[name]
     return report, analysis.results
@@ -12925,14 +12997,14 @@ def analyze_each(
 
     Errors name the directory of the run.  Raises CaptureError if no run is left.
     """
-    left = len(runs)
+    remaining = len(runs)
     for position, run in enumerate(runs):
         try:
             with naming(run.files.directory):
                 analysis = analyze(run)
         except CaptureError as error:
-            left -= 1
-            if not left:
+            remaining -= 1
+            if not remaining:
                 raise
             warn(f"left out: {error}")
         else:
@@ -12946,9 +13018,11 @@ def analyze_files(options: Options) -> tuple[Report, Sequence[DirectionResult]]:
     info = RunInfo(pif=",".join(paths["pif"]), vif=",".join(paths["vif"]))
     info = select_packets(info, options)
     info.sources = list(info.selection.sources)
-    info.destination = "".join(info.selection.destinations) or None
+    if info.selection.destinations:
+        [info.destination] = info.selection.destinations
     analysis = analyze_captures(paths, info.selection)
-    report = build_report(analysis, info, {"pif": {}, "vif": {}}, files=True)
+    nothing_known: dict[str, Report] = {"pif": {}, "vif": {}}  # of how they were captured
+    report = build_report(analysis, info, nothing_known, files=True)
     return report, analysis.results
 
 
@@ -12958,7 +13032,7 @@ class Baseline:
 
     path: str
     names: list[str]  # of the runs
-    left_out: int  # number of runs of another VM, direction or traffic
+    left_out: int  # number of runs that are damaged, or of another VM, direction or traffic
     runs: list[dict[str, float]]  # COMPARED figures
     starts: list[int] = field(default_factory=list)  # of the runs (ns), as far as they are known
 
@@ -12979,11 +13053,12 @@ class Baseline:
 
 
 def baseline_selection(options: Options, direction: Direction) -> Selection:
-    """Return which packets of captures that are a baseline count: the same as of the others."""
+    """Return the selection of the packets in captures that are given as a baseline."""
     if options.pcaps:
         return replace(select_packets(RunInfo(), options).selection, directions=[direction])
     selection = Selection([direction], translated=options.match_nat)
-    if options.direction == "both" and options.destination:  # it separates the directions
+    # In captures of both directions, only the VM's address tells their packets apart.
+    if options.direction == "both" and options.destination:
         selection = replace(selection, destinations=[resolve(options.destination)])
     return selection
 
@@ -12996,8 +13071,8 @@ def load_baseline(
 ) -> Baseline:
     """Return the figures of a baseline: of saved runs, or of two captures given as PIF,VIF.
 
-    Of several saved runs those of the `kind` are taken; None takes all.  Of captures the packets
-    of the `selection`, which has one direction, are taken.
+    If there are several saved runs, it has those of the `kind`; None stands for any.  The
+    `selection`, which has one direction, selects packets of captures.
     """
     [direction] = selection.directions
     if os.path.isdir(path):
@@ -13009,7 +13084,8 @@ def load_baseline(
         )
     pif, vif = path.split(",")
     analysis = analyze_captures(capture_paths(pif, vif), selection)
-    return Baseline(path, [path], 0, _baseline_figures(path, direction, analysis))
+    figures = _baseline_figures(path, direction, analysis)
+    return Baseline(path, names=[path], left_out=0, runs=[figures])
 
 
 def _baseline_of_runs(
@@ -13017,7 +13093,7 @@ def _baseline_of_runs(
 ) -> Baseline:
     saved = load_runs(path, warn)
     runs = [run for run in saved if direction in run.info.selection.directions]
-    if len(saved) > 1 and kind is not None:
+    if len(saved) > 1 and kind is not None:  # a single run was chosen by the user
         runs = [run for run in runs if run.info.kind == kind]
     if not runs and len(saved) == 1:
         raise UsageError(
@@ -13035,7 +13111,7 @@ def _baseline_of_runs(
         names.append(os.path.basename(run.files.directory.rstrip("/")))
         if run.info.started is not None:
             starts.append(run.info.started)
-        figures += _baseline_figures(path, direction, analysis)
+        figures.append(_baseline_figures(path, direction, analysis))
     return Baseline(path, names, len(saved) - len(names), figures, starts)
 
 
@@ -13043,19 +13119,14 @@ def _analyze_saved(run: SavedRun) -> Analysis:
     return analyze_measured(run.info, run.files, run.report["capture"])
 
 
-def _baseline_figures(
-    path: str, direction: Direction, analysis: Analysis
-) -> list[dict[str, float]]:
-    figures = []
-    for result in analysis.results:
-        if result.direction is not direction:
-            continue
-        if not result.counts.timed:
-            raise UsageError(f"--baseline {path}: no packet has a delay in its captures")
-        if max(result.delays) < 0:
-            raise UsageError(f"--baseline {path}: every delay is negative in its captures")
-        figures.append(run_figures(result))
-    return figures
+def _baseline_figures(path: str, direction: Direction, analysis: Analysis) -> dict[str, float]:
+    """Return the COMPARED figures of a direction; UsageError if no delay can be true."""
+    [result] = [result for result in analysis.results if result.direction is direction]
+    if not result.counts.timed:
+        raise UsageError(f"--baseline {path}: no packet has a delay in its captures")
+    if max(result.delays) < 0:
+        raise UsageError(f"--baseline {path}: every delay is negative in its captures")
+    return run_figures(result)
 
 
 # ---- Main ------------------------------------------------------------------------------------
@@ -13096,7 +13167,7 @@ class Signals:
         if not self.interrupt():
             raise KeyboardInterrupt
         if os.isatty(2):
-            # Not by sys.stderr, which may be in the middle of a line.
+            # Not by sys.stderr: the signal may have interrupted a write to it.
             quietly(os.write, 2, b"\nstopping, report follows (interrupt again to quit at once)\n")
 
 
@@ -13127,12 +13198,12 @@ class Screen:
 
     def warn(self, warning: str) -> None:
         """Print a warning."""
-        self.say(f"netweaver: warning: {warning}", "33")
+        self.say(f"netweaver: warning: {warning}", YELLOW)
 
     def error(self, error: object) -> None:
         """Print an error; one without words, as that of a reader that has gone, is not shown."""
         if str(error):
-            self.say(f"netweaver: error: {error}", "31")
+            self.say(f"netweaver: error: {error}", RED)
 
     def step(self, line: str) -> None:
         """Print a line on the progress of the run, for people only."""
@@ -13174,9 +13245,9 @@ class Screen:
 
     def _print(self, text: str, end: str = "\n") -> None:
         if self._live:
-            text = "\r\x1b[K" + text
+            text = "\r\x1b[K" + text  # back to the start of the line, and erase it
             self._live = False
-        if sys.stderr is None:  # print would take stdout
+        if sys.stderr is None:  # print would then write to stdout
             return
         try:
             print(text, end=end, file=sys.stderr, flush=True)
@@ -13186,20 +13257,17 @@ class Screen:
 
 def measure(
     weaver: NetWeaver,
-    probes: Sequence[Traffic],
+    traffic_by_run: Sequence[Traffic],
     outcome: Outcome,
     progress: Progress,
     options: Options,
     screen: Screen,
 ) -> Iterator[RunResult]:
-    """Make runs with this traffic, one after the other, until one is interrupted.
-
-    Yields the result of each run.
-    """
-    for index, traffic in enumerate(probes):
+    """Make one run after the other, until one is interrupted, and yield the result of each."""
+    for index, traffic in enumerate(traffic_by_run):
         progress.begin(index)
-        name = planned_name(planned_kind(options, traffic))
-        if len(probes) > 1:
+        name = kind_name(planned_kind(options, traffic))
+        if len(traffic_by_run) > 1:
             name = run_label(name, [index + 1])
         with naming(name):
             report = weaver.measure(traffic)
@@ -13208,15 +13276,15 @@ def measure(
             if directory:
                 report["saved"] = directory
                 screen.note(f"saved in {directory}")
-            if directory and options.keep:
+            if directory and options.keep:  # a run that isn't saved replaces no other
                 kind = info_of(report).kind
                 outcome.attempt(delete_old_runs, options.save, kind, options.keep)
-        yield RunResult(index, report, weaver.results, weaver.interrupted)
+        yield RunResult(index, report, weaver.results, ends_series=weaver.interrupted)
         if weaver.interrupted:
             break
 
 
-OVERHEAD_SECONDS = 1.5  # of a run beyond its traffic
+OVERHEAD_SECONDS = 1.5  # that a run usually takes besides its traffic
 
 
 class Progress:
@@ -13264,7 +13332,9 @@ class Comparer:
 
     def __init__(self, options: Options, kinds: Sequence[RunKind | None], screen: Screen) -> None:
         self._kinds = kinds  # of the runs, by position
+        # The position of the last run of each kind:
         self._last = {kind: position for position, kind in enumerate(kinds)}
+        # Of the runs so far:
         self._figures: defaultdict[RunKind | None, list[dict[str, float]]] = defaultdict(list)
         self._baselines: dict[RunKind | None, Baseline] = {}
         self._too_few_advice = f"Use --runs {FEWEST_RUNS}"
@@ -13275,7 +13345,9 @@ class Comparer:
         if options.baseline is None:
             return
         for kind in self._last:
-            direction = kind.direction if kind else options.direction or "in"
+            direction = options.direction or "in"
+            if kind:
+                direction = kind.direction
             compared = DIRECTIONS[direction][0]  # of both directions the way in
             selection = baseline_selection(options, compared)
             baseline = load_baseline(options.baseline, selection, kind, screen.warn)
@@ -13304,9 +13376,10 @@ class Comparer:
             )
 
     def compared(self, run: RunResult) -> Report:
-        """Take the next run; return its report, that of a kind's last run with a comparison.
+        """Take the next run, and return its report, with a comparison if it is its kind's last.
 
-        A run that ends the series is the last of its own kind only.
+        A run that ends the series early counts as the last of its kind.  Another kind whose last
+        run is thus never made gets no comparison.
         """
         if not self._baselines:
             return run.report
@@ -13323,11 +13396,13 @@ def run(options: Options, signals: Signals, screen: Screen) -> int:
     """Measure, or analyse captures, as the options say, and return the exit code."""
     if options.pcaps:
         return run_analysis(options, signals, screen)
-    probes = sweep(options)
+    traffic_by_run = sweep(options)
     with naming("-d"):
-        destination = resolve_destination(options.destination or "", options.sources, probes)
-    for traffic in probes:
-        traffic.source_command(1, destination)  # raises what is wrong with it
+        destination = resolve_destination(
+            options.destination or "", options.sources, traffic_by_run
+        )
+    for traffic in traffic_by_run:
+        traffic.source_command(1, destination)  # raises UsageError if it can't be sent
     # Resolved once: another look-up may give another address.
     return run_measurement(replace(options, destination=destination), signals, screen)
 
@@ -13335,17 +13410,17 @@ def run(options: Options, signals: Signals, screen: Screen) -> int:
 def run_analysis(options: Options, signals: Signals, screen: Screen) -> int:
     """Analyse saved runs or existing captures, and return the exit code."""
     saved = saved_runs(options.pcaps, screen.warn)
-    kinds: list[RunKind | None] = [None]
+    kinds: list[RunKind | None] = [None]  # of captures that aren't saved runs
     directions = [options.direction or "in"]
     if saved and options.baseline:
-        planned = {saved_kind(options, each) for each in saved}
+        given_kinds = {saved_kind(options, run) for run in saved}
         saved = without_damaged_ends(saved, options, screen.warn)
-        for kind in planned.difference(saved_kind(options, each) for each in saved):
+        for kind in given_kinds.difference(saved_kind(options, run) for run in saved):
             if any(map(is_on_change, options.limits)):
-                raise CaptureError(f"no run of {planned_name(kind)} is left for --fail-if")
+                raise CaptureError(f"no run of {kind_name(kind)} is left for --fail-if")
     if saved:
-        kinds = [saved_kind(options, each) for each in saved]
-        directions = [options.direction or each.info.direction for each in saved]
+        kinds = [saved_kind(options, run) for run in saved]
+        directions = [options.direction or run.info.direction for run in saved]
     limits = parse_limits(options.limits, directions, stages=True)
     check_number_of_runs(options, len(saved))
     outcome = Outcome(options, limits, screen, signals, several=len(saved) > 1)
@@ -13357,13 +13432,13 @@ def run_analysis(options: Options, signals: Signals, screen: Screen) -> int:
             analyses = analyze_each(saved, partial(analyze_run, options), screen.warn)
         else:
             analyses = iter([(0, analyze_files(options))])
-        runs = (RunResult(position, *analysis) for position, analysis in analyses)
+        runs = (RunResult(position, report, results) for position, (report, results) in analyses)
         publish(runs, comparer, outcome)
     return outcome.exit_code
 
 
 def saved_kind(options: Options, run: SavedRun) -> RunKind:
-    """Return the kind of a saved run, of which the options may select a direction."""
+    """Return the kind of a saved run, with the direction that the options select, if any."""
     return replace(run.info.kind, direction=options.direction or run.info.direction)
 
 
@@ -13385,7 +13460,7 @@ def without_damaged_ends(
                 _analyze_saved(run)
             intact.add(kind)
         except CaptureError as error:
-            if len(damaged) == len(runs) - 1:
+            if len(damaged) == len(runs) - 1:  # no run is left
                 raise
             damaged.append(run.files.directory)
             warn(f"left out: {error}")
@@ -13404,23 +13479,23 @@ def run_measurement(options: Options, signals: Signals, screen: Screen) -> int:
     """Measure, or show what would be measured, and return the exit code."""
     direction = options.direction or "in"
     limits = parse_limits(options.limits, [direction], options.stages)
-    probes = sweep(options)
-    kinds = [planned_kind(options, traffic) for traffic in probes]
-    several = len(probes) > 1
+    traffic_by_run = sweep(options)
+    kinds = [planned_kind(options, traffic) for traffic in traffic_by_run]
+    several = len(traffic_by_run) > 1
     outcome = Outcome(options, limits, screen, signals, several, planned_subject(options))
     comparer = Comparer(options, kinds, screen)
     comparer.check(options.limits)
     packets = options.count or USUAL_COUNT
-    seconds = [options.duration or packets / traffic.rate for traffic in probes]
-    progress = Progress(screen, [traffic.name for traffic in probes], seconds)
+    seconds = [options.duration or packets / traffic.rate for traffic in traffic_by_run]
+    progress = Progress(screen, [traffic.name for traffic in traffic_by_run], seconds)
     with ExitStack() as stack:
         stack.callback(outcome.end)
         weaver = stack.enter_context(new_weaver(options, screen, progress))
         if options.dry_run:
-            print_lines(weaver.dry_run(probes))
+            print_lines(weaver.dry_run(traffic_by_run))
             return 0
         signals.interrupt = weaver.interrupt
-        runs = measure(weaver, probes, outcome, progress, options, screen)
+        runs = measure(weaver, traffic_by_run, outcome, progress, options, screen)
         publish(runs, comparer, outcome)
     return outcome.exit_code
 
@@ -13431,8 +13506,8 @@ def planned_kind(options: Options, traffic: Traffic) -> RunKind:
     return RunKind(vm, options.direction or "in", traffic if options.sources else None)
 
 
-def planned_name(kind: RunKind) -> str:
-    """Return the VM and the traffic of a run that is about to be measured."""
+def kind_name(kind: RunKind) -> str:
+    """Return the VM and the traffic of runs of a kind, as their messages name them."""
     traffic = kind.traffic.name if kind.traffic else "passive"
     return f"{kind.vm} {traffic}"
 
@@ -13441,10 +13516,11 @@ def planned_subject(options: Options) -> str:
     """Return the VM and the traffic of the only run, or the VM of several; "" with --pcaps."""
     if options.pcaps:
         return ""
-    probes = sweep(options)
-    kind = planned_kind(options, probes[0])
-    if len(probes) == 1 and kind.vm and (options.sources or options.duration):
-        return planned_name(kind)
+    traffic_by_run = sweep(options)
+    kind = planned_kind(options, traffic_by_run[0])
+    # An incomplete command line, which is an error, may have neither a VM nor traffic.
+    if len(traffic_by_run) == 1 and kind.vm and (options.sources or options.duration):
+        return kind_name(kind)
     return kind.vm
 
 
@@ -13485,7 +13561,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             error = raised
         except Exception as unknown:
             if options and options.verbose:
-                raise
+                raise  # for its traceback
             error = unexpected(unknown)
         exit_code = signals.exit_code or error.exit_code
         if options:
@@ -13496,7 +13572,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             valid = valid_options(argv)
             name_error(error, valid.name_label or "")
             screen.error(error)
-            if valid.output != "-":
+            if valid.output != "-":  # a file would go on showing the last success
                 publish_failure(valid, exit_code)
         return exit_code
 
