@@ -6945,10 +6945,13 @@ class Links:
         link = self.get(name)
         return bool(name) and link.medium != "loopback" and link.kind != "dummy"
 
-    def vrf(self, name: str) -> str:
-        """Return the VRF that an interface belongs to, or ""."""
-        master = self.get(name).master
-        return master if self.get(master).kind == "vrf" else ""
+    def vrf(self, names: Iterable[str]) -> str:
+        """Return the first VRF that one of these interfaces belongs to, or ""."""
+        for name in names:
+            master = self.get(name).master
+            if self.get(master).kind == "vrf":
+                return master
+        return ""
 
     def stacked_on(self, name: str) -> list[Link]:
         """Return the VLANs and the like on an interface."""
@@ -7185,9 +7188,7 @@ def find_uplinks(
     host_interfaces = [vif, *ways.gateways]
     if not all_local and not ways.pifs and is_gateway(run, host_interfaces):
         kind = RouteKind.ROUTED
-        vrfs = [vrf for vrf in map(links.vrf, host_interfaces) if vrf]
-        vrf = vrfs[0] if vrfs else ""
-        ways.follow_host(route_interfaces(run, sources, vrf))
+        ways.follow_host(route_interfaces(run, sources, links.vrf(host_interfaces)))
         follow_tunnels(run, links, ways)
         local = local_sources(run, links, ways, neighbours(run, sources))
         all_local = bool(sources) and len(local) == len(sources)
@@ -7244,12 +7245,7 @@ def local_sources(
     These are guests, or the host itself.
     """
     macs = {address: mac.lower() for address, mac in sources.items() if mac}
-    gateways = {links.get(name).address: name for name in ways.gateways}
-    local: dict[str, str] = {}
-    for address, mac in macs.items():
-        if mac in gateways:  # The source is the host, whose interfaces may share a MAC address.
-            for name in interfaces_with(run, [address]):
-                local[address] = name if name in ways.gateways else gateways[mac]
+    local = host_sources(run, links, ways, macs)
     if not macs or not ways.guests:
         return local
     learned = learned_addresses(run, links, ways, sorted(set(macs.values())))
@@ -7257,6 +7253,19 @@ def local_sources(
         for guest in ways.guests:
             if guest.leads_to(mac) or (guest.name, mac) in learned:
                 local[address] = guest.name
+    return local
+
+
+def host_sources(
+    run: RunCommand, links: Links, ways: Ways, macs: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the host's interfaces on the VM's switches for sources that are the host itself."""
+    gateways = {links.get(name).address: name for name in ways.gateways}
+    local = {}
+    for address, mac in macs.items():
+        if mac in gateways:  # which interfaces of other switches may share
+            for name in interfaces_with(run, [address]):
+                local[address] = name if name in ways.gateways else gateways[mac]
     return local
 
 
@@ -13410,17 +13419,13 @@ def run(options: Options, signals: Signals, screen: Screen) -> int:
 def run_analysis(options: Options, signals: Signals, screen: Screen) -> int:
     """Analyse saved runs or existing captures, and return the exit code."""
     saved = saved_runs(options.pcaps, screen.warn)
-    kinds: list[RunKind | None] = [None]  # of captures that aren't saved runs
-    directions = [options.direction or "in"]
     if saved and options.baseline:
-        given_kinds = {saved_kind(options, run) for run in saved}
         saved = without_damaged_ends(saved, options, screen.warn)
-        for kind in given_kinds.difference(saved_kind(options, run) for run in saved):
-            if any(map(is_on_change, options.limits)):
-                raise CaptureError(f"no run of {kind_name(kind)} is left for --fail-if")
-    if saved:
-        kinds = [saved_kind(options, run) for run in saved]
-        directions = [options.direction or run.info.direction for run in saved]
+    kinds: list[RunKind | None] = [saved_kind(options, run) for run in saved]
+    directions = [options.direction or run.info.direction for run in saved]
+    if not saved:
+        kinds = [None]
+        directions = [options.direction or "in"]
     limits = parse_limits(options.limits, directions, stages=True)
     check_number_of_runs(options, len(saved))
     outcome = Outcome(options, limits, screen, signals, several=len(saved) > 1)
@@ -13428,13 +13433,19 @@ def run_analysis(options: Options, signals: Signals, screen: Screen) -> int:
     comparer.check(options.limits)
     with ExitStack() as stack:
         stack.callback(outcome.end)
-        if saved:
-            analyses = analyze_each(saved, partial(analyze_run, options), screen.warn)
-        else:
-            analyses = iter([(0, analyze_files(options))])
-        runs = (RunResult(position, report, results) for position, (report, results) in analyses)
-        publish(runs, comparer, outcome)
+        publish(analyze_inputs(options, saved, screen.warn), comparer, outcome)
     return outcome.exit_code
+
+
+def analyze_inputs(
+    options: Options, saved: Sequence[SavedRun], warn: Callable[[str], None]
+) -> Iterator[RunResult]:
+    """Yield the results of the saved runs or, if there are none, of the captures in --pcaps."""
+    if not saved:
+        report, results = analyze_files(options)
+        yield RunResult(0, report, results)
+    for position, (report, results) in analyze_each(saved, partial(analyze_run, options), warn):
+        yield RunResult(position, report, results)
 
 
 def saved_kind(options: Options, run: SavedRun) -> RunKind:
@@ -13447,7 +13458,8 @@ def without_damaged_ends(
 ) -> list[SavedRun]:
     """Return the runs without damaged ones at the end of a kind, with a warning for each.
 
-    The report of the last run of a kind gets the comparison: it must not be left out later.
+    The report of the last run of a kind gets the comparison: it must not be left out later.  Raises
+    CaptureError if no run is left at all, or none of a kind that --fail-if requires.
     """
     intact: set[RunKind] = set()
     damaged: list[str] = []
@@ -13464,6 +13476,10 @@ def without_damaged_ends(
                 raise
             damaged.append(run.files.directory)
             warn(f"left out: {error}")
+    needs_all_kinds = any(map(is_on_change, options.limits))
+    for kind in {saved_kind(options, run) for run in runs} - intact:
+        if needs_all_kinds:
+            raise CaptureError(f"no run of {kind_name(kind)} is left for --fail-if")
     return [run for run in runs if run.files.directory not in damaged]
 
 
