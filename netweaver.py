@@ -277,6 +277,7 @@ class Window:
 
         A missing packet that was sent earlier or later is undecided.  In live traffic the second
         point must have been watched for `longest`, the delay of the slowest packet, after sending.
+        Of given captures, which mostly hold all of their traffic, only the time of sending counts.
         """
         if self.is_live:
             return self.watched_from, self.watched_until - longest
@@ -11467,29 +11468,40 @@ def comparison_lines(report: Report, subject: str) -> list[str]:
         return []
     before, now = comparison["runs"]
     runs = f"({counted(before, 'run')} before, {now} now)"
-    texts = []
-    differences = []
-    for name in COMPARED:
-        label = name.removesuffix("_ratio")
-        change = comparison[name]
-        text = f"{label:<8}{_shift_text(name, change['shift'])}"
-        if change["interval"]:
-            text += f" (99 %: {_interval_text(name, *change['interval'])})"
-        texts.append(text)
-        if change["distinguishable"]:
-            word = "higher" if change["shift"] > 0 else "lower"
-            differences.append(f"{label} is {word}")
+    texts = [_change_text(name, comparison[name]) for name in COMPARED]
     if min(before, now) < FEWEST_RUNS:
         shifts = ", ".join(" ".join(text.split()) for text in texts)  # without padding
         too_few = f"too few runs for a verdict ({FEWEST_RUNS} needed on each side)"
         return [f"{subject}: {too_few}; baseline {comparison['path']}", f" {shifts} {runs}"]
     heading = f"{subject} compared with {comparison['path']}"
-    verdict = "no significant difference; within run-to-run variation"
-    if comparison["distinguishable"] is None:
-        verdict = f"no verdict: {EQUAL_RUNS}"
+    return [heading, f" {_verdict(comparison)} {runs}", *(f" {text}" for text in texts)]
+
+
+def _change_text(name: str, change: Report) -> str:
+    """Return the shift of a figure, with its interval if there is one."""
+    text = f"{_figure_label(name):<8}{_shift_text(name, change['shift'])}"
+    if change["interval"]:
+        text += f" (99 %: {_interval_text(name, *change['interval'])})"
+    return text
+
+
+def _verdict(comparison: Report) -> str:
+    """Return which figures of enough runs differ, or why none is known to."""
+    differences = []
+    for name in COMPARED:
+        change = comparison[name]
+        if change["distinguishable"]:
+            word = "higher" if change["shift"] > 0 else "lower"
+            differences.append(f"{_figure_label(name)} is {word}")
     if differences:
-        verdict = f"significant difference: {', '.join(differences)}"
-    return [heading, f" {verdict} {runs}", *(f" {text}" for text in texts)]
+        return f"significant difference: {', '.join(differences)}"
+    if comparison["distinguishable"] is None:
+        return f"no verdict: {EQUAL_RUNS}"
+    return "no significant difference; within run-to-run variation"
+
+
+def _figure_label(name: str) -> str:
+    return name.removesuffix("_ratio")
 
 
 def _shift_text(name: str, shift: float) -> str:
