@@ -4679,8 +4679,6 @@ KEY_ADVICE = {
     "sk-ecdsa-sha2-nistp256@openssh.com": f"it is a security key: {USE_AGENT}",
 }
 SYSTEM_DIRECTORY = "/etc/ssh"
-# Options given with -o that are meant for the target, and not for the jumps to it.
-OPTIONS_OF_ONE_HOST = r"\s*(hostname|port|user|hostkeyalias|proxyjump|proxycommand)[\s=]"
 # Options that restrict algorithms, and paramiko's names for them.
 ALGORITHM_OPTIONS = {
     "KexAlgorithms": "kex",
@@ -4694,7 +4692,7 @@ UNSUPPORTED_OPTIONS = {
     "knownhostscommand": ("", "none"),
     "preferredauthentications": ("", "publickey"),
     "proxyusefdpass": ("", "no"),
-    "pubkeyauthentication": ("", "yes", "true", "unbound"),
+    "pubkeyauthentication": ("", "yes", "true", "unbound", "host-bound"),
     "refuseconnection": ("", "none"),
     "remotecommand": ("", "none"),
     "revokedhostkeys": ("", "none"),
@@ -4879,7 +4877,14 @@ def read_settings(
     elif port != 22:
         known_names = (f"[{host}]:{port}", host)
     # TOKENS of ssh_config(5) that ProxyJump and ProxyCommand accept.
-    tokens = {"%": "%", "h": host, "k": alias or host, "n": target.host, "p": str(port), "r": user}
+    tokens = {
+        "%": "%",
+        "h": host,
+        "k": alias or target.host,
+        "n": target.host,
+        "p": str(port),
+        "r": user,
+    }
 
     return HostSettings(
         options=options,
@@ -4960,7 +4965,12 @@ def run_openssh(*command: str) -> subprocess.CompletedProcess[bytes]:
         )
     except FileNotFoundError as error:
         raise HostConnectionError(f"can't find {command[0]}: install OpenSSH's client") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired as error:
+        raise HostConnectionError(
+            f"{command[0]} took more than {CONNECT_SECONDS} s: does ssh_config run a command "
+            "(Match exec), or look up a name?"
+        ) from error
+    except OSError as error:
         raise HostConnectionError(f"can't run {command[0]}: {error}") from error
 
 
@@ -4971,7 +4981,8 @@ def one_line(text: str) -> str:
         line = line.strip(" @\r")
         if line and not line.startswith(("Warning: Permanently added", "debug", "OpenSSH_")):
             lines.append(line)
-    return "; ".join(lines)[-400:]
+    changed_key = [line for line in lines if line.startswith(("Host key for ", "Offending "))]
+    return "; ".join(changed_key or lines)[-400:]
 
 
 # -- host keys --
@@ -5013,7 +5024,10 @@ def parse_known_key(header: str, line: str, file: str) -> KnownKey:
     place = f"line {line_number} of {file}"
     if len(fields) < 3:
         return KnownKey(place, marker, "", b"")
-    return KnownKey(place, marker, fields[1], decode_base64(fields[2]))
+    blob = decode_base64(fields[2])
+    if marker != "REVOKED" and not blob.startswith(ssh_string(fields[1])):
+        blob = b""  # another kind of key than the line says, which ssh ignores
+    return KnownKey(place, marker, fields[1], blob)
 
 
 def has_own_order(algorithms: Sequence[str] | None) -> bool:
@@ -5085,13 +5099,16 @@ def is_among(known_keys: Sequence[KnownKey], key: paramiko.PKey, title: str) -> 
 
 
 def check_host_key(
-    key: paramiko.PKey, settings: HostSettings, address: str, warn: Callable[[str], None]
+    key: paramiko.PKey,
+    settings: HostSettings,
+    connection: SshConnection,
+    warn: Callable[[str], None],
 ) -> None:
     """Check a host's key as ssh does, and record that of a new host.
 
-    `address` is the IP address of a host that was reached directly, else "".  Raises
-    HostConnectionError if the key must be refused.
+    Raises HostConnectionError if the key must be refused.
     """
+    address = connection.peer
     title = f"{settings.name}: its host key ({key.get_name()} {key.fingerprint})"
     smallest = settings.smallest_rsa_bits
     if key.get_name() == "ssh-rsa" and key.get_bits() < smallest:
@@ -5101,6 +5118,8 @@ def check_host_key(
     if settings.is_unchecked or is_trusted_loopback(settings, address):
         return
     known = is_known(key, settings, title)
+    if connection.offers_certificate:
+        check_authorities(settings, title)
     if settings.options.is_on("checkhostip") and address not in ("", settings.host):
         check_key_of_address(key, settings, address, title)
     if not known:
@@ -5112,14 +5131,34 @@ def is_trusted_loopback(settings: HostSettings, address: str) -> bool:
     options = settings.options
     if not options.is_on("nohostauthenticationforlocalhost") or options.text("hostkeyalias"):
         return False
-    return bool(address) and ip_address(address).is_loopback
+    return is_loopback(address)
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether an address is one of loopback for ssh: not if it is IPv4 within IPv6."""
+    return address == "::1" or address.startswith("127.")
+
+
+def check_authorities(settings: HostSettings, title: str) -> None:
+    """Raise HostConnectionError if the certificate of a host may be by a revoked authority.
+
+    paramiko gets the plain key of the host, and doesn't see who has signed it.
+    """
+    for name in settings.known_names:
+        for known in find_known_keys(name, settings.known_hosts_files):
+            if known.marker == "REVOKED":
+                raise HostConnectionError(
+                    f"{title} has a certificate, which paramiko can't check, and {known.place} "
+                    "revokes a key that may be its authority's: remove that line, or the "
+                    "certificate algorithms from HostKeyAlgorithms"
+                )
 
 
 def check_key_of_address(
     key: paramiko.PKey, settings: HostSettings, address: str, title: str
 ) -> None:
     """Raise HostConnectionError if another key is known for the address (CheckHostIP)."""
-    if ip_address(address).is_loopback:
+    if is_loopback(address):
         return
     name = address if settings.port == 22 else f"[{address}]:{settings.port}"
     known_keys = find_known_keys(name, settings.known_hosts_files)
@@ -5842,13 +5881,24 @@ class SshConnection:
         return "ssh-rsa" in self._supported["HostKeyAlgorithms"]
 
     @property
-    def address(self) -> str:
-        """The IP address under which the host was reached; "" behind a jump."""
+    def offers_certificate(self) -> bool:
+        """Whether the server would show ssh a certificate with its host key."""
+        offered = self.transport.offers.get("HostKeyAlgorithms", [])
+        allowed = self._settings.options.algorithms("hostkeyalgorithms") or offered
+        return any(CERTIFICATE in name and name in allowed for name in offered)
+
+    @property
+    def peer(self) -> str:
+        """The address under which the host was reached, as getpeername(2) gives it."""
         try:
-            address = str(self._socket.getpeername()[0])
+            return str(self._socket.getpeername()[0])
         except (OSError, IndexError):  # the other end of a socket pair has no name
             return ""
-        return address.split("%")[0].removeprefix("::ffff:")  # no scope, no IPv4 within IPv6
+
+    @property
+    def address(self) -> str:
+        """The IP address under which the host was reached; "" behind a jump."""
+        return self.peer.split("%")[0].removeprefix("::ffff:")  # no scope, no IPv4 within IPv6
 
     def is_active(self) -> bool:
         return bool(self.transport.is_active())
@@ -6059,13 +6109,17 @@ def import_paramiko() -> None:
     logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else it prints tracebacks
 
 
+NO_USER = "netweaver-has-no-user"  # the user of a host for which ssh_config names none
+
+
 class Access:
     """The options of logins, as a configuration for ssh that is wrapped around the user's own.
 
     ssh keeps the first value that it reads: `options`, which it gets by -o, have precedence over
     the user's configuration, and this over defaults that differ from ssh's.  The `ssh` of a jump
-    gets the same.  `key_path` is the key to try first.  `ask` gets a passphrase from a person;
-    without it a protected key can't be used.  `warn` gets warnings.
+    gets the same configuration and, as with ssh, no options of -o.  `key_path` is the key to try
+    first.  `ask` gets a passphrase from a person; without it a protected key can't be used.  `warn`
+    gets warnings.
     """
 
     def __init__(
@@ -6091,7 +6145,6 @@ class Access:
             f'Include "{home_path("~/.ssh/config")}"',  # its own ~ would be $HOME
             *system_configuration(),
             "Host *",
-            "User root",
             "StrictHostKeyChecking accept-new",
             f"ConnectTimeout {CONNECT_SECONDS}",
             "",
@@ -6101,11 +6154,11 @@ class Access:
         return "\n".join(lines)
 
     @contextmanager
-    def _config_file(self) -> Iterator[str]:
+    def _config_file(self, default_user: str = "root") -> Iterator[str]:
         """Write the configuration into a private file that exists only while ssh needs it."""
         try:
             file = tempfile.NamedTemporaryFile(prefix="netweaver.", suffix=".ssh_config")
-            file.write(os.fsencode(self._config))
+            file.write(os.fsencode(f"{self._config}Host *\nUser {default_user}\n"))
             file.flush()
         except OSError as error:
             raise NetWeaverError(
@@ -6141,9 +6194,11 @@ class Access:
             return LocalConnection()
         user = target.user
         if user is None:
-            # Ask for the configured user first, whom `Match user` and %r must mean below.
-            user = self._ask_ssh(target, "").text("user")
+            # A configured user counts from his line on, but root as if he had been given by -l.
+            configured = self._ask_ssh(target, "", default_user=NO_USER).text("user")
+            user = "root" if configured == NO_USER else ""
         options = self._ask_ssh(target, user)
+        check_includes(target.host, options.files_read)
 
         def expand(path: str) -> str:
             if "%" not in path and "${" not in path:
@@ -6153,7 +6208,9 @@ class Access:
 
         return read_settings(target, options, expand, partial(self._split_files, target, options))
 
-    def _ask_ssh(self, target: Target, user: str, *first_options: str) -> SshOptions:
+    def _ask_ssh(
+        self, target: Target, user: str, *first_options: str, default_user: str = "root"
+    ) -> SshOptions:
         """Return the options that ssh would use for a target; "" is the configured user."""
         words = []
         for option in (*first_options, *self._options):
@@ -6162,7 +6219,7 @@ class Access:
             words.append(f"-l{user}")
         if target.port:
             words.append(f"-p{target.port}")
-        with self._config_file() as path:
+        with self._config_file(default_user) as path:
             answer = run_openssh("ssh", "-G", "-T", "-v", "-F", path, *words, "--", target.host)
         if answer.returncode:
             reason = one_line(os.fsdecode(answer.stderr))
@@ -6184,10 +6241,13 @@ class Access:
             if not os.access(path, os.R_OK):
                 raise HostConnectionError(f"{target.host}: can't read ssh_config {path}")
             lines += os.fsdecode(read_start(path)).split("\n")
+        blank_makers = r"[\"'\\#$]"
+        if " " in options.text("hostkeyalias") + options.text("user"):  # of the tokens %k and %r
+            blank_makers = r"[\"'\\#$%]"
         for line in lines:
             is_relevant = keyword.lower() in line.lower() and not line.strip().startswith("#")
             # Quotes around a word are harmless; any other of these characters can make a blank.
-            is_doubtful = re.search(r"[\"'\\#$]", re.sub(r'"[^"\s]*"', "", line))
+            is_doubtful = re.search(blank_makers, re.sub(r'"[^"\s]*"', "", line))
             if is_relevant and is_doubtful and len(names) > 1:
                 raise HostConnectionError(
                     f"{target.host}: the file names in {keyword} {joined} are ambiguous: "
@@ -6217,7 +6277,7 @@ class Access:
                 connection = SshConnection(settings, self._proxy_command(settings, config))
                 try:
                     host_key = connection.negotiate(known_kinds)
-                    check_host_key(host_key, settings, connection.address, self._warn)
+                    check_host_key(host_key, settings, connection, self._warn)
                     key_given = bool(self._key_path)
                     Authentication(settings, connection, self.load, key_given).run()
                     connection.transport.set_keepalive(DEAD_PEER_SECONDS // 2)
@@ -6232,19 +6292,35 @@ class Access:
         """Return the command that a connection goes through; empty for a direct one."""
         if settings.jumps:
             earlier_jumps, _, last_jump = settings.jumps.rpartition(",")
-            if "://" not in last_jump:
-                last_jump = f"ssh://{last_jump}"  # which may have a port
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
             command = ["ssh", "-F", config, "-W", f"{host}:{settings.port}"]
             if earlier_jumps:
                 command += ["-J", earlier_jumps]
-            for option in self._options:
-                if not re.match(OPTIONS_OF_ONE_HOST, option, re.IGNORECASE):
-                    command += ["-o", option]
-            return [*command, "--", last_jump]
+            return [*command, *jump_words(last_jump)]
         if settings.proxy_command:
             return [os.environ.get("SHELL") or "/bin/sh", "-c", f"exec {settings.proxy_command}"]
         return []
+
+
+INCLUDE = re.compile(r'^(\s*"?Include"?(?:\s*=\s*|\s+))(.*)$', re.IGNORECASE | re.MULTILINE)
+# A relative name, after a quote or not: it begins neither with / nor with ~.
+RELATIVE_NAME = re.compile(r'^"?(?![/"~])')
+
+
+def check_includes(host: str, paths: Iterable[str]) -> None:
+    """Raise HostConnectionError if a file of the system's configuration includes relative names.
+
+    Only those in ssh_config itself are made absolute, by `system_configuration`.
+    """
+    for path in paths:
+        if not path.startswith(f"{SYSTEM_DIRECTORY}/"):
+            continue
+        for _, names in INCLUDE.findall(os.fsdecode(read_start(path))):
+            if any(map(RELATIVE_NAME.match, names.split())):
+                raise HostConnectionError(
+                    f"{host}: {path} includes {names} by a relative name, which only "
+                    f"{SYSTEM_DIRECTORY}/ssh_config may: make it absolute"
+                )
 
 
 def system_configuration() -> list[str]:
@@ -6256,13 +6332,25 @@ def system_configuration() -> list[str]:
     def with_absolute_names(match: re.Match[str]) -> str:
         names = []
         for name in match[2].split():
-            # A relative name, after a quote or not: it begins neither with / nor with ~.
-            names.append(re.sub(r'^"?(?![/"~])', rf"\g<0>{SYSTEM_DIRECTORY}/", name))
+            names.append(RELATIVE_NAME.sub(rf"\g<0>{SYSTEM_DIRECTORY}/", name))
         return match[1] + " ".join(names)
 
     text = os.fsdecode(read_start(f"{SYSTEM_DIRECTORY}/ssh_config"))
-    pattern = r'^(\s*"?Include"?(?:\s*=\s*|\s+))(.*)$'
-    return re.sub(pattern, with_absolute_names, text, flags=re.I | re.M).split("\n")
+    return INCLUDE.sub(with_absolute_names, text).split("\n")
+
+
+def jump_words(jump: str) -> list[str]:
+    """Return the words by which ssh gets a host of ProxyJump: a URI, or USER@HOST:PORT."""
+    parts = re.fullmatch(r"(?:(.+)@)?(?:\[(.+)]|([^:]*))(?::(\d+))?", jump)
+    if "://" in jump or not parts:
+        return ["--", jump]
+    user, bracketed, name, port = parts.groups(default="")
+    words = []
+    if user:
+        words.append(f"-l{user}")
+    if port:
+        words.append(f"-p{port}")
+    return [*words, "--", bracketed or name]
 
 
 def find_key(path: str) -> str:

@@ -104,6 +104,7 @@ def words_for(server: Loopback) -> dict[str, object]:
         "key": server.host_keys["ed25519"],
         "ecdsa": server.host_keys["ecdsa"],
         "other": server.other_keys["ed25519"],
+        "mislabelled": server.host_keys["ed25519"].replace("ssh-ed25519", "ssh-rsa", 1),
         "rsa": server.other_keys["rsa"],
         "relay": "bash -c 'exec 3<>/dev/tcp/%h/%p; cat <&3 & cat >&3'",
     }
@@ -191,6 +192,19 @@ KNOWN_HOSTS = {
     "an algorithm first": ("HostKeyAlgorithms ^ecdsa-sha2-nistp256", "{name} {key}"),
     "an algorithm first, known": ("HostKeyAlgorithms ^ecdsa-sha2-nistp256", "{name} {ecdsa}"),
     "an algorithm more": ("HostKeyAlgorithms +ssh-rsa", "{name} {ecdsa}"),
+    "a key of another type than its line says": (
+        "StrictHostKeyChecking yes",
+        "{name} {mislabelled}",
+    ),
+    "IPv4 within IPv6": (
+        "NoHostAuthenticationForLocalhost yes\nStrictHostKeyChecking yes\n"
+        "Host hv\nHostName ::ffff:127.0.0.1",
+        "",
+    ),
+    "a blank in an alias that names a file": (
+        'HostKeyAlias "a b"\nUserKnownHostsFile ~/.ssh/by_%k',
+        "",
+    ),
     "no certificates": ("HostKeyAlgorithms -*-cert-v01@openssh.com", "{name} {ecdsa}"),
     "an algorithm less": ("HostKeyAlgorithms -ecdsa-sha2-nistp384", "{name} {ecdsa}"),
 }
@@ -200,6 +214,7 @@ FILES = {
     "included": "StrictHostKeyChecking yes\n",
     "home/.ssh/more": "HostKeyAlias web\n",
     "home/.ssh/by_hv": "{name} {other}\n",
+    "home/.ssh/by_a b": "@revoked * {key}\n",
 }
 
 
@@ -379,6 +394,12 @@ OPTIONS = {
         True,
     ),
     "a proxy": ([], ["ProxyCommand {relay}"], True),
+    "a proxy by the name of the host": (
+        [],
+        ["ProxyCommand bash -c 'test %k = hv && exec 3<>/dev/tcp/%h/%p; cat <&3 & cat >&3'"],
+        True,
+    ),
+    "authentication that is bound to the host": ([], ["PubkeyAuthentication host-bound"], True),
     "a proxy with an unknown token": ([], ["ProxyCommand {relay} %Z"], False),
     "two keys required": (
         ["AuthenticationMethods publickey,publickey"],
@@ -484,13 +505,79 @@ def test_the_configuration_of_the_system(server: Loopback, line: str) -> None:
         system.write_text("")
 
 
+def test_a_relative_name_in_an_included_file_of_the_system(server: Loopback) -> None:
+    """It can't be followed, and is refused rather than left out."""
+    (server.directory / "ssh_config").write_text("Include ssh_config.d/*.conf\n")
+    included = server.directory / "conf.d"
+    included.mkdir(exist_ok=True)
+    (included / "more.conf").write_text("Include ssh_config.d/nested\n")
+    (included / "nested").write_text("PubkeyAuthentication no\n")
+    prepare = 'mount --bind "$0/conf.d" /etc/ssh/ssh_config.d'
+    try:
+        assert server.by_ssh(prepare=prepare).returncode != 0
+        done = server.login(prepare=prepare)
+        assert done.returncode == 1
+        assert "make it absolute" in done.stderr
+    finally:
+        (server.directory / "ssh_config").write_text("")
+        shutil.rmtree(included)
+
+
+def test_a_revoked_authority_of_the_hosts_certificate(server: Loopback) -> None:
+    authority = server.directory / "authority"
+    public = generate_key(authority, "ed25519")
+    host_key = server.directory / "host-ed25519"
+    command = ["ssh-keygen", "-q", "-s", str(authority), "-I", "hv", "-h", f"{host_key}.pub"]
+    subprocess.run(command, check=True)
+    server.start(f"HostCertificate {host_key}-cert.pub")
+    known = server.ssh / "known_hosts"
+    try:
+        for lines in (["@revoked * {}"], ["@revoked * {}", f"{server.name} {{}}"]):
+            text = "\n".join(lines)
+            known.write_text(text.format(public, server.host_keys["ed25519"]) + "\n")
+            assert server.both() == (False, False)
+        known.write_text(f"{server.name} {server.host_keys['ed25519']}\n")
+        assert server.both() == (True, True)
+    finally:
+        server.start()
+
+
+def test_a_match_of_a_user_who_is_configured_later(server: Loopback) -> None:
+    """At that line he isn't the user yet."""
+    config = "Match user admin\nStrictHostKeyChecking no\nHost hv\nUser admin"
+    server.configure(f"IdentityFile {server.key}", before=config)
+    (server.ssh / "known_hosts").write_text(f"{server.name} {server.other_keys['ed25519']}\n")
+    by_ssh = server.run("ssh", "-oBatchMode=yes", "hv", "true")
+    assert "Host key verification failed" in by_ssh.stderr
+    assert "does not match the known key" in server.login().stderr
+
+
+def test_options_are_not_for_a_jump(server: Loopback) -> None:
+    """They would switch off the check of its changed key."""
+    server.configure(f"IdentityFile {server.key}", "Host web", f"IdentityFile {server.key}")
+    known = f"web {server.other_keys['ed25519']}\n"
+    options = ("ProxyJump=web", "UserKnownHostsFile=/dev/null")
+    (server.ssh / "known_hosts").write_text(known)
+    assert server.both(*options) == (False, False)
+    (server.ssh / "known_hosts").write_text(known)
+    done = server.login(*options)
+    assert "Host key for web has changed" in done.stderr
+
+
 def test_a_configuration_that_others_can_write(server: Loopback) -> None:
     (server.ssh / "config").chmod(0o666)
     assert server.both() == (False, False)
 
 
 @pytest.mark.parametrize(
-    "option", ["ProxyJump=web", "ProxyJump=%r@web", "ProxyCommand=ssh -W %h:%p web"]
+    "option",
+    [
+        "ProxyJump=web",
+        "ProxyJump=%r@web",
+        "ProxyJump=web:22",
+        "ProxyJump=root@[web]:22",
+        "ProxyCommand=ssh -W %h:%p web",
+    ],
 )
 def test_a_jump_in_an_option(server: Loopback, option: str) -> None:
     server.configure(f"IdentityFile {server.key}", "Host web", f"IdentityFile {server.key}")
