@@ -4692,7 +4692,7 @@ UNSUPPORTED_OPTIONS = {
     "knownhostscommand": ("", "none"),
     "preferredauthentications": ("", "publickey"),
     "proxyusefdpass": ("", "no"),
-    "pubkeyauthentication": ("", "yes", "true", "unbound", "host-bound"),
+    "pubkeyauthentication": ("", "yes", "true", "unbound"),
     "refuseconnection": ("", "none"),
     "remotecommand": ("", "none"),
     "revokedhostkeys": ("", "none"),

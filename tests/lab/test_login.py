@@ -399,7 +399,6 @@ OPTIONS = {
         ["ProxyCommand bash -c 'test %k = hv && exec 3<>/dev/tcp/%h/%p; cat <&3 & cat >&3'"],
         True,
     ),
-    "authentication that is bound to the host": ([], ["PubkeyAuthentication host-bound"], True),
     "a proxy with an unknown token": ([], ["ProxyCommand {relay} %Z"], False),
     "two keys required": (
         ["AuthenticationMethods publickey,publickey"],
