@@ -2421,6 +2421,19 @@ def resized(result: DirectionResult) -> int:
     return sum(key in lost for key in unsent)
 
 
+def fragmented_on_the_way(result: DirectionResult) -> int:
+    """Return how many lost packets only the second point saw, as fragments."""
+    fragmented = {
+        _datagram_key(result.identities[packet_id])
+        for packet_id in result.unsent_ids
+        if result.identities[packet_id][0] & NOT_FIRST
+    }
+    if not fragmented:
+        return 0
+    lost = [result.identity(rank) for rank in result.ranks(PacketClass.LOST)]
+    return sum(_datagram_key(identity) in fragmented for identity in lost)
+
+
 def _segment_key(identity: bytes) -> bytes:
     """Return the parts of a TCP segment that merging or splitting keeps; b"" for other packets."""
     if not _is_tcp(identity):
@@ -2469,8 +2482,11 @@ def guest_times(inbound: DirectionResult, outbound: DirectionResult) -> GuestTim
     probes: list[int] = []  # ranks
     rank_by_answer_key: dict[bytes, int] = {}  # of the probe
     ambiguous: set[int] = set()  # ranks
+    fragment_sizes = _sizes_of_later_fragments(inbound)
     for rank in inbound.ranks(PacketClass.MATCHED, PacketClass.AMBIGUOUS):
-        answer_keys = _expected_answer_keys(inbound.identity(rank))
+        identity = inbound.identity(rank)
+        later_size = fragment_sizes[_datagram_key(identity)] if fragment_sizes else 0
+        answer_keys = _expected_answer_keys(identity, later_size)
         if not answer_keys:
             continue
         probes.append(rank)
@@ -2508,8 +2524,20 @@ def _answer_times(
     return times
 
 
-def _expected_answer_keys(identity: bytes) -> list[bytes]:
+def _sizes_of_later_fragments(result: DirectionResult) -> Counter[bytes]:
+    """Return how many bytes of IPv4 datagrams the later fragments have, by `_datagram_key`."""
+    sizes: Counter[bytes] = Counter()
+    if any(kind[0] == 4 | NOT_FIRST for kind in result.kinds):
+        for identity in result.identities:
+            if identity[0] == 4 | NOT_FIRST:
+                sizes[_datagram_key(identity)] += (identity[2] << 8 | identity[3]) - 20
+    return sizes
+
+
+def _expected_answer_keys(identity: bytes, later_size: int = 0) -> list[bytes]:
     """Return the keys that the answer to a probe may have; an empty list for other packets.
+
+    `later_size` are the bytes in later fragments, if the packet is the first one of a datagram.
 
     They are those of `_answer_key`: the answer's addresses with its ports and acknowledgment
     number, or with its identifier and sequence number.
@@ -2534,7 +2562,7 @@ def _expected_answer_keys(identity: bytes) -> list[bytes]:
     ip_length = identity[2] << 8 | identity[3]
     ip_header = 20 if identity[0] == 4 else 0  # the length of an IPv6 packet is without its header
     tcp_header = (identity[transport + 12] >> 4) * 4
-    payload = ip_length - ip_header - tcp_header
+    payload = ip_length - ip_header - tcp_header + later_size
     if payload > 0:  # the answer may acknowledge the data that the SYN carries, or the SYN only
         acknowledgment += payload
         keys.append(fields.pack(destination, source, dport, sport, acknowledgment % (1 << 32)))
@@ -7978,6 +8006,7 @@ class RunInfo:
     duration: float | None = in_config(float, optional=True)  # of the traffic, in seconds
     # Packets, if all sources report it:
     transmitted: int | None = in_config(int, optional=True)
+    senders: int | None = in_config(int, optional=True)  # sources that have sent to the end
     achieved_rate: float | None = None  # packets a second of each source, as the pif has seen them
     # None: only the files tell when the points were watched
     window: Window | None = in_config(
@@ -7991,6 +8020,11 @@ class RunInfo:
     def direction(self) -> str:
         """The direction's name, or "both"."""
         return self.selection.direction
+
+    @property
+    def number_of_senders(self) -> int:
+        """The number of sources whose packets were measured; one that failed is not among them."""
+        return self.senders or len(self.sources)
 
     @property
     def subject(self) -> str:
@@ -8818,12 +8852,12 @@ def is_unanswered(job: Job, command: str) -> bool:
 
 
 def transmitted_packets(errors: str) -> int | None:
-    """Return the number of packets that hping3 or ping reports as sent; None if neither does.
+    """Return how many packets hping3 and ping report as sent, together; None if they don't.
 
     hping3's authors spell it "tramitted".
     """
-    report = re.search(r"^(\d{1,9}) packets tra(?:ns)?mitted", errors, re.MULTILINE | re.ASCII)
-    return int(report[1]) if report else None
+    reports = re.findall(r"^(\d{1,9}) packets tra(?:ns)?mitted", errors, re.MULTILINE | re.ASCII)
+    return sum(map(int, reports)) if reports else None
 
 
 def start_load(
@@ -8847,6 +8881,7 @@ def generate(
     """
     seconds = info.timeout + 2 * ANSWER_SECONDS
     load = start_load(plan, hosts, seconds, control)
+    control.reportable = True
     start = time.monotonic()
     probes = RunningCommand(hosts, info.source_command or "", seconds)
     in_time = control.watch(
@@ -8854,6 +8889,7 @@ def generate(
     )
     captures.check()
     probes.check()
+    info.senders = len(probes.jobs.keys() - hosts.failed.keys()) or None
     info.incidents += load_warnings(load)
     if plan.ends_itself and not in_time:
         info.incidents.append(
@@ -8989,7 +9025,6 @@ def make_recording(
         started=time.time_ns(),
         incidents=plan.info.incidents + captures.incidents(),
     )
-    control.reportable = True
     start = read_clock(captures.job)
     generate(plan, info, hosts, captures, control)
     end = read_clock_again(captures.job, start)
@@ -9708,7 +9743,7 @@ class NetWeaver:
         user's writes pcap (`tcpdump -w -`) or text to its standard output, and ends upon SIGTERM.
         No traffic starts before the captures listen, and they are stopped once it has ended.
         """
-        self._control.reportable = False  # until the captures listen
+        self._control.reportable = False  # until the traffic starts
         plan = self.plan(source_command, dest_pif_cmd, dest_vif_cmd, probes)
         self.settings.progress("Spawning packet captures...")
         self._recording = make_recording(plan, self._connected(), self._control, self._find_vif)
@@ -10162,7 +10197,7 @@ def direction_report(
     extents = reordering(result)  # of the reordered packets
     ipdv = mean_ipdv(result.delays)
     warnings += matching_warnings(result, advice)
-    warnings += delay_warnings(result, delays)
+    warnings += delay_warnings(result, delays, advice)
     report: dict[str, Any] = {
         **asdict(delays),
         "unit": "microseconds",
@@ -10188,9 +10223,11 @@ def outbound_report(
     outbound: DirectionResult, info: RunInfo, advice: Advice, warnings: list[str]
 ) -> Report | None:
     """Return the report of the way out, None if no packet has a delay; add to the warnings."""
+    # The way in has passed both interfaces: they are right.
+    advice = replace(advice, other_pif="Does a firewall drop them?")
     problem = no_delay(outbound, info, advice)
     if problem:
-        warnings.append(f"outbound: {problem}")
+        warnings.append(f"outbound: {problem}{main_loss(outbound.trace)}")
         return None
     outbound_warnings: list[str] = []
     report = direction_report(outbound, advice, outbound_warnings)
@@ -10264,6 +10301,7 @@ class Advice:
     other_pif: str  # where the pif has no packets
     other_vif: str  # where the vif has no packets
     backwards: str  # where all packets pass the second point before the first
+    one_way: str  # where some do
     no_traffic: str  # where neither has packets
     no_answers: str  # where neither has packets from the VM
 
@@ -10330,6 +10368,7 @@ def measuring_advice(info: RunInfo) -> Advice:
         other_pif=_other_pif_advice(info),
         other_vif=_other_vif_advice(info),
         backwards=f"{backwards}?",
+        one_way="Let --filter select one direction, such as 'src host ...'",
         no_traffic="Is the destination the address of this VM? Do the packets have the source's "
         "address? Does a firewall drop them earlier?",
         no_answers="Is the destination the VM's address? Does it answer this traffic?",
@@ -10362,6 +10401,7 @@ def file_advice(info: RunInfo) -> Advice:
         other_vif="Does a firewall drop the packets? Give the capture of the VM's interface"
         f"{or_destination}{nat_advice}",
         backwards="Are pif and vif swapped, or -s and -d, or is another --direction wanted?",
+        one_way="Give the VM's address (-d)",
         no_traffic=no_traffic,
         no_answers="Is the address after -d the VM's?",
     )
@@ -10406,6 +10446,13 @@ def matching_warnings(result: DirectionResult, advice: Advice) -> list[str]:
         )
     if counts.strays:
         warnings.append(_stray_arrivals(result, advice))
+    fragmented = fragmented_on_the_way(result)
+    if fragmented:
+        warnings.append(
+            f"{counted(fragmented, 'packet counts', 'packets count')} as lost, but arrived on the "
+            f"{second} as fragments: its MTU is smaller than that of the {first}. Send smaller "
+            "packets"
+        )
     resized_packets = resized(result)
     if resized_packets:
         warnings.append(
@@ -10413,7 +10460,9 @@ def matching_warnings(result: DirectionResult, advice: Advice) -> list[str]:
             f"merged or split (GRO, TSO), so lengths on the {second} differ from those on the "
             f"{first}. Measure with small packets, or switch that off (ethtool -K)"
         )
-    elif 2 * counts.matched < min(counts.first, counts.second) and not captured_twice_warning:
+    if not (fragmented or resized_packets or captured_twice_warning) and (
+        2 * counts.matched < min(counts.first, counts.second)
+    ):
         warnings.append(
             "most packets of each interface were not seen on the other. Is there "
             f"{advice.translation}a tunnel of an unknown kind, or other traffic?"
@@ -10471,13 +10520,13 @@ def _usual_arrivals(result: DirectionResult) -> int:
     return 1 + usual_duplicates
 
 
-def delay_warnings(result: DirectionResult, delays: DelayStatistics) -> list[str]:
+def delay_warnings(result: DirectionResult, delays: DelayStatistics, advice: Advice) -> list[str]:
     """Return warnings on delays that can't be right: negative, zero or very long ones."""
     warnings: list[str] = []
     if delays.negative:
         cause = "the time stamps of two CPUs disagree, or the clock was set"
         if has_both_directions(result):
-            cause = "they belong to answers to the others. Give the VM's address (-d)"
+            cause = f"they belong to answers, or others that go the other way. {advice.one_way}"
         warnings.append(
             f"{counted(delays.negative, 'delay is', 'delays are')} negative (down to "
             f"{delays.minimum:g} µs): {cause}"
@@ -10498,22 +10547,18 @@ def delay_warnings(result: DirectionResult, delays: DelayStatistics) -> list[str
 
 
 def has_both_directions(result: DirectionResult) -> bool:
-    """Return whether the packets with negative delays all go the opposite way of the others."""
+    """Return whether other packets have negative delays than those that have not, by addresses."""
     if result.identities[0][0] == TEXT:  # without addresses
         return False
-    forwards = set()  # source and destination of packets that don't have a negative delay
-    backwards = set()  # destination and source of those that have one
+    forwards = set()  # addresses of packets that don't have a negative delay
+    backwards = set()  # and of those that have one
     for rank in result.ranks(PacketClass.MATCHED):
         addresses = addresses_of(result.identity(rank))
-        half = len(addresses) // 2
-        reverse = addresses[half:] + addresses[:half]
-        if addresses == reverse:  # a packet that a host sends to itself has no direction
-            return False
         if result.delays[rank] < 0:
-            backwards.add(reverse)
+            backwards.add(addresses)
         else:
             forwards.add(addresses)
-    return backwards == forwards
+    return bool(backwards) and bool(forwards) and backwards.isdisjoint(forwards)
 
 
 FEWEST_FOR_RATE = 50  # packets of a source
@@ -10535,7 +10580,7 @@ def measure_rate(result: DirectionResult, info: RunInfo) -> float | None:
     """
     if info.traffic is None or not info.sources or result.direction is not IN:
         return None
-    packets = captured_probes(result, info) / len(info.sources)  # of each source
+    packets = captured_probes(result, info) / info.number_of_senders  # of each source
     if packets < FEWEST_FOR_RATE:
         return None
     seconds = (result.sent[-1] - result.sent[0]) / NANOSECONDS
@@ -10557,7 +10602,7 @@ def rate_warnings(result: DirectionResult, info: RunInfo) -> list[str]:
         )
     if traffic.load and info.duration:
         # Both rate and duration are only kept approximately.
-        most_sent = 1.1 * traffic.rate * info.duration * len(info.sources)
+        most_sent = 1.1 * traffic.rate * info.duration * info.number_of_senders
         packets = captured_probes(result, info)
         if packets > most_sent:
             warnings.append(
@@ -10711,6 +10756,11 @@ def _no_match(result: DirectionResult, info: RunInfo, advice: Advice, cut: int) 
 
 def _cause_of_no_match(result: DirectionResult, advice: Advice) -> str:
     """Return why packets of both points don't match."""
+    if fragmented_on_the_way(result):
+        return (
+            f"They arrive on the {result.direction.second} as fragments, whose MTU is smaller. "
+            "Send smaller packets"
+        )
     if resized(result):
         return (
             "They differ in length, since segments were merged or split (GRO, TSO). Measure with "

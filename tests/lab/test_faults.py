@@ -132,6 +132,17 @@ def test_a_signal_before_there_is_anything_to_report(lab: Lab) -> None:
     assert "interrupted" in failure(finished(process, 5), 130)
 
 
+def test_a_signal_while_the_load_starts(lab: Lab) -> None:
+    """There is nothing to report, and no advice on missing packets."""
+    process = lab.start(*lab.arguments("-c", "100", "--load", "exec sleep 77"))
+    wait_until(
+        lambda: any("sleep 77" in line for line in lab.source.processes().values()), "the load"
+    )
+    process.send_signal(signal.SIGINT)
+    assert "interrupted" in failure(finished(process, 10), 130)
+    lab.wait_clean()
+
+
 def test_a_second_signal_ends_at_once(lab: Lab) -> None:
     process = start_endless(lab)
     process.send_signal(signal.SIGINT)

@@ -203,3 +203,47 @@ def test_out_alone(tmp_path: Path) -> None:
     done = offline("--pcaps", *paths, "--direction", "both")
     assert done.returncode == 2
     assert "requires the VM's address (-d)" in done.stderr
+
+
+def test_a_probe_in_fragments_is_answered(tmp_path: Path) -> None:
+    """The answer acknowledges the payload of all fragments."""
+    payload = bytes(100)
+    whole = tcp(1000, 80, seq=100, payload=payload)
+    probe = [
+        ipv4(whole[:56], ident=7, fragment=0x2000),
+        ipv4(whole[56:], ident=7, fragment=56 // 8),
+    ]
+    answer = ipv4(tcp(80, 1000, ack=101 + len(payload), flags=0x14), ident=8, **BACK)
+    vif = [(T, probe[0]), (T + 1000, probe[1]), (T + 50_000, answer)]
+    pif = [(T - 5000, probe[0]), (T - 4000, probe[1]), (T + 55_000, answer)]
+    paths = captures(tmp_path, pif, vif)
+    document = analyzed("--pcaps", *paths, "-d", "10.0.0.1", "--direction", "both")
+    assert document["guest"]["packets"]["answered"] == 1
+    assert document["guest"]["average"] == 50
+
+
+def test_packets_the_other_way_are_told_without_mirrored_addresses(tmp_path: Path) -> None:
+    """Such as broadcasts of another host, where packets go out."""
+    sent = distinct(60)
+    others = distinct(60, source="10.0.0.9", destination="10.0.0.255")
+    pif = sorted([*sent, *through(others, [3000] * 60)])
+    vif = sorted([*through(sent, [5000] * 60), *others])
+    document = analyzed("--pcaps", *captures(tmp_path, pif, vif))
+    [warning] = [text for text in document["warnings"] if "negative" in text]
+    assert "go the other way" in warning
+
+
+def test_all_answers_are_lost(tmp_path: Path) -> None:
+    """The interfaces are right, since the probes have passed both."""
+    probes = distinct(60)
+    answers = [
+        (time + 500_000, content)
+        for time, content in distinct(60, source="10.0.0.1", destination="10.0.0.2")
+    ]
+    vif = sorted([*through(probes, [5000] * 60), *answers])
+    paths = captures(tmp_path, probes, vif)
+    document = analyzed("--pcaps", *paths, "-d", "10.0.0.1", "--direction", "both")
+    assert document["outbound"] is None
+    [warning] = [text for text in document["warnings"] if text.startswith("outbound")]
+    assert "firewall" in warning
+    assert "interface that" not in warning

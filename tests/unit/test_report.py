@@ -431,3 +431,20 @@ def test_translated_addresses_that_are_given(
     paths = captures(tmp_path, sent, arrived)
     assert words in failure(offline("--pcaps", *paths, *arguments), 6)
     assert analyzed("--pcaps", *paths, "--match-nat")["packets"]["matched"] == 100
+
+
+@pytest.mark.parametrize("intact", [0, 100])
+def test_packets_that_are_fragmented_on_the_way(tmp_path: Path, intact: int) -> None:
+    """They count as lost, and a warning or the error says that they aren't."""
+    pif = packets(100 + intact, 1_000_000, lambda n: ipv4(udp(payload=bytes(992)), 17, n + 1))
+    vif = [(time + 5000, content) for time, content in pif[:intact]]
+    for number, (time, content) in enumerate(pif[intact:], intact):
+        body = content[20:]
+        vif.append((time + 5000, ipv4(body[:504], 17, number + 1, fragment=0x2000)))
+        vif.append((time + 5001, ipv4(body[504:], 17, number + 1, fragment=504 // 8)))
+    if not intact:
+        assert "as fragments" in error(tmp_path, pif, vif)
+        return
+    report = document(tmp_path, pif, vif)
+    [warning] = [text for text in report["warnings"] if "as fragments" in text]
+    assert warning.startswith(f"{report['packets']['lost']} packets count as lost")

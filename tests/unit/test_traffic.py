@@ -126,6 +126,7 @@ def test_a_destination_with_addresses_of_both_versions(
         ("20 packets transmitted, 20 packets received", 20),
         ("\n--- hping statistic ---\n7 packets tramitted, 0 packets received", 7),
         ("5 packets transmitted, 0 received, 100% packet loss", 5),
+        ("50 packets transmitted, 0 received\n\n40 packets tramitted, 0 packets received", 90),
         ("no such host", None),
         ("", None),
     ],
