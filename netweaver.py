@@ -734,7 +734,8 @@ def _identify_plain_udp(
 
     `headers` is the part of the identity that comes from the headers.
     """
-    ip_length, destination_port, udp_length = _plain_udp_fields(data, start + 16)  # IP's length
+    # From the IP packet's length on, after 14 bytes of Ethernet and 2 of IPv4:
+    ip_length, destination_port, udp_length = _plain_udp_fields(data, start + 16)
     payload = start + 42  # after the headers: 14 bytes of Ethernet, 20 of IPv4, 8 of UDP
     payload_end = payload + udp_length - 8
     if payload_end > payload + PAYLOAD:
@@ -2327,16 +2328,16 @@ def delays_by_flow(result: DirectionResult) -> FlowDelays:
     whole = Counter(result.delays)
     del whole[NO_DELAY]
     if result.identities[0][0] == TEXT:
-        return FlowDelays(0, whole, Counter())
+        return FlowDelays(flows=0, whole=whole, first=Counter())
     first_delays: dict[bytes, int] = {}  # by flow; NO_DELAY if its first packet has none
     for flow, delay, packet_class in zip(_flows(result), result.delays, result.classes):
-        # Undecided packets are in no count, so that they can't be the first ones either.
+        # No count includes undecided packets, so none of them is the first of its flow.
         if flow not in first_delays and packet_class != PacketClass.UNDECIDED:
             first_delays[flow] = delay
     first_delays.pop(b"", None)  # fragments of unknown flows
     first = Counter(first_delays.values())
     del first[NO_DELAY]
-    return FlowDelays(len(first_delays), whole, first)
+    return FlowDelays(flows=len(first_delays), whole=whole, first=first)
 
 
 def _flows(result: DirectionResult) -> Iterable[bytes]:
@@ -2435,11 +2436,14 @@ def fragmented_on_the_way(result: DirectionResult) -> int:
 
 
 def _segment_key(identity: bytes) -> bytes:
-    """Return the parts of a TCP segment that merging or splitting keeps; b"" for other packets."""
+    """Return what a TCP segment shares with the first of its parts; b"" for other packets.
+
+    Parts are what it was split into, or merged from; the others have other sequence numbers.
+    """
     if not _is_tcp(identity):
         return b""
     header = bytearray(_transport_of(identity))
-    # Of the parts of a segment, only the last one has PSH and FIN, and only the first one CWR.
+    # These flags can differ: only the last part has PSH and FIN, and only the first one CWR.
     header[TCP_FLAGS] &= ~(PSH | FIN | CWR)
     ip_id = identity[4:ADDRESSES]
     return identity[:2] + ip_id + addresses_of(identity) + header
@@ -3449,23 +3453,24 @@ class Attachment:
         return self._has_size(rank, passage.sent_size, header_size=ETHERNET_HEADER)
 
     def _attach_received(self) -> None:
-        """Add the time of reception to passages that begin at the second point.
+        """Add the time of reception to passages of packets that a switch in userspace copied.
 
-        A switch in userspace has sent a copy of the packet.  If only one packet of this size was
-        received between the stamp and the queueing of the copy, it is the original, unless events
-        were lost.
+        It receives the packet and queues a copy of it: two passages.  The original is the only
+        free passage of the packet's size that was received between the packet's stamp and the
+        queueing of the copy.  That is not certain if events were lost: don't call it then.
         """
         originals = self._free_passages(lambda passage: not passage.queued)
-        claims: defaultdict[Passage, list[int]] = defaultdict(list)  # ranks, by original
-        for rank, passage in self.arrived.items():
-            if not passage.received:
-                candidates = self._candidates(originals, rank, latest=passage.queued)
+        ranks_by_original: defaultdict[Passage, list[int]] = defaultdict(list)
+        for rank, copy in self.arrived.items():
+            if not copy.received:
+                candidates = self._candidates(originals, rank, latest=copy.queued)
                 if len(candidates) == 1:
-                    claims[candidates[0]].append(rank)
-        for original, ranks in claims.items():
+                    ranks_by_original[candidates[0]].append(rank)
+        for original, ranks in ranks_by_original.items():
             if len(ranks) == 1:
-                original.stamp = self._result.sent[ranks[0]]
-                self.arrived[ranks[0]].received = original.received
+                rank = ranks[0]
+                self.arrived[rank].received = original.received
+                original.stamp = self._result.sent[rank]  # no lost packet can have it any more
 
     def _candidates(self, passages: Sequence[Passage], rank: int, latest: int) -> list[Passage]:
         """Return the passages of a packet's size that were received from its stamp to `latest`.
@@ -4327,18 +4332,20 @@ class Job:
         """Receive the data available on both streams; return whether there were any."""
         received = False
         while self._channel.recv_ready():
-            self._add(self._output, self._channel.recv(65536))
+            self._store(self._output, self._channel.recv(65536))
             received = True
         while self._channel.recv_stderr_ready():
-            self._add(self._errors, self._channel.recv_stderr(65536))
+            self._store(self._errors, self._channel.recv_stderr(65536))
             received = True
         return received
 
-    def _add(self, stream: bytearray, data: bytes) -> None:
+    def _store(self, stream: bytearray, data: bytes) -> None:
+        """Append data to a stream, and note whether the command has ended or printed too much."""
         with self._changed:
             stream += data
             # The answers to "alive" are no output of the command.
             self._output[:] = self._output.replace(b"\n%b alive\n" % self._token, b"")
+            # Of standard error only the end is needed; too much standard output ends the job.
             del self._errors[:-LARGEST_ANSWER]
             if len(self._output) > LARGEST_ANSWER:
                 self.flooded = True
@@ -4347,7 +4354,8 @@ class Job:
                 self.ended = True
             self._changed.notify_all()
         if self.flooded:
-            self.say("bye")  # the last word: none may cross with the closing, see `say`
+            # After "bye", `say` sends nothing more that could cross with the channel's closing.
+            self.say("bye")
             quietly(self._channel.close)
 
 
@@ -4856,8 +4864,8 @@ class HostSettings:
         return self.user_files + self.system_files
 
     @property
-    def is_unchecked(self) -> bool:
-        """Return whether any host key passes."""
+    def accepts_any_key(self) -> bool:
+        """Return whether ssh_config lets every host key pass, even one that has changed."""
         return self.options.text("stricthostkeychecking") in ("no", "off", "false")
 
     @property
@@ -5143,7 +5151,7 @@ def check_host_key(
         raise HostConnectionError(
             f"{title} has only {key.get_bits()} bits: RequiredRSASize is {smallest}"
         )
-    if settings.is_unchecked or is_trusted_loopback(settings, address):
+    if settings.accepts_any_key or is_trusted_loopback(settings, address):
         return
     known = is_known(key, settings, title)
     if connection.offers_certificate:
@@ -6071,7 +6079,7 @@ class LocalConnection:
     """This machine itself: its settings, a connection to it, and the source of its files."""
 
     name = "local"
-    is_unchecked = False  # as in HostSettings
+    accepts_any_key = False  # as in HostSettings
     address = ""
 
     def is_active(self) -> bool:
@@ -6331,8 +6339,8 @@ class Access:
 
 
 INCLUDE = re.compile(r'^(\s*"?Include"?(?:\s*=\s*|\s+))(.*)$', re.IGNORECASE | re.MULTILINE)
-# A relative name, after a quote or not: it begins neither with / nor with ~.
-RELATIVE_NAME = re.compile(r'^"?(?![/"~])')
+# The empty start of a relative name, or the quote before it: no / and no ~ follows.
+RELATIVE_NAME_START = re.compile(r'^"?(?![/"~])')
 
 
 def check_includes(host: str, paths: Iterable[str]) -> None:
@@ -6344,7 +6352,7 @@ def check_includes(host: str, paths: Iterable[str]) -> None:
         if not path.startswith(f"{SYSTEM_DIRECTORY}/"):
             continue
         for _, names in INCLUDE.findall(os.fsdecode(read_start(path))):
-            if any(map(RELATIVE_NAME.match, names.split())):
+            if any(map(RELATIVE_NAME_START.match, names.split())):
                 raise HostConnectionError(
                     f"{host}: {path} includes {names} by a relative name, which only "
                     f"{SYSTEM_DIRECTORY}/ssh_config may: make it absolute"
@@ -6358,10 +6366,12 @@ def system_configuration() -> list[str]:
     """
 
     def with_absolute_names(match: re.Match[str]) -> str:
+        """Return the line with the directory before each relative name."""
+        keyword = match[1]  # with what separates it from the names
         names = []
         for name in match[2].split():
-            names.append(RELATIVE_NAME.sub(rf"\g<0>{SYSTEM_DIRECTORY}/", name))
-        return match[1] + " ".join(names)
+            names.append(RELATIVE_NAME_START.sub(rf"\g<0>{SYSTEM_DIRECTORY}/", name))
+        return keyword + " ".join(names)
 
     text = os.fsdecode(read_start(f"{SYSTEM_DIRECTORY}/ssh_config"))
     return INCLUDE.sub(with_absolute_names, text).split("\n")
@@ -6749,7 +6759,7 @@ def qm_vif(run: RunCommand, name: str, vif_number: int) -> str:
 
 
 def parse_qm_list(answer: str, name: str) -> int:
-    """Return the VMID of the running VM with a name; a name that no VM has may be its VMID.
+    """Return the VMID of the running VM that has this name or, if none has, this VMID.
 
     Raises UnknownVMError if this host has no such VM, and RemoteCommandError if none of those with
     the name is running, or several are.
@@ -6761,7 +6771,7 @@ def parse_qm_list(answer: str, name: str) -> int:
         if len(words) >= 6 and is_number(words[0]):
             states[words[0]] = words[-4]
             vmids[" ".join(words[1:-4])].append(words[0])
-    candidates = vmids[" ".join(name.split())]
+    candidates = vmids[" ".join(name.split())]  # blanks as in the keys
     if not candidates and name in states:
         candidates = [name]
     if not candidates:
@@ -8313,7 +8323,10 @@ class Hosts:
 def attempt_all(
     call: Callable[[str], T], names: Iterable[str]
 ) -> tuple[dict[str, T], dict[str, NetWeaverError]]:
-    """Call a function with each name, all in parallel; return its answers and errors by name."""
+    """Call a function with each name, all in parallel; return its answers and errors by name.
+
+    Raises NoAnswerError if a call doesn't end in time.
+    """
     answers: dict[str, T] = {}
     errors: dict[str, NetWeaverError] = {}
 
@@ -8326,7 +8339,8 @@ def attempt_all(
     names = list(names)
     calls = [partial(attempt, name) for name in names]
     in_parallel(*calls, seconds=5 * CONNECT_SECONDS)
-    return {name: answers[name] for name in names if name in answers}, errors
+    in_order = {name: answers[name] for name in names if name in answers}
+    return in_order, errors
 
 
 def connect_hosts(
@@ -9635,7 +9649,7 @@ class NetWeaver:
     @property
     def unchecked(self) -> list[str]:
         """The hosts whose key is not checked."""
-        return [host.name for host in self._host_settings if host.is_unchecked]
+        return [host.name for host in self._host_settings if host.accepts_any_key]
 
     @property
     def interrupted(self) -> bool:
@@ -13391,9 +13405,9 @@ class Screen:
             self._live = True
 
     def end_live(self) -> None:
-        """Remove the live line, so that something else can be printed."""
+        """Remove the live line, if there is one, so that something else can be printed."""
         if self._live:
-            self._print("", end="")
+            self._print("", end="")  # which first erases the live line
 
     def shown(self, line: str) -> str:
         """Return a line as this screen can show it."""

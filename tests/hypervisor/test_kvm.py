@@ -27,7 +27,7 @@ def kvm(shared_kvm: KvmLab) -> Iterator[KvmLab]:
 
 
 def test_domain_behind_a_bridge(kvm: KvmLab) -> None:
-    """Its name has a blank; the source and the guest count what netweaver counts."""
+    """All 300 probes to a domain with a blank in its name are matched, delivered and answered."""
     options = ("-i", "auto", "--direction", "both", "--stages", *VIRSH)
     arguments = kvm.arguments("-c", "300", "--source-command", STEADY, *options)
     document = report(kvm.netweaver(*arguments))
@@ -40,8 +40,8 @@ def test_domain_behind_a_bridge(kvm: KvmLab) -> None:
     assert document["after_vif"] == {"delivered": 300, "dropped": 0, "stuck": 0}
     to_guest = document["stages"]["to_guest"]
     assert to_guest["packets"] == guest["own"]["packets"] == 300
-    both = to_guest["average"] + guest["own"]["average"]
-    assert both == pytest.approx(guest["average"], abs=0.01)
+    total = to_guest["average"] + guest["own"]["average"]
+    assert total == pytest.approx(guest["average"], abs=0.01)
 
 
 def test_queue_of_the_vif(kvm: KvmLab) -> None:

@@ -54,6 +54,7 @@ def warnings_with(document: dict[str, Any], word: str) -> list[str]:
 
 
 def test_a_capture_that_is_killed_when_it_is_stopped(lab: Lab) -> None:
+    """That of the vif: SIGTERM kills it, and also interrupts `wait`, which is repeated."""
     script = f"""case "$*" in *vif5.0*) ;; *) exec {TCPDUMP} "$@" ;; esac
 {TCPDUMP} "$@" & child=$!
 trap 'kill -KILL $child' TERM
@@ -62,7 +63,7 @@ exit $status"""
     with lab.hv.program("tcpdump", script):
         line = failure(lab.netweaver(*one_source(lab, *BRIEF)), 5)
     assert "vif5.0" in line
-    assert "137" in line
+    assert "137" in line  # 128 + SIGKILL
 
 
 # -- generators --

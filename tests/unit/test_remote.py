@@ -162,7 +162,7 @@ class Shells:
 
 @pytest.fixture
 def shells(tmp_path: Path) -> Iterator[Shells]:
-    """Provide all shells; the test must leave nothing when their leases end."""
+    """Provide commands under the wrapper in every shell; they leave nothing once it hangs up."""
     shells = Shells(tmp_path)
     yield shells
     for wrapped in shells.wrapped:

@@ -207,4 +207,6 @@ def test_names_from_hosts_do_nothing_to_a_terminal(tmp_path: Path) -> None:
     assert shown.code == 7
     assert "\x1b[2J" not in shown.raw
     assert "\x1b[3J" not in shown.raw
+    # In the heading, the warning on the incident, and the limit:
     assert shown.text.count("a\\x1b[2J") == 3
+    assert "b\\x1b[3J" in shown.text

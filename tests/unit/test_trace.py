@@ -49,7 +49,7 @@ def read(directory: Path, data: bytes, formats: str = FORMATS) -> netweaver.Kern
 
 
 def ordinary(run: SavedTrace, packet: int, start: int, processor: int = 0) -> None:
-    """Add a packet that passes in 1600 ns, at the first times of the stages in stages.md."""
+    """Add a packet that takes 1600 ns from pif to vif, with the kernel's events of it."""
     skb = 1000 + packet
     run.seen_at("pif", packet, start)
     run.received(processor, start + 400, skb)
