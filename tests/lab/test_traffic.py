@@ -267,7 +267,7 @@ def test_traffic_that_is_there_anyway(lab: Lab) -> None:
         )
         for command in (
             f"hping3 -S -i u2000 {lab.destination}",
-            f"hping3 --udp -i u3000 {lab.destination}",
+            f"hping3 -q --udp -i u3000 {lab.destination}",
             f"ping -i 0.01 {lab.destination}",
             f"hping3 -S -i u2000 {DATA}.200",
         )
@@ -375,7 +375,7 @@ def test_the_keyword_vlan_with_an_old_libpcap(own_lab: Lab) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "hping3 -c {count} --udp -p 7 -d 64 -i u1000 {destination}",
+        "hping3 -q -c {count} --udp -p 7 -d 64 -i u1000 {destination}",
         "hping3 -c {count} -1 -i u1000 {destination}",
         "hping3 -c {count} -S -p 80 -d 1400 -i u1000 {destination}",
         "ping -c {count} -i 0.002 -s 1400 {destination}",
