@@ -10449,15 +10449,7 @@ def matching_warnings(result: DirectionResult, advice: Advice) -> list[str]:
     if captured_twice_warning:
         warnings.append(captured_twice_warning)
     elif counts.ambiguous:
-        explanation = advice.distinct  # how to send packets that can be told apart
-        if are_later_fragments(result, PacketClass.AMBIGUOUS):
-            explanation = (
-                "They are later fragments of datagrams with the same IP id, as hping3 sends them"
-            )
-        warnings.append(
-            f"{counted(counts.ambiguous, 'matched packet')} can't be told apart from others that "
-            f"were sent: counted, but not timed. {explanation}"
-        )
+        warnings.append(_ambiguous_packets(result, advice))
     if counts.strays:
         warnings.append(_stray_arrivals(result, advice))
     fragmented = fragmented_on_the_way(result)
@@ -10474,14 +10466,25 @@ def matching_warnings(result: DirectionResult, advice: Advice) -> list[str]:
             f"merged or split (GRO, TSO), so lengths on the {second} differ from those on the "
             f"{first}. Measure with small packets, or switch that off (ethtool -K)"
         )
-    if not (fragmented or resized_packets or captured_twice_warning) and (
-        2 * counts.matched < min(counts.first, counts.second)
-    ):
+    is_explained = captured_twice_warning or fragmented or resized_packets
+    if 2 * counts.matched < min(counts.first, counts.second) and not is_explained:
         warnings.append(
             "most packets of each interface were not seen on the other. Is there "
             f"{advice.translation}a tunnel of an unknown kind, or other traffic?"
         )
     return warnings
+
+
+def _ambiguous_packets(result: DirectionResult, advice: Advice) -> str:
+    explanation = advice.distinct  # how to send packets that can be told apart
+    if are_later_fragments(result, PacketClass.AMBIGUOUS):
+        explanation = (
+            "They are later fragments of datagrams with the same IP id, as hping3 sends them"
+        )
+    return (
+        f"{counted(result.counts.ambiguous, 'matched packet')} can't be told apart from others "
+        f"that were sent: counted, but not timed. {explanation}"
+    )
 
 
 def _stray_arrivals(result: DirectionResult, advice: Advice) -> str:
@@ -10561,17 +10564,19 @@ def delay_warnings(result: DirectionResult, delays: DelayStatistics, advice: Adv
 
 
 def has_both_directions(result: DirectionResult) -> bool:
-    """Return whether other packets have negative delays than those that have not, by addresses."""
+    """Return whether the packets with negative delays go another way than the others.
+
+    They do if they have no source and no destination in common.
+    """
     if result.identities[0][0] == TEXT:  # without addresses
         return False
-    forwards = set()  # addresses of packets that don't have a negative delay
-    backwards = set()  # and of those that have one
+    forwards: set[bytes] = set()  # b"s" and a source, or b"d" and a destination
+    backwards: set[bytes] = set()  # the same, of the packets with negative delays
     for rank in result.ranks(PacketClass.MATCHED):
         addresses = addresses_of(result.identity(rank))
-        if result.delays[rank] < 0:
-            backwards.add(addresses)
-        else:
-            forwards.add(addresses)
+        half = len(addresses) // 2
+        ends = backwards if result.delays[rank] < 0 else forwards
+        ends.update((b"s" + addresses[:half], b"d" + addresses[half:]))
     return bool(backwards) and bool(forwards) and backwards.isdisjoint(forwards)
 
 

@@ -247,3 +247,14 @@ def test_all_answers_are_lost(tmp_path: Path) -> None:
     [warning] = [text for text in document["warnings"] if text.startswith("outbound")]
     assert "firewall" in warning
     assert "interface that" not in warning
+
+
+def test_a_clock_that_is_behind_for_one_source(tmp_path: Path) -> None:
+    """Its packets go the same way as the others', to the same destination."""
+    sent = distinct(60)
+    others = distinct(60, source="10.0.0.9")
+    pif = sorted([*sent, *others])
+    vif = sorted([*through(sent, [5000] * 60), *through(others, [-3000] * 60)])
+    document = analyzed("--pcaps", *captures(tmp_path, pif, vif))
+    [warning] = [text for text in document["warnings"] if "negative" in text]
+    assert "time stamps of two CPUs" in warning
