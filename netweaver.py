@@ -2418,17 +2418,23 @@ def resized(result: DirectionResult) -> int:
         return 0
     lost = {_segment_key(result.identity(rank)) for rank in result.ranks(PacketClass.LOST)}
     lost.discard(b"")
-    unsent = [_segment_key(result.identities[packet_id]) for packet_id in result.unsent_ids]
-    return sum(key in lost for key in unsent)
+    fragmented = _unsent_fragments(result)
+    unsent = [result.identities[packet_id] for packet_id in result.unsent_ids]
+    return sum(
+        _segment_key(identity) in lost and _datagram_key(identity) not in fragmented
+        for identity in unsent
+    )
+
+
+def _unsent_fragments(result: DirectionResult) -> set[bytes]:
+    """Return the keys of datagrams of which only the second point saw later fragments."""
+    unsent = (result.identities[packet_id] for packet_id in result.unsent_ids)
+    return {_datagram_key(identity) for identity in unsent if identity[0] & NOT_FIRST}
 
 
 def fragmented_on_the_way(result: DirectionResult) -> int:
     """Return how many lost packets only the second point saw, as fragments."""
-    fragmented = {
-        _datagram_key(result.identities[packet_id])
-        for packet_id in result.unsent_ids
-        if result.identities[packet_id][0] & NOT_FIRST
-    }
+    fragmented = _unsent_fragments(result)
     if not fragmented:
         return 0
     lost = [result.identity(rank) for rank in result.ranks(PacketClass.LOST)]
@@ -2541,10 +2547,9 @@ def _sizes_of_later_fragments(result: DirectionResult) -> Counter[bytes]:
 def _expected_answer_keys(identity: bytes, later_size: int = 0) -> list[bytes]:
     """Return the keys that the answer to a probe may have; an empty list for other packets.
 
-    `later_size` are the bytes in later fragments, if the packet is the first one of a datagram.
-
     They are those of `_answer_key`: the answer's addresses with its ports and acknowledgment
-    number, or with its identifier and sequence number.
+    number, or with its identifier and sequence number.  `later_size` are the bytes in the later
+    fragments of a probe.
     """
     transport = TRANSPORT_OFFSETS.get(identity[0])
     if transport is None:
@@ -5918,7 +5923,7 @@ class SshConnection:
 
     @property
     def offers_certificate(self) -> bool:
-        """Whether the server would show ssh a certificate with its host key."""
+        """Whether ssh might ask for a certificate of the server, and get one."""
         offered = self.transport.offers.get("HostKeyAlgorithms", [])
         allowed = self._settings.options.algorithms("hostkeyalgorithms") or offered
         return any(CERTIFICATE in name and name in allowed for name in offered)
@@ -6340,7 +6345,15 @@ class Access:
 
 INCLUDE = re.compile(r'^(\s*"?Include"?(?:\s*=\s*|\s+))(.*)$', re.IGNORECASE | re.MULTILINE)
 # The empty start of a relative name, or the quote before it: no / and no ~ follows.
-RELATIVE_NAME_START = re.compile(r'^"?(?![/"~])')
+RELATIVE_NAME_START = re.compile(r"""^["']?(?![/"'~])""")
+
+
+def included_names(text: str) -> list[str]:
+    """Return the names of files in an Include line, in their quotes, without a comment."""
+    names: list[str] = re.findall(r"""#.*|"[^"]*"|'[^']*'|\S+""", text)
+    if names and names[-1].startswith("#"):
+        names.pop()
+    return names
 
 
 def check_includes(host: str, paths: Iterable[str]) -> None:
@@ -6352,7 +6365,7 @@ def check_includes(host: str, paths: Iterable[str]) -> None:
         if not path.startswith(f"{SYSTEM_DIRECTORY}/"):
             continue
         for _, names in INCLUDE.findall(os.fsdecode(read_start(path))):
-            if any(map(RELATIVE_NAME_START.match, names.split())):
+            if any(map(RELATIVE_NAME_START.match, included_names(names))):
                 raise HostConnectionError(
                     f"{host}: {path} includes {names} by a relative name, which only "
                     f"{SYSTEM_DIRECTORY}/ssh_config may: make it absolute"
@@ -6369,7 +6382,7 @@ def system_configuration() -> list[str]:
         """Return the line with the directory before each relative name."""
         keyword = match[1]  # with what separates it from the names
         names = []
-        for name in match[2].split():
+        for name in included_names(match[2]):
             names.append(RELATIVE_NAME_START.sub(rf"\g<0>{SYSTEM_DIRECTORY}/", name))
         return keyword + " ".join(names)
 
@@ -8016,7 +8029,8 @@ class RunInfo:
     duration: float | None = in_config(float, optional=True)  # of the traffic, in seconds
     # Packets, if all sources report it:
     transmitted: int | None = in_config(int, optional=True)
-    senders: int | None = in_config(int, optional=True)  # sources that have sent to the end
+    # Sources that have sent to the end; 0 if one failed meanwhile, so that it is unknown:
+    senders: int | None = in_config(int, optional=True)
     achieved_rate: float | None = None  # packets a second of each source, as the pif has seen them
     # None: only the files tell when the points were watched
     window: Window | None = in_config(
@@ -8030,11 +8044,6 @@ class RunInfo:
     def direction(self) -> str:
         """The direction's name, or "both"."""
         return self.selection.direction
-
-    @property
-    def number_of_senders(self) -> int:
-        """The number of sources whose packets were measured; one that failed is not among them."""
-        return self.senders or len(self.sources)
 
     @property
     def subject(self) -> str:
@@ -8881,7 +8890,7 @@ def start_load(
     if not plan.load:
         return None
     load = RunningCommand(hosts, plan.load, seconds)
-    control.wait_until(lambda: bool(load.ended) or control.interrupted, LOAD_SECONDS)
+    control.wait_until(lambda: bool(load.ended), LOAD_SECONDS)
     load.check()
     return load
 
@@ -8903,7 +8912,9 @@ def generate(
     )
     captures.check()
     probes.check()
-    info.senders = len(probes.jobs.keys() - hosts.failed.keys()) or None
+    info.senders = len(probes.jobs)
+    if probes.jobs.keys() & hosts.failed.keys():
+        info.senders = 0
     info.incidents += load_warnings(load)
     if plan.ends_itself and not in_time:
         info.incidents.append(
@@ -10237,8 +10248,11 @@ def outbound_report(
     outbound: DirectionResult, info: RunInfo, advice: Advice, warnings: list[str]
 ) -> Report | None:
     """Return the report of the way out, None if no packet has a delay; add to the warnings."""
-    # The way in has passed both interfaces: they are right.
-    advice = replace(advice, other_pif="Does a firewall drop them?")
+    # The VM's packets may leave by another interface than those of the way in, which were seen.
+    other_pif = "Does a firewall drop them, or do they leave by another interface (-i)?"
+    if not info.measured:
+        other_pif = "Does a firewall drop them, or do they leave by another interface?"
+    advice = replace(advice, other_pif=other_pif)
     problem = no_delay(outbound, info, advice)
     if problem:
         warnings.append(f"outbound: {problem}{main_loss(outbound.trace)}")
@@ -10466,7 +10480,8 @@ def matching_warnings(result: DirectionResult, advice: Advice) -> list[str]:
             f"merged or split (GRO, TSO), so lengths on the {second} differ from those on the "
             f"{first}. Measure with small packets, or switch that off (ethtool -K)"
         )
-    is_explained = captured_twice_warning or fragmented or resized_packets
+    mostly_fragmented = 2 * fragmented >= counts.lost > 0
+    is_explained = captured_twice_warning or resized_packets or mostly_fragmented
     if 2 * counts.matched < min(counts.first, counts.second) and not is_explained:
         warnings.append(
             "most packets of each interface were not seen on the other. Is there "
@@ -10599,7 +10614,10 @@ def measure_rate(result: DirectionResult, info: RunInfo) -> float | None:
     """
     if info.traffic is None or not info.sources or result.direction is not IN:
         return None
-    packets = captured_probes(result, info) / info.number_of_senders  # of each source
+    senders = len(info.sources) if info.senders is None else info.senders
+    if not senders:
+        return None
+    packets = captured_probes(result, info) / senders  # of each
     if packets < FEWEST_FOR_RATE:
         return None
     seconds = (result.sent[-1] - result.sent[0]) / NANOSECONDS
@@ -10621,7 +10639,7 @@ def rate_warnings(result: DirectionResult, info: RunInfo) -> list[str]:
         )
     if traffic.load and info.duration:
         # Both rate and duration are only kept approximately.
-        most_sent = 1.1 * traffic.rate * info.duration * info.number_of_senders
+        most_sent = 1.1 * traffic.rate * info.duration * len(info.sources)
         packets = captured_probes(result, info)
         if packets > most_sent:
             warnings.append(
@@ -10775,7 +10793,7 @@ def _no_match(result: DirectionResult, info: RunInfo, advice: Advice, cut: int) 
 
 def _cause_of_no_match(result: DirectionResult, advice: Advice) -> str:
     """Return why packets of both points don't match."""
-    if fragmented_on_the_way(result):
+    if 2 * fragmented_on_the_way(result) >= result.counts.lost > 0:
         return (
             f"They arrive on the {result.direction.second} as fragments, whose MTU is smaller. "
             "Send smaller packets"

@@ -486,7 +486,13 @@ def test_options_come_before_the_configuration(server: Loopback, option: str) ->
 
 @pytest.mark.parametrize(
     "line",
-    ["Include {directory}/conf.d/*", "Include ssh_config.d/*", "include=ssh_config.d/strict.conf"],
+    [
+        "Include {directory}/conf.d/*",
+        "Include ssh_config.d/*",
+        "include=ssh_config.d/strict.conf",
+        "Include '{directory}/conf.d/strict.conf'",
+        "Include 'ssh_config.d/strict.conf' # of this site",
+    ],
 )
 def test_the_configuration_of_the_system(server: Loopback, line: str) -> None:
     """Relative names there are in /etc/ssh."""

@@ -42,6 +42,12 @@ def test_the_rate_of_each_of_two_sources(tmp_path: Path) -> None:
     assert document["warnings"] == []
 
 
+def test_the_rate_is_unknown_if_a_source_failed_meanwhile(tmp_path: Path) -> None:
+    document = analyzed_with(tmp_path, Traffic(rate=RATE), sources=["one", "two"], senders=0)
+    assert rate_of(document) is None
+    assert document["warnings"] == []
+
+
 def test_the_rate_of_the_only_source_that_has_not_failed(tmp_path: Path) -> None:
     document = analyzed_with(tmp_path, Traffic(rate=RATE), sources=["one", "two"], senders=1)
     assert rate_of(document) == RATE

@@ -448,3 +448,16 @@ def test_packets_that_are_fragmented_on_the_way(tmp_path: Path, intact: int) -> 
     report = document(tmp_path, pif, vif)
     [warning] = [text for text in report["warnings"] if "as fragments" in text]
     assert warning.startswith(f"{report['packets']['lost']} packets count as lost")
+
+
+def test_segments_that_are_fragmented_on_the_way(tmp_path: Path) -> None:
+    """They are not called merged or split, though their first fragments look like it."""
+    pif = packets(60, 1_000_000, lambda n: ipv4(tcp(seq=n, flags=16, payload=bytes(980)), 6, n + 1))
+    vif = [(time + 5000, content) for time, content in pif[:40]]
+    for number, (time, content) in enumerate(pif[40:], 40):
+        body = content[20:]
+        vif.append((time + 5000, ipv4(body[:504], 6, number + 1, fragment=0x2000)))
+        vif.append((time + 5001, ipv4(body[504:], 6, number + 1, fragment=504 // 8)))
+    warnings = " ".join(document(tmp_path, pif, vif)["warnings"])
+    assert "20 packets count as lost, but arrived on the vif as fragments" in warnings
+    assert "GRO" not in warnings
