@@ -346,9 +346,10 @@ class Sightings:
         self._originals: list[bytes] = []  # if `translated`: by id, an identity with addresses
 
     def take_identities(self) -> list[bytes]:
-        """Return the identity of each id, and free the table of ids, which is large.
+        """Return the identity of each id, and free the memory of the table from identity to id.
 
-        If addresses are ignored, an id has the identity of its first sighting.
+        If addresses are ignored, an id has the identity of its first sighting.  No packets can be
+        added after it.
         """
         if self.translated:
             identities = self._originals
@@ -1210,9 +1211,13 @@ class Selection:
         return " or ".join(terms)
 
     def _tunnel_at(self, offset: int, ethertype: str, protocol_at: int, header_size: int) -> str:
-        """Return an expression for tunnels in a frame whose IP header is at the offset."""
+        """Return an expression for GRE and UDP tunnels in frames whose IP header is at an offset.
+
+        `ethertype` is that of the IP version, in whose header, of so many bytes, the protocol is at
+        `protocol_at`.
+        """
         protocol = f"ether[{offset + protocol_at}]"
-        port = f"ether[{offset + header_size + 2}:2]"
+        port = f"ether[{offset + header_size + 2}:2]"  # UDP's destination port
         ports = " or ".join(f"{port} = {tunnel_port}" for tunnel_port in self.tunnel_ports)
         return (
             f"(ether[{offset - 2}:2] = {ethertype} and"
@@ -2359,9 +2364,11 @@ def _flows(result: DirectionResult) -> Iterable[bytes]:
             continue
         flow = identity[:2] + addresses_and_ports
         flows.append(flow)
-        if flow_by_datagram and _datagram_key(identity) in flow_by_datagram:
-            # The fragments that follow are of this datagram, even if an earlier one had its IP id.
-            flow_by_datagram[_datagram_key(identity)] = flow
+        if flow_by_datagram:
+            datagram = _datagram_key(identity)
+            if datagram in flow_by_datagram:
+                # The fragments that follow are of this one, even if an earlier one had its IP id.
+                flow_by_datagram[datagram] = flow
     return flows
 
 
@@ -2540,7 +2547,7 @@ def _sizes_of_later_fragments(result: DirectionResult) -> Counter[bytes]:
     if any(kind[0] == 4 | NOT_FIRST for kind in result.kinds):
         for identity in result.identities:
             if identity[0] == 4 | NOT_FIRST:
-                sizes[_datagram_key(identity)] += (identity[2] << 8 | identity[3]) - 20
+                sizes[_datagram_key(identity)] += _u16(identity, 2) - 20  # the header
     return sizes
 
 
@@ -4764,7 +4771,7 @@ class Target:
     def __init__(self, text: str) -> None:
         user, at_sign, address = text.rpartition("@")
         self.user = user if at_sign else None
-        self.host, port = self._split(address)
+        self.host, port = split_address(address)
         self.port = int(port) if port else None
         is_user_valid = not at_sign or re.fullmatch(r"[\w.+#][\w.@\\$+#-]*", user)
         is_host_valid = re.fullmatch(r"[\w.:%][\w.:%-]*", self.host, re.ASCII)
@@ -4773,17 +4780,6 @@ class Target:
             raise UsageError(
                 f"{text!r} is not [user@]host[:port] (an IPv6 address with a port goes in brackets)"
             )
-
-    @staticmethod
-    def _split(address: str) -> tuple[str, str]:
-        """Return host and port as they are given; "" for no port, and for both if malformed."""
-        # Two colons or more, without brackets: an IPv6 address that has no port.
-        if re.fullmatch(r"[\dA-Fa-f.]*:[\dA-Fa-f.]*:[\dA-Fa-f:.]*(%[\w.-]+)?", address):
-            return address, ""
-        match = re.fullmatch(r"(?:\[([^]]+)]|([^]:[]+))(?::(\d{1,5}))?", address)
-        if not match:
-            return "", ""
-        return match[1] or match[2], match[3] or ""
 
     @property
     def is_local(self) -> bool:
@@ -4795,6 +4791,17 @@ class Target:
         if port == 22:
             return f"{user}@{host}"
         return f"{user}@{host}:{port}"
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """Return the parts of HOST[:PORT] as they are given; "" for no port, for both if malformed."""
+    # Two colons or more, without brackets: an IPv6 address that has no port.
+    if re.fullmatch(r"[\dA-Fa-f.]*:[\dA-Fa-f.]*:[\dA-Fa-f:.]*(%[\w.-]+)?", address):
+        return address, ""
+    match = re.fullmatch(r"(?:\[([^]]+)]|([^]:[]+))(?::(\d{1,5}))?", address)
+    if not match:
+        return "", ""
+    return match[1] or match[2], match[3] or ""
 
 
 def check_ascii(text: str) -> None:
@@ -5071,15 +5078,14 @@ def parse_known_key(header: str, line: str, file: str) -> KnownKey:
     return KnownKey(place, marker, fields[1], blob)
 
 
-def has_own_order(algorithms: Sequence[str] | None) -> bool:
-    """Return whether ssh_config replaces the default list of HostKeyAlgorithms by its own.
+def has_own_order(algorithms: Sequence[str] | None, default: Sequence[str] | None) -> bool:
+    """Return whether ssh_config replaces the `default` list of HostKeyAlgorithms by its own.
 
-    ssh keeps to the order of its own list, but in the default list, also with algorithms appended
-    or removed, it prefers those of known keys.  `ssh -G` doesn't print which list it is: one with
-    less than a third of the default's algorithms, or in another order, is taken for its own.
+    Either list is None if this version of ssh has no such option.  ssh keeps to the order of its
+    own list, but in the default list, also with algorithms appended or removed, it prefers those of
+    known keys.  `ssh -G` doesn't print which list it is: one with less than a third of the
+    default's algorithms, or in another order, is taken for its own.
     """
-    answer = run_openssh("ssh", "-G", "-F", "/dev/null", "host")
-    default = SshOptions(answer.stdout).algorithms("hostkeyalgorithms")
     if algorithms is None or default is None:
         return False
     shared = [name for name in default if name in algorithms]
@@ -6194,12 +6200,18 @@ class Access:
             lines.insert(0, 'IdentityFile "{}"'.format(self._key_path.replace("%", "%%")))
         return "\n".join(lines)
 
+    @cached_property
+    def _default_host_key_algorithms(self) -> list[str] | None:
+        """ssh's list without any configuration; None if it has no such option."""
+        answer = run_openssh("ssh", "-G", "-F", "/dev/null", "host")
+        return SshOptions(answer.stdout).algorithms("hostkeyalgorithms")
+
     @contextmanager
     def _config_file(self, default_user: str = "root") -> Iterator[str]:
         """Write the configuration into a private file that exists only while ssh needs it."""
         try:
             file = tempfile.NamedTemporaryFile(prefix="netweaver.", suffix=".ssh_config")
-            file.write(os.fsencode(f"{self._config}Host *\nUser {default_user}\n"))
+            file.write(os.fsencode(f"{self._config}User {default_user}\n"))
             file.flush()
         except OSError as error:
             raise NetWeaverError(
@@ -6233,12 +6245,12 @@ class Access:
         """
         if target.is_local:
             return LocalConnection()
-        user = target.user
-        if user is None:
-            # A configured user counts from his line on, but root as if he had been given by -l.
-            configured = self._ask_ssh(target, "", default_user=NO_USER).text("user")
-            user = "root" if configured == NO_USER else ""
-        options = self._ask_ssh(target, user)
+        user = target.user or ""
+        options = self._ask_ssh(target, user, default_user=NO_USER)
+        # A configured user counts from his line on, but root as if he had been given by -l.
+        if options.text("user") == NO_USER:
+            user = "root"
+            options = self._ask_ssh(target, user)
         check_includes(target.host, options.files_read)
 
         def expand(path: str) -> str:
@@ -6311,7 +6323,8 @@ class Access:
         """Connect and authenticate once."""
         known_keys = find_known_keys(settings.known_names[0], settings.known_hosts_files)
         known_kinds = {known.kind for known in known_keys if not known.marker}
-        if has_own_order(settings.options.algorithms("hostkeyalgorithms")):
+        algorithms = settings.options.algorithms("hostkeyalgorithms")
+        if known_kinds and has_own_order(algorithms, self._default_host_key_algorithms):
             known_kinds = set()  # known keys don't change that order
         try:
             with self._config_file() as config:
@@ -6379,8 +6392,8 @@ def system_configuration() -> list[str]:
     """
 
     def with_absolute_names(match: re.Match[str]) -> str:
-        """Return the line with the directory before each relative name."""
-        keyword = match[1]  # with what separates it from the names
+        """Return an Include line that has SYSTEM_DIRECTORY in front of each relative name."""
+        keyword = match[1]  # with the blanks or "=" that follow it
         names = []
         for name in included_names(match[2]):
             names.append(RELATIVE_NAME_START.sub(rf"\g<0>{SYSTEM_DIRECTORY}/", name))
@@ -6392,16 +6405,16 @@ def system_configuration() -> list[str]:
 
 def jump_words(jump: str) -> list[str]:
     """Return the words by which ssh gets a host of ProxyJump: a URI, or USER@HOST:PORT."""
-    parts = re.fullmatch(r"(?:(.+)@)?(?:\[(.+)]|([^:]*))(?::(\d+))?", jump)
-    if "://" in jump or not parts:
+    user, _, address = jump.rpartition("@")
+    host, port = split_address(address)
+    if "://" in jump or not host:
         return ["--", jump]
-    user, bracketed, name, port = parts.groups(default="")
     words = []
     if user:
         words.append(f"-l{user}")
     if port:
         words.append(f"-p{port}")
-    return [*words, "--", bracketed or name]
+    return [*words, "--", host]
 
 
 def find_key(path: str) -> str:
@@ -6492,20 +6505,23 @@ class Authentication:
         return key
 
     def _choose_algorithm(self, login: PublicKeyLogin, identity: Identity, blob: bytes) -> str:
-        """Return the algorithm to sign with by a key; if none, record why and return ""."""
+        """Return the algorithm for signatures by a key; if there is none, record why, return ""."""
         options = self._settings.options
         kind = key_kind(blob)
-        bits = rsa_bits(blob)
+        bits = rsa_bits(blob)  # None if it is no RSA key
         smallest = self._settings.smallest_rsa_bits
+        # PubkeyAcceptedKeyTypes is the older name of the option.
         allowed = options.algorithms("pubkeyacceptedalgorithms") or options.algorithms(
             "pubkeyacceptedkeytypes"
         )
         offered = login.server_algorithms()
         algorithm = signature_algorithm(kind, allowed, offered)
-        if algorithm.startswith("ssh-rsa"):
-            lacks_sha1 = not self._can_sign_by_sha1(identity)
-        else:  # an old server, which lists no algorithms, needs SHA-1, but ssh_config excludes that
-            lacks_sha1 = not algorithm and not offered
+        if algorithm:
+            lacks_sha1 = algorithm.startswith("ssh-rsa") and not self._can_sign_by_sha1(identity)
+        else:
+            # A server that lists no algorithms is an old one with SHA-1 only: ssh_config excludes
+            # that, since there is no algorithm.
+            lacks_sha1 = not offered
         if bits is not None and bits < smallest:
             reason = f"has only {bits} bits: RequiredRSASize is {smallest}"
         elif bits is not None and lacks_sha1:
@@ -10581,7 +10597,7 @@ def delay_warnings(result: DirectionResult, delays: DelayStatistics, advice: Adv
 def has_both_directions(result: DirectionResult) -> bool:
     """Return whether the packets with negative delays go another way than the others.
 
-    They do if they have no source and no destination in common.
+    They do if they have no source and no destination in common.  There are packets of both kinds.
     """
     if result.identities[0][0] == TEXT:  # without addresses
         return False
@@ -10592,7 +10608,7 @@ def has_both_directions(result: DirectionResult) -> bool:
         half = len(addresses) // 2
         ends = backwards if result.delays[rank] < 0 else forwards
         ends.update((b"s" + addresses[:half], b"d" + addresses[half:]))
-    return bool(backwards) and bool(forwards) and backwards.isdisjoint(forwards)
+    return backwards.isdisjoint(forwards)
 
 
 FEWEST_FOR_RATE = 50  # packets of a source
