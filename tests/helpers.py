@@ -269,6 +269,12 @@ def distinct(count: int, gap: int = 1_000_000, **options: Any) -> Packets:
     return [(T + i * gap, ipv4(tcp(seq=i), ident=i % 65536, **options)) for i in range(count)]
 
 
+def answers(count: int, later: int) -> Packets:
+    """Packets of the VM, each so many nanoseconds after one of `distinct(count)`."""
+    packets = distinct(count, source="10.0.0.1", destination="10.0.0.2")
+    return [(when + later, content) for when, content in packets]
+
+
 def through(packets: Packets, delays: Sequence[int | None]) -> Packets:
     """Return the packets at the other end of a path, in their order there.
 

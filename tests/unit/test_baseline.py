@@ -9,6 +9,7 @@ import pytest
 from frames import pcap, write
 from helpers import (
     analyzed,
+    answers,
     captures,
     distinct,
     failure,
@@ -94,11 +95,10 @@ def test_many_runs_are_a_line_and_a_period(tmp_path: Path) -> None:
 def with_answers(directory: Path, name: str) -> list[str]:
     """Return captures of SYNs that take 5 µs, and of their answers, which take 0.5 µs."""
     syns = distinct(200)
-    answers = distinct(200, source="10.0.0.1", destination="10.0.0.2")
-    answers = [(time + 100_000, content) for time, content in answers]
+    answered = answers(200, later=100_000)
     arrived = through(syns, [5000] * 200)
-    pif = sorted([*syns, *through(answers, [500] * 200)])
-    return captures(directory, pif, sorted([*arrived, *answers]), name)
+    pif = sorted([*syns, *through(answered, [500] * 200)])
+    return captures(directory, pif, sorted([*arrived, *answered]), name)
 
 
 @pytest.mark.parametrize("selection", [("-d", "10.0.0.1"), ("-s", "10.0.0.2")])

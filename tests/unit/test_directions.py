@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from frames import ethernet, icmp, ipv4, ipv6, pcap, tcp, write
-from helpers import T, analyzed, captures, distinct, offline, through
+from helpers import T, analyzed, answers, captures, distinct, offline, through
 
 
 def conversation(
@@ -114,10 +114,9 @@ def test_the_guest_over_ipv6(tmp_path: Path) -> None:
 def test_negative_delays_of_answers_are_not_blamed_on_the_clock(tmp_path: Path) -> None:
     """Without -d both directions count as one, and answers pass the vif first."""
     packets = distinct(60)
-    answers = distinct(60, source="10.0.0.1", destination="10.0.0.2")
-    answers = [(time + 500_000, content) for time, content in answers]
-    pif = sorted([*packets, *through(answers, [3000] * 60)])
-    vif = sorted([*through(packets, [5000] * 60), *answers])
+    answered = answers(60, later=500_000)
+    pif = sorted([*packets, *through(answered, [3000] * 60)])
+    vif = sorted([*through(packets, [5000] * 60), *answered])
     paths = captures(tmp_path, pif, vif)
     [warning] = [text for text in analyzed("--pcaps", *paths)["warnings"] if "negative" in text]
     assert "60 delays" in warning
@@ -139,16 +138,16 @@ def test_what_only_looks_like_an_answer(tmp_path: Path) -> None:
         tcp(80, 1000, ack=101, flags=0x10),
         tcp(80, 1001, ack=101, flags=0x12),
     ]
-    answers = [ipv4(content, ident=10 + n, **BACK) for n, content in enumerate(wrong)]
+    replies = [ipv4(content, ident=10 + n, **BACK) for n, content in enumerate(wrong)]
     early = ipv4(tcp(80, 1000, ack=101, flags=0x12), ident=30, **BACK)
     vif = [
         (T - 50, early),
         (T + 100, probe),
         (T + 200, again[0]),
         (T + 300, again[1]),
-        *((T + 1000 + n, answer) for n, answer in enumerate(answers)),
+        *((T + 1000 + n, answer) for n, answer in enumerate(replies)),
     ]
-    pif = [(time + (50 if packet in (early, *answers) else -50), packet) for time, packet in vif]
+    pif = [(time + (50 if packet in (early, *replies) else -50), packet) for time, packet in vif]
     paths = [
         write(
             tmp_path / f"{name}.pcap",
@@ -236,11 +235,7 @@ def test_packets_the_other_way_are_told_without_mirrored_addresses(tmp_path: Pat
 def test_all_answers_are_lost(tmp_path: Path) -> None:
     """The interfaces are right, since the probes have passed both."""
     probes = distinct(60)
-    answers = [
-        (time + 500_000, content)
-        for time, content in distinct(60, source="10.0.0.1", destination="10.0.0.2")
-    ]
-    vif = sorted([*through(probes, [5000] * 60), *answers])
+    vif = sorted([*through(probes, [5000] * 60), *answers(60, later=500_000)])
     paths = captures(tmp_path, probes, vif)
     document = analyzed("--pcaps", *paths, "-d", "10.0.0.1", "--direction", "both")
     assert document["outbound"] is None
