@@ -53,7 +53,8 @@ To add              change                                               guarded
     a figure        a row of FIGURES; its value: of delays in            unit/test_statistics.py
                     DelayStatistics and delay_statistics, others in      unit/test_report.py
                     direction_report; README's table. The summary shows  unit/test_readme.py
-                    DELAY_COLUMNS
+                    DELAY_COLUMNS. PROMETHEUS_HELP if it is no time;     unit/test_prometheus.py
+                    a ratio is a share, at most 1
     ... to compare  COMPARED, run_figures, STUDENT_T, CHANGE_LIMITS      unit/test_comparison.py
     an output       a subclass of Output; of the result: in FORMATS,     unit/test_options.py
                     with `for_result`; --format's help

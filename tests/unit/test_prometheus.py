@@ -57,6 +57,15 @@ def test_the_figures_of_the_document(tmp_path: Path) -> None:
     assert named(found, "loss_ratio", "direction") == {"in": document["loss_ratio"]}
 
 
+def test_each_figure_has_a_series(tmp_path: Path) -> None:
+    """A sample whose family has no help text would be left out."""
+    found = prometheus("--pcaps", *pair(tmp_path, noisy(1000, 1, loss=0.01)))
+    families = {sample.name for sample in found}
+    for figure in netweaver.FIGURES:
+        if figure.unit not in (netweaver.Unit.MICROSECONDS, netweaver.Unit.PACKETS):
+            assert f"netweaver_{figure.name}_{figure.unit.value}" in families
+
+
 def test_labels_of_every_series(tmp_path: Path) -> None:
     paths = pair(tmp_path, noisy(600, 1))
     label = 'a"b\\c\nd\x1b'
