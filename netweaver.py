@@ -5844,8 +5844,8 @@ class SshConnection:
         started = time.monotonic()
         seconds = self._settings.connect_seconds
         self._restrict(known_kinds)
-        self.transport.banner_timeout = seconds
         # Longer than start_client's timeout, so that this comes first.
+        self.transport.banner_timeout = seconds + HEARTBEAT_SECONDS
         self.transport.handshake_timeout = seconds + HEARTBEAT_SECONDS
         self.transport.channel_timeout = CONNECT_SECONDS
         try:

@@ -1,6 +1,7 @@
 """Log in through a proxy that stops to deliver after some bytes, and see how that ends.
 
-    python tests/stalls.py HOST KEY STEP     try it after every STEP bytes of a login and a session
+    python tests/stalls.py HOST KEY STEP     try it from the start, and after every STEP bytes
+                                            of a login and a session
     python tests/stalls.py HOST POSITION     serve one connection; prints the port,
                                             and at the end the time of the stall
 
@@ -74,6 +75,8 @@ class StallingProxy:
 
     def close(self) -> None:
         for sock in (self._client, self._server, self._listener):
+            with contextlib.suppress(OSError):  # not connected any more
+                sock.shutdown(socket.SHUT_RDWR)  # which ends a thread that waits for it
             sock.close()
 
 
@@ -107,11 +110,11 @@ def attempt(host: str, key: str, position: int) -> Outcome:
 
 
 def try_all(host: str, key: str, step: int) -> list[Outcome]:
-    """Stall after every so many bytes of a login and a session."""
+    """Stall at once, and after every so many bytes of a login and a session."""
     whole = StallingProxy(host, 22, None)
     log_in(whole.port, key)
     whole.close()
-    positions = range(step, whole.delivered - ENDING, step)
+    positions = range(0, whole.delivered - ENDING, step)
     with ThreadPoolExecutor(ATTEMPTS_AT_ONCE) as pool:
         return list(pool.map(lambda position: attempt(host, key, position), positions))
 
