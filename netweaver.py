@@ -350,7 +350,7 @@ class Sightings:
         """Return the identity of each id, and free the memory of the table from identity to id.
 
         If addresses are ignored, an id has the identity of its first sighting.  No packets can be
-        added after it.
+        added afterwards.
         """
         if self.translated:
             identities = self._originals
@@ -893,7 +893,7 @@ def _transport_identity(frame: bytes, protocol: int, offset: int, size: int) -> 
     """Return the part of an identity that comes from the payload of the IP packet.
 
     `offset` is where the payload begins, and `size` its size by the IP header.  `_identify_plain`
-    and `_read_equal_records` must make the same of plain frames, only faster.
+    and `_read_equal_records` do this for plain frames, only faster, and must return the same.
     """
     if protocol == TCP:
         header = _part(frame, offset, 14)  # ports, numbers, size of the header [12], flags [13]
@@ -1103,8 +1103,8 @@ class Selection:
     def vif_filter(self, ethernet: bool) -> str:
         """Return the pcap-filter(7) expression that captures the packets on the vif.
 
-        They may have VLAN tags here, too, by a guest that is a trunk.  If addresses are translated,
-        only one of the two is on the vif as the sources know it: either suffices.
+        The vif of a guest that uses VLANs itself carries tagged frames, too.  If addresses are
+        translated, only one of a packet's two addresses is unchanged on the vif: either suffices.
         """
         selection = replace(self, captures_either=self.translated)
         return selection.pif_filter(ethernet, overlay=False)
@@ -1614,7 +1614,7 @@ class _PcapngReader:
         self._interfaces: list[_Interface] = []  # of the current section
 
     def read(self, data: bytes, file_offset: int, block: Block) -> int:
-        """Add the packets of the file's complete blocks to `block`; return the size of those."""
+        """Add the packets of the complete blocks in `data` to `block`; return where they end."""
         position = 0
         # A block has its type and size (4 bytes each) before its body, and the size again after it.
         while position + 12 <= len(data) and not data.startswith(self.zeros, position):
@@ -1808,7 +1808,7 @@ class _Selector:
         self._part_of: dict[bytes, Block | None] = {}
 
     def select(self, block: Block) -> int:
-        """Select the packets of a block, and return how many frames have none of them."""
+        """Select the packets of a block; return the number of frames without a selected packet."""
         for part in self.parts.values():
             part.identities.clear()
             part.times.clear()
@@ -1941,7 +1941,7 @@ def match(sightings: Sightings, window: Window = ALWAYS, uncaptured: int = 0) ->
 
 
 def _truncate(size: int, classes: bytearray, sent: PointSightings, arrivals: _Arrivals) -> None:
-    """Forget the packets from a rank on: they are in no count."""
+    """Forget all but the first `size` packets, so that the others are in no count."""
     sent.truncate(size)
     arrivals.truncate(size)
     del classes[size:]
@@ -1988,7 +1988,10 @@ class _Arrivals:
     strays: dict[int, int] = field(default_factory=dict)  # delays that can't be true, by rank
 
     def truncate(self, size: int) -> None:
-        """Forget the packets from a rank on."""
+        """Forget all but the first `size` packets.
+
+        The repeated arrivals have been assigned by then, and the unsent ones have no rank.
+        """
         del self.delays[size:]
         del self.missing[size:]
         self.ranks = array("I", [rank for rank in self.ranks if rank < size])
@@ -2086,7 +2089,7 @@ def _classify_copies(
 
 
 def _find_undecided(classes: bytearray) -> int:
-    """Return the rank of the first undecided packet, or the number of packets."""
+    """Return the rank of the first undecided packet; the number of packets if there is none."""
     first = len(classes)
     for kind in (PacketClass.UNDECIDED, PacketClass.AMBIGUOUS_UNDECIDED):
         rank = classes.find(kind)
@@ -2980,10 +2983,11 @@ def fetch_symbols(run: RunCommand, directory: str, trace: KernelTrace) -> None:
     addresses = [f"{location:016x}" for location in trace.locations()[:MOST_SYMBOLS]]
     if not addresses:
         return
-    # Sorted among the kernel's symbols, an address follows the function that contains it.
+    # Sorted among the kernel's symbols, an address follows the function that contains it.  If the
+    # kernel hides its addresses (kptr_restrict), they are all 0.
     command = (
         f"{{ printf '%s ?\\n' {' '.join(addresses)}; "
-        "awk '$2 ~ /[tT]/ { print $1, $3 }' /proc/kallsyms; } | LC_ALL=C sort | "
+        "awk '$2 ~ /[tT]/ && $1 !~ /^0+$/ { print $1, $3 }' /proc/kallsyms; } | LC_ALL=C sort | "
         """awk '$2 == "?" { print $1, last; next } { last = $2 }'"""
     )
     path = os.path.join(directory, "trace-symbols")
@@ -3170,7 +3174,10 @@ def lost_before(page: bytes) -> int:
 
 
 def page_records(page: bytes) -> list[tuple[int, int]]:
-    """Return the time (ns) of each event on a page, and the offset of its data."""
+    """Return the time (ns) of each event on a page, and the offset of its data.
+
+    The layout is that of the kernel's include/linux/ring_buffer.h.
+    """
     time_ns, header = unpack_from("<QQ", page)
     # A record is read with the word that follows its first one: 8 bytes.
     last_start = min(PAGE_HEADER + (header & RECORDS_SIZE), len(page)) - 8
@@ -3191,11 +3198,11 @@ def page_records(page: bytes) -> list[tuple[int, int]]:
                 break
             time_ns += delta
             position += 4 + word
-        elif kind:
+        elif kind:  # an event of so many words
             time_ns += delta
             records.append((time_ns, position + 4))
             position += 4 + 4 * kind
-        else:  # kind 0
+        else:  # a longer event: `word` is its size, itself included
             time_ns += delta
             records.append((time_ns, position + 8))
             position += 4 + word
@@ -6248,7 +6255,8 @@ class Access:
             return LocalConnection()
         user = target.user or ""
         options = self._ask_ssh(target, user, default_user=NO_USER)
-        # A configured user counts from his line on, but root as if he had been given by -l.
+        # "Match user" must see the default user, root, from the first line on: as given by -l.
+        # A User line of the configuration counts only for the lines after it.
         if options.text("user") == NO_USER:
             user = "root"
             options = self._ask_ssh(target, user)
@@ -6257,7 +6265,7 @@ class Access:
         def expand(path: str) -> str:
             if "%" not in path and "${" not in path:
                 return home_path(path)
-            # ssh expands ControlPath as it would this path, and prints it.
+            # ssh -G prints ControlPath expanded, so it is asked to take this path for that.
             return self._ask_ssh(target, user, f'ControlPath="{path}"').text("controlpath")
 
         return read_settings(target, options, expand, partial(self._split_files, target, options))
@@ -6405,7 +6413,7 @@ def system_configuration() -> list[str]:
 
 
 def jump_words(jump: str) -> list[str]:
-    """Return the words by which ssh gets a host of ProxyJump: a URI, or USER@HOST:PORT."""
+    """Return ssh's arguments for a host of ProxyJump: a URI, or [USER@]HOST[:PORT]."""
     user, _, address = jump.rpartition("@")
     host, port = split_address(address)
     if "://" in jump or not host:
@@ -6775,35 +6783,30 @@ def parse_virsh_domiflist(answer: str, name: str, vif_number: int) -> str:
 def qm_vif(run: RunCommand, name: str, vif_number: int) -> str:
     """Return a VM's interface on Proxmox VE, by the VM's name, VMID or UUID."""
     answer = run("qm list", "is this a Proxmox VE host?")
-    try:
-        vmid = parse_qm_list(answer, name)
-    except UnknownVMError:
-        if not re.fullmatch(UUID, name):
-            raise
+    vmids = [name]
+    if re.fullmatch(UUID, name):
         # A VM's configuration is the file VMID.conf, and has the UUID in its line smbios1.
-        path = run(f"grep -il '^smbios1:.*uuid={name}' /etc/pve/qemu-server/*.conf || :").strip()
-        if not path:
-            raise
-        vmid = parse_qm_list(answer, os.path.basename(path).removesuffix(".conf"))
-    return f"tap{vmid}i{vif_number}"
+        paths = run(f"grep -il '^smbios1:.*uuid={name}' /etc/pve/qemu-server/*.conf || :").split()
+        vmids = [os.path.basename(path).removesuffix(".conf") for path in paths]
+    return f"tap{parse_qm_list(answer, name, vmids)}i{vif_number}"
 
 
-def parse_qm_list(answer: str, name: str) -> int:
-    """Return the VMID of the running VM that has this name or, if none has, this VMID.
+def parse_qm_list(answer: str, name: str, vmids: Iterable[str]) -> int:
+    """Return the VMID of the running VM that has this name or, if none has, one of these VMIDs.
 
-    Raises UnknownVMError if this host has no such VM, and RemoteCommandError if none of those with
-    the name is running, or several are.
+    Raises UnknownVMError if this host has no such VM, and RemoteCommandError if none of them is
+    running, or several are.
     """
     states: dict[str, str] = {}  # by VMID
-    vmids: defaultdict[str, list[str]] = defaultdict(list)  # by name
+    named: defaultdict[str, list[str]] = defaultdict(list)  # VMIDs by name
     for line in answer.splitlines():
         words = line.split()  # VMID, name (which may have blanks), status, memory, disk, PID
         if len(words) >= 6 and is_number(words[0]):
             states[words[0]] = words[-4]
-            vmids[" ".join(words[1:-4])].append(words[0])
-    candidates = vmids[" ".join(name.split())]  # blanks as in the keys
-    if not candidates and name in states:
-        candidates = [name]
+            named[" ".join(words[1:-4])].append(words[0])
+    candidates = named[" ".join(name.split())]  # blanks as in the keys
+    if not candidates:
+        candidates = [vmid for vmid in vmids if vmid in states]
     if not candidates:
         raise UnknownVMError(
             f"there is no VM {name!r} on this host (qm list shows them; a container's interface is "
@@ -6817,8 +6820,8 @@ def parse_qm_list(answer: str, name: str) -> int:
         )
     if len(running) > 1:
         raise RemoteCommandError(
-            f"{len(running)} VMs have the name {name!r} (VMIDs {', '.join(running)}): give the "
-            "VMID as -n"
+            f"{len(running)} VMs have the name or UUID {name!r} (VMIDs {', '.join(running)}): "
+            "give the VMID as -n"
         )
     return int(running[0])
 
@@ -7769,7 +7772,7 @@ class Traffic:
     def source_command(self, count: int, destination: str, has_hping3: bool = True) -> str:
         """Return the shell command that sends `count` packets.
 
-        Raises UsageError if the command can't send them as they are described.
+        Raises UsageError if it ignores an option, or can't send such packets.
         """
         template = self.template(destination, has_hping3)
         self._check_effects(template)
@@ -7829,14 +7832,14 @@ class Traffic:
             raise UsageError(
                 f"--size {self.size}: a packet of {chosen} has at most {largest} bytes"
             )
-        if self.load and self._is_sent_by(self.load):
+        if self.load and self._looks_like(self.load):
             raise UsageError(
                 f"--load {self.load!r} sends packets of the same protocol and port as {chosen}, "
                 "so they can't be told apart: choose another protocol or port"
             )
 
-    def _is_sent_by(self, load: str) -> bool:
-        """Return whether a load certainly sends packets that look like those of the pattern."""
+    def _looks_like(self, load: str) -> bool:
+        """Return whether a load's packets certainly look like those of the pattern."""
         sent = protocol_and_port(load)
         if sent is None:
             return False
@@ -8257,12 +8260,17 @@ def make_captures(
 
 
 def check_can_capture(facts: Facts, interfaces: Interfaces) -> None:
-    """Raise CaptureError without tcpdump, UsageError if the VM's interface was given as -i."""
+    """Raise UsageError if the VM's interface is among the pifs, CaptureError without tcpdump."""
     if interfaces.vif in interfaces.pifs:
-        advice = "Give the physical one with -i"
         if interfaces.route is RouteKind.GIVEN:
-            advice = "Give the physical one, or -i auto"
-        raise UsageError(f"-i {interfaces.vif}: this is the VM's interface. {advice}")
+            raise UsageError(
+                f"-i {interfaces.vif}: this is the VM's own interface. Give the physical one, or "
+                "-i auto"
+            )
+        raise UsageError(
+            f"the packets come in by {interfaces.vif}, which is the VM's own interface. Give the "
+            "physical one with -i"
+        )
     if not facts.has_tcpdump:
         raise CaptureError(
             f"can't run tcpdump: {last_line(facts.tcpdump)}. Install it: apt-get install tcpdump"
@@ -8788,7 +8796,10 @@ def tcpdump_counts(lines: Iterable[str]) -> dict[str, int]:
 def capture_hint(
     facts: Facts, capture: CaptureCommand, why: str, sudo: bool, route: RouteKind
 ) -> str:
-    """Return what to do about a capture that can't run, for the end of its error."""
+    """Return what to do about a capture that can't run, for the end of its error.
+
+    `why` is what tcpdump printed.  Returns "" if nothing can be advised.
+    """
     if "permi" in why:  # "permission", "not permitted"
         return "" if sudo else " (log in as root, or use --sudo)"
     if "No such device" not in why and "doesn't exist" not in why:
@@ -8800,7 +8811,7 @@ def capture_hint(
     if capture.point == "vif":
         siblings = [name for name in names if _stem(name) == _stem(capture.interface)]
         if siblings:
-            return f" (the VM has: {', '.join(siblings)})"
+            return f" (interfaces with such a name: {', '.join(siblings)})"
         advice = "the hypervisor can't see an SR-IOV function that was given to a VM"
     return f" (there are: {shorten(', '.join(names), 400, placeholder=' ...')}): {advice}"
 
@@ -10598,12 +10609,13 @@ def delay_warnings(result: DirectionResult, delays: DelayStatistics, advice: Adv
 def has_both_directions(result: DirectionResult) -> bool:
     """Return whether the packets with negative delays go another way than the others.
 
-    They do if they have no source and no destination in common.  There are packets of both kinds.
+    They do if the two groups have no source and no destination in common.  The caller knows that
+    there are packets in both.
     """
     if result.identities[0][0] == TEXT:  # without addresses
         return False
     forwards: set[bytes] = set()  # b"s" and a source, or b"d" and a destination
-    backwards: set[bytes] = set()  # the same, of the packets with negative delays
+    backwards: set[bytes] = set()  # those of the packets with negative delays
     for rank in result.ranks(PacketClass.MATCHED):
         addresses = addresses_of(result.identity(rank))
         half = len(addresses) // 2
@@ -10670,14 +10682,17 @@ def rate_warnings(result: DirectionResult, info: RunInfo) -> list[str]:
 def traffic_warnings(
     result: DirectionResult, info: RunInfo, captured: Mapping[str, Report], advice: Advice
 ) -> list[str]:
-    """Return warnings if packets were under way at the end, or were not as many as were sent."""
+    """Return warnings if packets were under way at the end, or were not as many as were sent.
+
+    `captured` has the counts of each point's captures, as the report has them.
+    """
     warnings = []
     under_way = result.counts.undecided.under_way
     if under_way and info.sources:
         warnings.append(
-            f"{counted(under_way, 'packet')} at the end are counted only as undecided: the "
-            f"captures may have stopped before all of them reached the {result.direction.second}. "
-            f"{advice.undecided}"
+            f"{counted(under_way, 'packet at the end is', 'packets at the end are')} counted only "
+            "as undecided: the captures may have stopped before all of them reached the "
+            f"{result.direction.second}. {advice.undecided}"
         )
     sent = info.transmitted
     # The user's own filter may select other packets than those of the sources.
@@ -10685,7 +10700,7 @@ def traffic_warnings(
         return warnings
     seen = sent_datagrams(result) + under_way
     if seen > sent:
-        seen -= resets_of_own_syns(result)  # which the sources don't report
+        seen -= resets_of_own_syns(result)  # the sources' kernels send them, and hping3 not
     if seen > sent:
         warnings.append(
             f"{counted(seen, 'packet was', 'packets were')} captured on the pif, but this run sent "
@@ -11412,7 +11427,7 @@ def summary(report: Report, delays: Iterable[int], fancy: bool = True) -> list[s
     `delays` are its samples (ns), which may be counted already.  See `histogram` for `fancy`.
     """
     for loss_places in (3, 2, 1, 0):  # as many as fit
-        lines = fitting(_summary_lines(report, fancy, loss_places))
+        lines = wrap_for_terminal(_summary_lines(report, fancy, loss_places))
         if len(lines) <= HEIGHT:
             break
     # The histogram also has a title, and a line for the delays above its bins.
@@ -11422,7 +11437,7 @@ def summary(report: Report, delays: Iterable[int], fancy: bool = True) -> list[s
         if info_of(report).direction == "both":
             title += " (in)"
         lines.append(title)
-        lines += fitting(f" {line}" for line in histogram(delays, fancy, bins))
+        lines += wrap_for_terminal(f" {line}" for line in histogram(delays, fancy, bins))
     return lines
 
 
@@ -11446,14 +11461,15 @@ def _summary_lines(report: Report, fancy: bool, loss_places: int) -> list[str]:
     ]
 
 
-def fitting(lines: Iterable[str]) -> list[str]:
+def wrap_for_terminal(lines: Iterable[str]) -> list[str]:
     """Return lines without control characters, wrapped if they are too long for a terminal."""
     fitted = []
     for line in map(printable, lines):
         if len(line) <= WIDTH:
             fitted.append(line)
         else:
-            fitted += _wrapped(line, " " * 13)  # to the right of where any line's text begins
+            # Deeper than any line begins, so that it can't be taken for one.
+            fitted += _wrapped(line, " " * 13)
     return fitted
 
 
@@ -11596,7 +11612,7 @@ def table(reports: Sequence[Report]) -> list[str]:
     ]
     for report in reports:
         lines += comparison_lines(report, run_name(info_of(report)))
-    return fitting(lines)
+    return wrap_for_terminal(lines)
 
 
 def _run_rows(label: str, number: int, report: Report) -> list[str]:
@@ -11762,8 +11778,8 @@ CSV_FLAGS = {
 def csv_rows(result: DirectionResult) -> Iterator[list[object]]:
     """Yield a row for each packet of the first point: time, fields, delay in µs and flags."""
     reordered = reordering(result)
-    for rank in result.ranks(*CSV_FLAGS):
-        flags = [CSV_FLAGS[PacketClass(result.classes[rank])]]
+    for rank, kind in enumerate(result.classes):
+        flags = [CSV_FLAGS[PacketClass(kind)]]
         if rank in reordered:
             flags.append("reordered")
         if rank in result.duplicates:
@@ -13266,8 +13282,8 @@ class Baseline:
 
 
 def baseline_selection(options: Options, direction: Direction) -> Selection:
-    """Return the selection of the packets in captures that are given as a baseline."""
-    if options.pcaps:
+    """Return the packets of one direction to compare, where the baseline is a pair of captures."""
+    if options.pcaps:  # select as in other captures of which only the options are known
         return replace(select_packets(RunInfo(), options).selection, directions=[direction])
     selection = Selection([direction], translated=options.match_nat)
     # In captures of both directions, only the VM's address tells their packets apart.
@@ -13561,11 +13577,12 @@ class Comparer:
             direction = options.direction or "in"
             if kind:
                 direction = kind.direction
-            compared = DIRECTIONS[direction][0]  # of both directions the way in
+            compared = DIRECTIONS[direction][0]  # of "both", the packets to the VM
             selection = baseline_selection(options, compared)
             baseline = load_baseline(options.baseline, selection, kind, screen.warn)
             self._baselines[kind] = baseline
-            if len(baseline.runs) + baseline.left_out > 1:  # else the option names the only one
+            # A single run is named by the option.
+            if len(baseline.runs) + baseline.left_out > 1:
                 screen.step(str(baseline))
                 for name in baseline.names:
                     screen.log(f"  {name}")
@@ -13635,9 +13652,10 @@ def run_analysis(options: Options, signals: Signals, screen: Screen) -> int:
     outcome = Outcome(options, limits, screen, signals, several=len(saved) > 1)
     comparer = Comparer(options, kinds, screen)
     comparer.check(options.limits)
-    with ExitStack() as stack:
-        stack.callback(outcome.end)
+    try:
         publish(analyze_inputs(options, saved, screen.warn), comparer, outcome)
+    finally:
+        outcome.end()
     return outcome.exit_code
 
 

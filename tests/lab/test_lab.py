@@ -157,11 +157,11 @@ def test_an_interface_that_can_not_be_used(lab: Lab) -> None:
     there = "(there are: eth0, lo, mgmt0, xenbr0, vif5.0)"
     function = "): the hypervisor can't see an SR-IOV function that was given to a VM\n"
     cases: list[tuple[list[str], int, str]] = [
-        (["-i", "vif5.0"], 2, "-i vif5.0: this is the VM's interface"),
+        (["-i", "vif5.0"], 2, "-i vif5.0: this is the VM's own interface"),
         (["-i", "nope0"], 5, "nope0: No such device exists"),
         (["-i", "nope0"], 5, f"{there}: -i auto finds the physical interface"),
         (["--num", "7"], 5, "vif5.7: No such device exists"),
-        (["--num", "7"], 5, "(the VM has: vif5.0)\n"),
+        (["--num", "7"], 5, "(interfaces with such a name: vif5.0)\n"),
         (["--vif", "enp9s0v1"], 5, function),
     ]
     check_failures(lab, cases)

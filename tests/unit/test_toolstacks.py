@@ -109,17 +109,25 @@ def test_virsh_never_writes(virsh: Shell) -> None:
 
 
 class ProxmoxHost:
-    """A host with one VM, whose UUID is in its configuration."""
+    """A host with VMs whose UUIDs are in their configurations."""
 
-    def __init__(self, config: Path) -> None:
+    def __init__(self, config: Path, *others: tuple[str, str, str]) -> None:
+        """Make a host; `others` are the VMID, the name and the UUID of further running VMs."""
         self.directory = config
-        text = f"name: web1\nsmbios1: uuid={UUID}\n\n[snapshot]\nsmbios1: uuid={UUID}\n"
-        (config / "105.conf").write_text(text)
-        (config / "106.conf").write_text(text.replace(UUID, DOMAIN_UUID))
+        self.listing = "  105 web1 running 2048 32.00 4242\n  106 db stopped 2048 32.00 0\n"
+        self._add("105", UUID)
+        self._add("106", DOMAIN_UUID)
+        for vmid, name, uuid in others:
+            self.listing += f"  {vmid} {name} running 2048 32.00 4243\n"
+            self._add(vmid, uuid)
+
+    def _add(self, vmid: str, uuid: str) -> None:
+        text = f"smbios1: uuid={uuid}\n\n[snapshot]\nsmbios1: uuid={uuid}\n"
+        (self.directory / f"{vmid}.conf").write_text(text)
 
     def __call__(self, command: str, hint: str = "") -> str:
         if command == "qm list":
-            return "  105 web1   running  2048  32.00  4242\n  106 db   stopped  2048  32.00  0\n"
+            return self.listing
         command = command.replace("/etc/pve/qemu-server", str(self.directory))
         done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
         return done.stdout
@@ -141,6 +149,24 @@ def test_proxmox_vm_by_uuid_that_cannot_be_measured(tmp_path: Path, uuid: str, w
     with pytest.raises(RemoteCommandError) as caught:
         find_vif(ProxmoxHost(tmp_path), "qm", uuid)
     assert words in str(caught.value)
+
+
+def test_uuid_of_a_proxmox_vm_whose_vmid_is_a_name(tmp_path: Path) -> None:
+    host = ProxmoxHost(tmp_path, ("107", "105", UUID.replace("0", "1")))
+    assert find_vif(host, "qm", UUID) == "tap105i0"
+
+
+def test_uuid_of_two_proxmox_vms(tmp_path: Path) -> None:
+    """As after a backup was restored under another VMID."""
+    host = ProxmoxHost(tmp_path, ("107", "copy", UUID))
+    with pytest.raises(RemoteCommandError) as caught:
+        find_vif(host, "qm", UUID)
+    assert "105, 107" in str(caught.value)
+
+
+def test_uuid_of_two_proxmox_vms_of_which_one_runs(tmp_path: Path) -> None:
+    host = ProxmoxHost(tmp_path, ("107", "copy", DOMAIN_UUID))
+    assert find_vif(host, "qm", DOMAIN_UUID) == "tap107i0"
 
 
 def test_domain_without_a_chosen_device_name(tmp_path: Path) -> None:
@@ -367,7 +393,7 @@ def parsers() -> dict[str, Callable[[str], Any]]:
     by_name: dict[str, Callable[[str], Any]] = {
         "xe": lambda text: netweaver.parse_xe_dom_id(text, "web1"),
         "virsh": lambda text: netweaver.parse_virsh_domiflist(text, "web1", 0),
-        "qm": lambda text: netweaver.parse_qm_list(text, "web1"),
+        "qm": lambda text: netweaver.parse_qm_list(text, "web1", ["105"]),
         "platform": lambda text: netweaver.Facts(text).platform("a"),
         "uplinks": lambda text: netweaver.find_uplinks(
             lambda command, hint="": text, "vif5.0", netweaver.Links(text), {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import struct
 import subprocess
 import time
@@ -182,6 +183,45 @@ def test_pipes_in_a_saved_run_are_ignored(tmp_path: Path) -> None:
     document = analyzed("--pcaps", path)
     assert document["packets"]["matched"] == 4
     assert document["stages"] == {}
+
+
+# -- the kernel's functions --
+
+
+class TraceOfOneLoss(netweaver.KernelTrace):
+    """A trace of a packet that was freed in a function of the kernel."""
+
+    def locations(self) -> list[int]:
+        return [0xFFFFFFFF81000010]
+
+
+SYMBOLS = """ffffffff81000000 T _stext
+ffffffff81000008 t nf_hook_slow
+ffffffff81000020 T tcp_v4_rcv
+"""
+
+
+@pytest.mark.parametrize(
+    ("symbols", "names"),
+    [
+        (SYMBOLS, {0xFFFFFFFF81000010: "nf_hook_slow"}),
+        (re.sub("f{8}.{8}", "0" * 16, SYMBOLS), {}),
+    ],
+    ids=["shown", "hidden by kptr_restrict"],
+)
+def test_functions_by_address(tmp_path: Path, symbols: str, names: dict[int, str]) -> None:
+    kallsyms = tmp_path / "kallsyms"
+    kallsyms.write_text(symbols)
+
+    def run(command: str, hint: str = "") -> str:
+        command = command.replace("/proc/kallsyms", str(kallsyms))
+        return subprocess.run(
+            ["sh", "-c", command], stdout=subprocess.PIPE, text=True, check=True
+        ).stdout
+
+    trace = TraceOfOneLoss({}, {}, set(), 0, False, False, False)
+    netweaver.fetch_symbols(run, str(tmp_path), trace)
+    assert trace.symbols == names
 
 
 # -- which packet an event belongs to --
