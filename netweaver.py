@@ -2611,7 +2611,7 @@ def _answer_key(identity: bytes) -> bytes:
 COMPARED = {"median": 3, "p99": 3, "loss_ratio": 6}  # figures, and the decimals to report them with
 FEWEST_RUNS = 3  # on each side, to know how much equal runs vary
 CONFIDENCE = 0.99  # that the intervals of all COMPARED figures contain the true shifts
-EQUAL_RUNS = "equal runs don't show how much runs vary"
+EQUAL_RUNS = "the runs on each side are equal, so run-to-run variation is unknown"
 # Student's t for CONFIDENCE, by degrees of freedom: two-sided, and with the probability of an error
 # divided among the COMPARED figures (Bonferroni).
 STUDENT_T = {
@@ -3850,16 +3850,18 @@ def processing_times(guest_times: Mapping[int, int], account: TraceAccount | Non
     ]
 
 
-# Where packets were lost, by the kernel's {name} for it, and what shows more.
+# Where packets were lost, by the kernel's {name} for it, and what shows more.  They were on their
+# way from the interface {first} to {second}.
 FIREWALL_RULE = "the firewall ({name}): nft list ruleset, iptables -vL"
-TC_RULE = "tc ({name}): tc -s filter show ingress dev {pif}"
-FULL_QUEUE = "the queue ({name}): tc -s qdisc show dev {vif}"
+RULE_OF_ARRIVALS = "tc ({name}): tc -s filter show ingress dev {first}"
+RULE_OF_DEPARTURES = "tc ({name}): tc -s filter show egress dev {second}"
+FULL_QUEUE = "the queue ({name}): tc -s qdisc show dev {second}"
 LOSS_ADVICE = {  # by the kernel's reason or function
     "NETFILTER_DROP": FIREWALL_RULE,
     "nft_do_chain": FIREWALL_RULE,
     "nf_hook_slow": FIREWALL_RULE,
-    "TC_INGRESS": TC_RULE,
-    "TC_EGRESS": TC_RULE,
+    "TC_INGRESS": RULE_OF_ARRIVALS,
+    "TC_EGRESS": RULE_OF_DEPARTURES,
     "QDISC_DROP": FULL_QUEUE,
     "QDISC_OVERLIMIT": FULL_QUEUE,
     "kfree_skb_list_reason": FULL_QUEUE,
@@ -3901,7 +3903,10 @@ def loss_lines(name: str, part: Report, info: RunInfo, most: int | None = None) 
     if most and 1 < most < len(places):
         shown = places[: most - 1]
         others = places[most - 1 :]
-    texts = [_loss_text(loss, info) for loss in shown]
+    texts = []
+    for loss in shown:
+        [direction] = DIRECTIONS[name]
+        texts.append(_loss_text(loss, info, direction))
     if others:
         packets = sum(loss["packets"] for loss in others)
         texts.append(f"{packets:>5} lost in {len(others)} other places")
@@ -3913,17 +3918,22 @@ def loss_lines(name: str, part: Report, info: RunInfo, most: int | None = None) 
     if processing:  # of the guest only, whose `name` fills its column: a blank must follow
         median = duration_text(processing["median"])
         p99 = duration_text(processing["percentiles"]["99"])
-        texts.append(f" excluding delivery to it: median {median}, p99 {p99}")
+        texts.append(f" without delivery to it: median {median}, p99 {p99}")
     return [f" {name:<4}{text}" for text in texts]
 
 
-def _loss_text(loss: Report, info: RunInfo) -> str:
-    """Return how many packets were lost in a place, and why."""
+def _loss_text(loss: Report, info: RunInfo, direction: Direction) -> str:
+    """Return how many packets of a direction were lost in a place, and why."""
     lost = f"{loss['packets']:>5} lost in"
     reason = loss["reason"]
+    interfaces = {"pif": info.pif, "vif": info.vif}
+    if "," in info.pif:  # the trace doesn't show which of them
+        interfaces["pif"] = "PIF"
+    first = interfaces[direction.first]
+    second = interfaces[direction.second]
     for name in (reason, loss["where"]):
         if name in LOSS_ADVICE:
-            return f"{lost} {LOSS_ADVICE[name].format(name=name, **side_names(info))}"
+            return f"{lost} {LOSS_ADVICE[name].format(name=name, first=first, second=second)}"
     stage = loss["stage"]
     if reason and reason != NO_REASON:
         stage += f" ({reason})"
@@ -5204,8 +5214,8 @@ def check_authorities(settings: HostSettings, title: str) -> None:
             if known.marker == "REVOKED":
                 raise HostConnectionError(
                     f"{title} has a certificate, which paramiko can't check, and {known.place} "
-                    "revokes a key that may be its authority's: remove that line, or the "
-                    "certificate algorithms from HostKeyAlgorithms"
+                    "revokes a key that may be its authority's: remove the certificate algorithms "
+                    "from HostKeyAlgorithms or, if it revokes another host's key, that line"
                 )
 
 
@@ -6732,7 +6742,7 @@ def _operand(name: str, prefix: str) -> str:
 def virsh_vif(run: RunCommand, name: str, vif_number: int) -> str:
     """Return a domain's interface on libvirt, by the domain's name or UUID."""
     hint = (
-        "virsh list --all shows the names, systemctl status libvirtd shows whether libvirt is "
+        "virsh list --all shows the names; systemctl status libvirtd shows whether libvirt is "
         f"running. If it runs in a container, {NAME_THE_VIF}"
     )
     virsh = "LC_ALL=C virsh -r -q"  # read only, and oVirt allows nothing else
@@ -6905,7 +6915,7 @@ HOST_KINDS = ("bridge", "openvswitch")  # by these the host takes part in a swit
 # Ports of a switch behind which is neither a network card nor a guest.
 DEAD_END_KINDS = (*HOST_KINDS, "patch", "ifb")
 ETH0_ASSUMED = (
-    "the VM's interface is in no bridge, and no way to it is known: eth0 is assumed to be the "
+    "the VM's interface is in no bridge, and no route to it was found: eth0 is assumed to be the "
     "physical interface. If it isn't, give the right one with -i"
 )
 MOST_INTERFACES = 16  # to be captured at once
@@ -7812,8 +7822,8 @@ class Traffic:
             unused.append("--port")
         if unused:
             raise UsageError(
-                f"{unused[0]} has no effect with {chosen}, which has no placeholder for it: "
-                f"{template}"
+                f"{unused[0]} has no effect with {chosen}, whose command has no placeholder for "
+                f"it: {template}"
             )
 
     def _check_bounds(self, template: str, destination: str) -> None:
@@ -7830,7 +7840,7 @@ class Traffic:
         largest = PATTERNS[self.pattern].largest_size
         if self.size is not None and self.size > largest:
             raise UsageError(
-                f"--size {self.size}: a packet of {chosen} has at most {largest} bytes"
+                f"--size {self.size}: a packet of {chosen} has at most {largest} bytes of payload"
             )
         if self.load and self._looks_like(self.load):
             raise UsageError(
@@ -8273,7 +8283,8 @@ def check_can_capture(facts: Facts, interfaces: Interfaces) -> None:
         )
     if not facts.has_tcpdump:
         raise CaptureError(
-            f"can't run tcpdump: {last_line(facts.tcpdump)}. Install it: apt-get install tcpdump"
+            f"can't run tcpdump: {last_line(facts.tcpdump)}. Install it: apt-get install tcpdump, "
+            "or yum install tcpdump"
         )
 
 
@@ -9366,8 +9377,8 @@ def analyze_text(
         )
     if result.counts.ambiguous:
         warnings.append(
-            f"{counted(result.counts.ambiguous, 'sequence number')} sent more than once: is "
-            "seq_no_col the right column?"
+            f"{counted(result.counts.ambiguous, 'packet has', 'packets have')} a sequence number "
+            "that was sent more than once: is seq_no_col the right column?"
         )
     counts = {
         point: {"records": len(capture.times), "skipped": capture.skipped}
@@ -9404,7 +9415,7 @@ def load_run(directory: str) -> SavedRun:
         info = RunInfo.from_json(report["config"])
         for point in ("pif", "vif"):
             if not isinstance(report["capture"][point], dict):
-                raise ValueError(f"capture.{point} is no object")
+                raise ValueError(f"capture.{point} is not an object")
         names = sorted(os.listdir(directory))
     except OSError as error:
         raise UsageError(f"{directory}: not a saved run: report.json: {error.strerror}") from None
@@ -10394,7 +10405,7 @@ def _other_vif_advice(info: RunInfo) -> str:
         emulated = info.vif.replace("vif", "tap")
         if info.toolstack == "xl":
             emulated = f"{info.vif}-emu"
-        other_vif += f" Does the VM, if it is HVM, use its emulated interface (--vif {emulated})?"
+        other_vif += f" If the VM is HVM, does it use its emulated interface (--vif {emulated})?"
     if info.filter:
         other_vif += " Does --filter match them there?"
     elif info.selection.translated:
@@ -10425,8 +10436,8 @@ def measuring_advice(info: RunInfo) -> Advice:
         other_vif=_other_vif_advice(info),
         backwards=f"{backwards}?",
         one_way="Let --filter select one direction, such as 'src host ...'",
-        no_traffic="Is the destination the address of this VM? Do the packets have the source's "
-        "address? Does a firewall drop them earlier?",
+        no_traffic="Is the destination the address of this VM? Do the packets come from the "
+        "source's address? Does a firewall drop them earlier?",
         no_answers="Is the destination the VM's address? Does it answer this traffic?",
     )
 
@@ -10444,7 +10455,7 @@ def file_advice(info: RunInfo) -> Advice:
     if info.measured or not has_addresses:
         nat_advice = ""
     elif info.selection.translated:
-        nat_advice = ". With --match-nat leave out -s and -d, which hold on both interfaces"
+        nat_advice = ". With --match-nat leave out -s and -d, which apply to both interfaces"
     else:
         nat_advice = f". Are addresses translated ({match_nat_option(info)}, without -s and -d)?"
     return Advice(
@@ -10546,7 +10557,7 @@ def captured_twice(result: DirectionResult) -> str:
         return ""
     text = "twice" if times == 2 else f"{times} times"
     return (
-        f"each packet was captured {text} on the pif, as by a SPAN port, -i any or a bridge that "
+        f"each packet was captured {text} on the pif, as with a SPAN port, -i any or a bridge that "
         "floods. Capture on an interface that each packet passes once, or remove the copies "
         "(editcap -d)"
     )
@@ -10586,7 +10597,7 @@ def delay_warnings(result: DirectionResult, delays: DelayStatistics, advice: Adv
     if delays.negative:
         cause = "the time stamps of two CPUs disagree, or the clock was set"
         if has_both_directions(result):
-            cause = f"they belong to answers, or others that go the other way. {advice.one_way}"
+            cause = f"they are answers, or other packets on the way back. {advice.one_way}"
         warnings.append(
             f"{counted(delays.negative, 'delay is', 'delays are')} negative (down to "
             f"{delays.minimum:g} µs): {cause}"
@@ -10732,7 +10743,7 @@ def capture_warnings(
         if uncaptured:
             warnings.append(
                 f"{counted(uncaptured, 'packet')} may or may not be lost, since the capture on the "
-                f"{result.direction.second} missed or truncated as many: counted only as undecided"
+                f"{result.direction.second} missed or truncated packets: counted only as undecided"
             )
     return warnings
 
@@ -10827,7 +10838,7 @@ def _cause_of_no_match(result: DirectionResult, advice: Advice) -> str:
     """Return why packets of both points don't match."""
     if 2 * fragmented_on_the_way(result) >= result.counts.lost > 0:
         return (
-            f"They arrive on the {result.direction.second} as fragments, whose MTU is smaller. "
+            f"They arrive on the {result.direction.second} as fragments: its MTU is smaller. "
             "Send smaller packets"
         )
     if resized(result):
@@ -11000,7 +11011,7 @@ def _parse_figure_limit(text: str, direction: str, stages: bool) -> FigureLimit:
     limit = re.fullmatch(LIMIT_SYNTAX, text)
     if not limit:
         raise UsageError(
-            "not a limit. Give NAME>NUMBER (or >=, <, <=) with a unit if you like, such as "
+            "not a limit. Give NAME>NUMBER (or >=, <, <=) with an optional unit, such as "
             f"'p99>200us' or 'loss>0.1%', or one of {', '.join(CHANGE_LIMITS)}"
         )
     part, name, comparator, threshold, unit = limit.groups(default="")
@@ -11576,7 +11587,9 @@ def queue_lines(report: Report) -> list[str]:
     if not queue:
         return []
     is_relevant = any(part.get("loss_ratio") for part in parts_of(report).values())
-    line = f" {info.vif}: {queue.get('qdisc')}, length {queue.get('queue_length')}"
+    line = f" {info.vif}: {queue.get('qdisc') or 'unknown queue'}"
+    if queue.get("queue_length") is not None:
+        line += f", length {queue['queue_length']}"
     before = queue.get("before")
     after = queue.get("after")
     if before and after:
@@ -12460,7 +12473,7 @@ class Outcome:
 EPILOG = """\
 examples:
   to measure a VM's network with 1000 SYNs at 100 a second:
-    netweaver -n instance-<uuid> --hv HV_IP -s SOURCE_IP -d VM_IP -k KEYFILE
+    netweaver -n web1 --hv HV_IP -s SOURCE_IP -d VM_IP -k KEYFILE
   to check that everything needed is there, and see what would run:
     netweaver -n web1 --hv root@hv:2222 -s 10.0.0.2 -d 10.0.0.1 --dry-run
   to sweep rates and kinds of traffic:
@@ -12615,7 +12628,7 @@ class Options:
     )
     hypervisor: str | None = target_option(
         "--hv HOST",
-        "its hypervisor, as [user@]host[:port], or 'local' for this machine, without SSH",
+        "the VM's hypervisor, as [user@]host[:port], or 'local' for this machine, without SSH",
     )
     sources: Sequence[str] = target_option(
         "-s,--source SOURCE",
@@ -12639,8 +12652,8 @@ class Options:
     interfaces: Sequence[str] = target_option(
         "-i,--interface PIF",
         "the hypervisor's physical interface; may be repeated, for the members of a bond "
-        "(default: auto, which finds the interfaces that lead to the VM; eth0 if none is "
-        "known to)",
+        "(default: auto, which finds the interfaces that lead to the VM; without -i, eth0 is "
+        "assumed if the VM's interface is connected to none)",
         action="extend",
         type=list_of(parse_interface),
         default=(),
@@ -12681,7 +12694,9 @@ class Options:
         default=(),
     )
     count: int | None = traffic_option(
-        "-c,--count N", "packets that each source sends (default: 1000)", type=parse_count
+        "-c,--count N",
+        "packets that each source sends (default: 1000, or RATE x SECONDS with --duration)",
+        type=parse_count,
     )
     rates: Sequence[int] = traffic_option(
         "--rate PPS",
@@ -12706,9 +12721,9 @@ class Options:
     )
     load: str | None = traffic_option(
         "--load COMMAND",
-        "a shell command that the sources run meanwhile, until the measured traffic ends after "
-        "COUNT / RATE seconds; the load's packets must use another protocol or port, and are not "
-        "counted",
+        "a shell command that the sources run at the same time, until the measured traffic ends "
+        "(after --duration, or COUNT / RATE seconds); the load's packets must use another protocol "
+        "or port, and are not counted",
     )
     runs: int = traffic_option(
         "--runs N",
@@ -12735,7 +12750,7 @@ class Options:
     )
     dry_run: bool = traffic_option(
         "--dry-run",
-        "log in, check everything that is needed, and show what would run; send no traffic",
+        "log in, check everything that is needed, and show what would run; send the VM no traffic",
     )
 
     pcaps: Sequence[str] = analysis_option(
@@ -12785,7 +12800,9 @@ class Options:
     )
 
     csv: str | None = output_option(
-        "--csv FILE", "write a table with a line for each packet", with_pcaps=True
+        "--csv FILE",
+        "write a table with a line for each packet (with --direction both, of the way in only)",
+        with_pcaps=True,
     )
     output: str = output_option(
         "--output FILE",
@@ -12806,13 +12823,14 @@ class Options:
     )
     keep: int | None = output_option(
         "--keep N",
-        "after --save, delete all but the newest N saved runs of this VM and traffic in DIR",
+        "after --save, delete all but the newest N saved runs of this VM, direction and traffic "
+        "in DIR",
         type=parse_count,
     )
     plot: str | None = output_option(
         "--plot FILE",
-        "draw the delays of one run, or those of several runs against the rate, as .png, .svg or "
-        ".pdf (requires matplotlib)",
+        "draw the delays of one run, or median, p99 and loss of several (by rate, or one by one), "
+        "as .png, .svg or .pdf (requires matplotlib)",
         with_pcaps=True,
     )
     labels: Sequence[tuple[str, str]] = output_option(
@@ -12823,7 +12841,9 @@ class Options:
         default=(),
         with_pcaps=True,
     )
-    quiet: bool = output_option("-q,--quiet", "no progress on stderr", with_pcaps=True)
+    quiet: bool = output_option(
+        "-q,--quiet", "no progress or summary on stderr, only warnings and errors", with_pcaps=True
+    )
     verbose: bool = output_option("-v,--verbose", "show the commands that are run", with_pcaps=True)
 
     @property

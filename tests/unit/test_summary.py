@@ -166,6 +166,38 @@ def test_everything_at_once_fits_a_terminal(tmp_path: Path) -> None:
     assert any(line.endswith("0 from it (not by tc)") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("part", "pif", "reason", "command"),
+    [
+        ("in", "eth0", "TC_INGRESS", "tc -s filter show ingress dev eth0"),
+        ("in", "eth0", "TC_EGRESS", "tc -s filter show egress dev vif5.0"),
+        ("in", "eth0", "QDISC_DROP", "tc -s qdisc show dev vif5.0"),
+        ("in", "eth0,eth1", "TC_INGRESS", "tc -s filter show ingress dev PIF"),
+        ("out", "eth0", "TC_INGRESS", "tc -s filter show ingress dev vif5.0"),
+        ("out", "eth0", "TC_EGRESS", "tc -s filter show egress dev eth0"),
+        ("out", "eth0,eth1", "QDISC_DROP", "tc -s qdisc show dev PIF"),
+    ],
+)
+def test_the_interface_where_packets_were_lost(
+    tmp_path: Path, part: str, pif: str, reason: str, command: str
+) -> None:
+    report = document(tmp_path, pif=pif)
+    loss = {"stage": "queueing", "where": "tcf_classify", "reason": reason, "packets": 9}
+    losses = {"in": [], "out": [], part: [loss]}
+    report["lost_at"] = losses["in"]
+    report["outbound"]["lost_at"] = losses["out"]
+    [line] = [line for line in netweaver.summary(report, []) if reason in line]
+    assert line.endswith(command)
+
+
+def test_a_queue_without_a_length(tmp_path: Path) -> None:
+    """As `ip` shows that of a bridge's port with `noqueue`."""
+    report = document(tmp_path)
+    report["config"]["platform"]["vif"] |= {"qdisc": "noqueue", "queue_length": None}
+    shown = "\n".join(netweaver.summary(report, []))
+    assert "vif5.0: noqueue, dropped 25 to the guest" in shown
+
+
 def test_nothing_is_cut_where_names_are_long(tmp_path: Path) -> None:
     vif = "tapf81d4fae-7de"
     report = document(tmp_path, name_label=f"instance-{'7' * 36}", pif="enp65s0f0np0", vif=vif)
