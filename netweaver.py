@@ -11024,8 +11024,13 @@ def _parse_figure_limit(text: str, direction: str, stages: bool) -> FigureLimit:
         raise UsageError(f"{part} has no figure {name!r}")
     if figure.scope is Scope.TRACE and not stages:
         raise UsageError(f"{name} requires --stages")
+    is_outbound = direction == "out" or part in ("out", "outbound")
+    if is_outbound and (part == "to_guest" or figure.scope is Scope.TRACE):
+        raise UsageError(f"{part or name} is only known of packets to the VM")
     unit = re.sub("us|\u03bcs", "µs", unit)  # U+03BC is the Greek letter mu, not the micro sign
     value = _threshold(name, figure.unit, threshold, unit)
+    if figure.unit is Unit.RATIO and value == 1 and comparator == ">":
+        raise UsageError(f"{name} is never more than 1, or 100 %")
     full_name = f"{part}.{name}" if part else name
     return FigureLimit(text, full_name, figure, path, comparator, value, unit)
 
@@ -11095,7 +11100,7 @@ def write_file(path: str, write: Callable[[BinaryIO], object], append: bool = Fa
             with open(os.dup(1), "wb") as file:  # a duplicate, since the file is closed
                 write(file)
         elif is_special(path):
-            with open(path, "ab") as file:
+            with open(path, "ab", opener=_open_special) as file:
                 write(file)
         elif append:
             _append_file(_target(path), write)
@@ -11147,9 +11152,10 @@ def _replace_file(path: str, write: Callable[[BinaryIO], object]) -> None:
         with open(temporary, "xb") as file:
             if os.path.exists(path):
                 before = os.stat(path)
-                os.chmod(temporary, stat.S_IMODE(before.st_mode))
+                # Not by its name, for which another user of the directory may have put a link.
+                os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode) & 0o777)
                 if os.geteuid() == 0:
-                    os.chown(temporary, before.st_uid, before.st_gid)
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
             write(file)
         os.replace(temporary, path)
     finally:
@@ -11157,12 +11163,37 @@ def _replace_file(path: str, write: Callable[[BinaryIO], object]) -> None:
             os.unlink(temporary)
 
 
+def _open_without_links(path: str, flags: int) -> int:
+    """Open a file whose path has no links; OSError if another user has put one there."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def _open_special(path: str, flags: int) -> int:
+    """Open a device or a pipe; OSError if nobody opens the pipe to read within ANSWER_SECONDS."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            descriptor = os.open(path, flags | os.O_NONBLOCK)
+            break
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # of a pipe without a reader
+                raise
+        if time.monotonic() > deadline:
+            raise OSError(errno.ENXIO, f"nobody has read it within {ANSWER_SECONDS} s")
+        time.sleep(0.05)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EBUSY, "somebody has just replaced it")
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
 def _append_file(path: str, write: Callable[[BinaryIO], object]) -> None:
     """Write at the end of a file; if that fails, leave the file as it was."""
     content = io.BytesIO()
     write(content)
     unwritten = content.getbuffer()
-    with open(path, "ab", buffering=0) as file:
+    with open(path, "ab", buffering=0, opener=_open_without_links) as file:
         size = os.fstat(file.fileno()).st_size
         try:
             while unwritten:
@@ -11413,7 +11444,12 @@ def rate_of(info: RunInfo) -> float | None:
     """
     if info.traffic is None:
         return None
-    return info.achieved_rate or info.traffic.rate
+    if info.achieved_rate:
+        return info.achieved_rate
+    command = info.traffic.command
+    if command and "{interval}" not in command:  # it has a rate of its own
+        return None
+    return info.traffic.rate
 
 
 def rate_text(info: RunInfo) -> str:
@@ -11604,20 +11640,26 @@ def queue_lines(report: Report) -> list[str]:
 
 
 def table(reports: Sequence[Report]) -> list[str]:
-    """Return lines for people on several runs, with their means by kind of traffic."""
+    """Return lines for people on several runs, with the means of those of one kind."""
     info = info_of(reports[0])
     lines = [
         *_wrapped(f"{info.subject}, {counted(len(reports), 'run')}; {_interfaces(info)}", " "),
         f"{'Traffic':<19}{'run':>5}{'rate':>15}{_cells(RUN_COLUMNS)}",
     ]
-    runs: defaultdict[str, list[tuple[int, Report]]] = defaultdict(list)
+    runs: defaultdict[RunKind, list[tuple[int, Report]]] = defaultdict(list)
     for number, report in enumerate(reports, 1):
-        runs[info_of(report).traffic_name].append((number, report))
-    for traffic, numbered_reports in runs.items():
+        runs[info_of(report).kind].append((number, report))
+    vm = info.subject  # which the lines above are about
+    for kind, numbered_reports in runs.items():
+        info = info_of(numbered_reports[0][1])
+        if kind.vm != vm:
+            vm = kind.vm
+            lines += _wrapped(f"{vm}; {_interfaces(info)}", " ")
+        label = f" {info.traffic_name}"
         for number, report in numbered_reports:
-            lines += _run_rows(f" {traffic}", number, report)
+            lines += _run_rows(label, number, report)
         if len(numbered_reports) > 1:
-            lines += _mean_rows(f" {traffic}", [report for _, report in numbered_reports])
+            lines += _mean_rows(label, [report for _, report in numbered_reports])
     lines += [
         f" run {number} was interrupted"
         for number, report in enumerate(reports, 1)
@@ -11856,8 +11898,8 @@ PROMETHEUS_HELP = {
 }
 # Labels that netweaver sets itself, or to which Prometheus gives a meaning.
 RESERVED_LABELS = frozenset(
-    "hypervisor name_label destination source traffic measured direction statistic kind stage login"
-    " pif vif version le quantile".split()
+    "hypervisor name_label destination source traffic port command load measured direction"
+    " statistic kind stage login pif vif version le quantile".split()
 )
 
 
@@ -11931,22 +11973,38 @@ def part_samples(name: str, part: Report) -> list[Sample]:
 def series_labels(info: RunInfo) -> dict[str, str]:
     """Return the labels that all series of a measurement have, even if it fails.
 
-    They distinguish all measurements of a VM.  Only the series `info` has its interfaces, which may
-    be unknown after a failure, and the login.
+    They distinguish all measurements of a VM: the traffic's port, command and load are not in its
+    name.  Only the series `info` has the interfaces, which may be unknown after a failure, and the
+    login.
     """
     labels = {prometheus_name(key): value for key, value in info.labels.items()}
     labels |= {
         "hypervisor": "",
         "name_label": info.name_label or "",
         "destination": info.destination or "",
-        "source": ",".join(Target(source).host for source in info.sources),
+        "source": ",".join(map(_host_of, info.sources)),
         "traffic": info.traffic_name,
         "measured": info.direction,
         "direction": info.direction,  # series on one part have its name instead
     }
     if info.hypervisor:
-        labels["hypervisor"] = Target(info.hypervisor).host
+        labels["hypervisor"] = _host_of(info.hypervisor)
+    if info.traffic:
+        details = {
+            "port": info.traffic.port,
+            "command": info.traffic.command,
+            "load": info.traffic.load,
+        }
+        labels |= {name: str(value) for name, value in details.items() if value}
     return labels
+
+
+def _host_of(text: str) -> str:
+    """Return the host in [user@]host[:port], or all of a text that isn't that, as in a failure."""
+    try:
+        return Target(text).host
+    except UsageError:
+        return text
 
 
 def prometheus_name(key: str) -> str:
@@ -12102,7 +12160,7 @@ def _picture_heading(report: Report, start: int) -> str:
     """Return the VM, the traffic with its rate, the direction and the start (ns) of a run."""
     info = info_of(report)
     title = run_name(info)
-    if info.traffic:
+    if rate_text(info):
         title += f" at {rate_text(info)}"
     directions = " and ".join(direction.name for direction in info.selection.directions)
     return f"{title}, direction {directions}, {date_text(start)}"
@@ -12228,16 +12286,22 @@ def _label_percentiles(axes: Axes, size: int) -> None:
 
 
 def run_curves(reports: Sequence[Report]) -> dict[str, list[RunPoint]]:
-    """Return the figures of several runs by curve, such as "syn in": the traffic and the part."""
+    """Return the figures of several runs by curve, such as "syn in": the traffic and the part.
+
+    If the runs are of several VMs, a curve's name begins with the VM's.
+    """
     over_rates = is_sweep(reports)
+    several_vms = len({info_of(report).subject for report in reports}) > 1
     curves: defaultdict[str, list[RunPoint]] = defaultdict(list)
     for number, report in enumerate(reports, 1):
         info = info_of(report)
         prefix = ""
         position = float(number)
         group = position
+        if several_vms:
+            prefix = f"{info.subject} "
         if info.traffic:
-            prefix = f"{info.traffic.pattern} "
+            prefix += "command " if info.traffic.command else f"{info.traffic.pattern} "
             if over_rates:
                 group = info.traffic.rate
                 position = rate_of(info) or group
@@ -12286,9 +12350,10 @@ def plot_runs(path: str, reports: Sequence[Report]) -> None:
 
 
 def _runs_title(reports: Sequence[Report]) -> list[str]:
-    """Return the VM, the number of runs and their time, and the traffic and directions."""
+    """Return the VMs, the number of runs and their time, and the traffic and directions."""
     infos = [info_of(report) for report in reports]
-    heading = f"{infos[0].subject}, {counted(len(reports), 'run')}"
+    vms = ", ".join(dict.fromkeys(info.subject for info in infos))
+    heading = f"{shorten(vms, 60)}, {counted(len(reports), 'run')}"
     if infos[0].started is not None:
         heading += f", {date_text(infos[0].started)}"
     names = ", ".join(dict.fromkeys(info.traffic_name for info in infos))
@@ -12405,6 +12470,11 @@ class Outcome:
             self._screen.locate(error)
             self._problems.append(unexpected(error))
         return None
+
+    @property
+    def reader_is_gone(self) -> bool:
+        """Whether nobody reads standard output any more."""
+        return any(isinstance(problem, ReaderGone) for problem in self._problems)
 
     @property
     def exit_code(self) -> int:
@@ -13025,8 +13095,17 @@ def _check_host(flag: str, text: str) -> None:
 
 def _check_traffic(options: Options) -> None:
     """Raise UsageError for options of the traffic that contradict each other."""
-    if options.load and not options.sources:
-        raise UsageError("--load requires -s: the sources run it")
+    needs_sources = {
+        "--load": options.load,
+        "--source-command": options.source_command,
+        "--traffic": options.traffic,
+        "--rate": options.rates,
+        "--size": options.size,
+        "--port": options.port,
+    }
+    for flag, value in needs_sources.items():
+        if not options.sources and value not in (None, ()):
+            raise UsageError(f"{flag} requires -s: without sources, existing traffic is measured")
     if options.source_command is None:
         return
     if options.traffic:
@@ -13646,15 +13725,23 @@ def run(options: Options, signals: Signals, screen: Screen) -> int:
     """Measure, or analyse captures, as the options say, and return the exit code."""
     if options.pcaps:
         return run_analysis(options, signals, screen)
-    traffic_by_run = sweep(options)
     with naming("-d"):
-        destination = resolve_destination(
-            options.destination or "", options.sources, traffic_by_run
-        )
-    for traffic in traffic_by_run:
+        destination = resolve_vm(options)
+    for traffic in generated_traffic(options):
         traffic.source_command(1, destination)  # raises UsageError if it can't be sent
     # Resolved once: another look-up may give another address.
     return run_measurement(replace(options, destination=destination), signals, screen)
+
+
+def generated_traffic(options: Options) -> list[Traffic]:
+    """Return the traffic of each run that sources send: none without sources."""
+    return sweep(options) if options.sources else []
+
+
+def resolve_vm(options: Options) -> str:
+    """Return the VM's address, as the traffic needs it; UsageError if it has none."""
+    traffic = generated_traffic(options)
+    return resolve_destination(options.destination or "", options.sources, traffic)
 
 
 def run_analysis(options: Options, signals: Signals, screen: Screen) -> int:
@@ -13729,7 +13816,7 @@ def publish(runs: Iterable[RunResult], comparer: Comparer, outcome: Outcome) -> 
     """Compare and publish runs as they come, until nobody reads the result any more."""
     for run in runs:
         outcome.add(comparer.compared(run), run.results)
-        if outcome.exit_code == ReaderGone.exit_code:
+        if outcome.reader_is_gone:
             break
 
 
@@ -13837,6 +13924,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def publish_failure(options: Options, exit_code: int) -> None:
     """Publish that a run has failed, where its result would be published."""
+    if options.dry_run:  # its success isn't published, either
+        return
     with suppress(NetWeaverError):  # the first error is the one that matters
         options.result_format.write_failure(
             options.output, partial(describe_failed, options), exit_code
@@ -13847,7 +13936,7 @@ def describe_failed(options: Options) -> RunInfo:
     """Return the description of a run that has failed, perhaps before it was planned."""
     destination = options.destination or ""
     with suppress(UsageError):  # as in the series of a run that succeeds
-        destination = resolve_destination(destination, options.sources, sweep(options))
+        destination = resolve_vm(options)
     return RunInfo(
         selection=Selection(DIRECTIONS[options.direction or "in"]),
         sources=list(options.sources),

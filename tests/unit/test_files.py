@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import failure, in_a_process, noisy, offline, pair, paired, save_runs
@@ -245,6 +246,61 @@ def test_a_pipe_without_a_reader(tmp_path: Path) -> None:
 
     with pytest.raises(netweaver.ReaderGone):
         netweaver.write_file(str(pipe), write_after_the_reader)
+
+
+def test_a_pipe_that_nobody_reads(tmp_path: Path) -> None:
+    """The error comes in time, and doesn't wait for a reader that may be dead."""
+    os.mkfifo(tmp_path / "pipe")
+    code = (
+        "import netweaver, sys; netweaver.ANSWER_SECONDS = 0.2; netweaver.write_text(*sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "pipe"), "text"],
+        env={**os.environ, "PYTHONPATH": str(NETWEAVER.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    assert "UsageError: can't write" in done.stderr
+    assert "nobody has read it" in done.stderr
+
+
+def test_a_link_in_place_of_the_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever may write to the directory gets neither the mode nor the owner of another file."""
+    victim = tmp_path / "victim"
+    victim.write_text("secret")
+    victim.chmod(0o600)
+    target = tmp_path / "file"
+    target.write_text("old")
+    target.chmod(0o666)
+    stat = os.stat
+
+    def stat_after_an_attack(path: str, **options: Any) -> os.stat_result:
+        for name in os.listdir(tmp_path):
+            if name.startswith(".netweaver-"):
+                os.unlink(tmp_path / name)
+                os.symlink(victim, tmp_path / name)
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat_after_an_attack)
+    write(target)
+    monkeypatch.undo()
+    assert target.is_symlink()  # the attack went on until the end
+    assert victim.read_text() == "secret"
+    assert mode(victim) == 0o600
+
+
+def test_a_link_in_place_of_a_file_to_append_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("secret")
+    (tmp_path / "file").symlink_to(victim)
+    monkeypatch.setattr(os.path, "islink", lambda path: False)  # as if it came a moment later
+    with pytest.raises(netweaver.UsageError, match="can't write"):
+        write(tmp_path / "file", append=True)
+    assert victim.read_text() == "secret"
 
 
 @pytest.mark.parametrize("option", ["--output", "--csv"])

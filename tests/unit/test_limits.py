@@ -120,6 +120,8 @@ def test_an_unknown_value_meets_every_limit(limit: str, tmp_path: Path) -> None:
         ("other.p99>1", "no part 'other'"),
         ("loss>5", "did you mean 5%?"),
         ("loss>101%", "at most 1, or 100 %"),
+        ("loss>1", "never more than 1"),
+        ("loss > 100%", "never more than 1"),
         ("guest.p99>1", "requires --direction both"),
         ("outbound.loss>1%", "requires --direction both"),
         ("out.loss>1%", "requires --direction both"),
@@ -148,6 +150,24 @@ def test_parts_that_will_not_be_there(limit: str, direction: str, words: str) ->
 
 
 @pytest.mark.parametrize(
+    ("limit", "direction"),
+    [
+        ("dropped>5", "out"),
+        ("to_guest.p99>5us", "out"),
+        ("outbound.dropped>5", "both"),
+        ("out.dropped>5", "both"),
+    ],
+)
+def test_what_no_packet_from_the_vm_has(limit: str, direction: str) -> None:
+    with pytest.raises(netweaver.UsageError, match="only known of packets to the VM"):
+        netweaver.parse_limit(limit, direction, stages=True)
+
+
+def test_all_packets_lost_is_a_limit() -> None:
+    assert netweaver.parse_limit("loss>=100%", "in", stages=False)
+
+
+@pytest.mark.parametrize(
     ("limit", "direction", "path"),
     [
         ("out.p99>1", "out", ("percentiles", "99")),
@@ -156,6 +176,8 @@ def test_parts_that_will_not_be_there(limit: str, direction: str, words: str) ->
         ("in.zero>1", "both", ("zero",)),
         ("guest.median>1", "both", ("guest", "median")),
         ("queueing.median>1", "in", ("stages", "queueing", "median")),
+        ("queueing.median>1", "out", ("stages", "queueing", "median")),
+        ("dropped>5", "both", ("after_vif", "dropped")),
     ],
 )
 def test_the_path_of_a_limit(limit: str, direction: str, path: tuple[str, ...]) -> None:

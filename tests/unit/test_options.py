@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import noisy, offline, pair, run_main
+from helpers import failure, noisy, offline, pair, run_main
 
 import netweaver
 
@@ -138,6 +138,30 @@ def test_options_of_a_measurement_are_refused_with_pcaps(
 def test_values_as_people_write_them(arguments: list[str], name: str, value: object) -> None:
     options = netweaver.parse_options([*COMPLETE, *arguments])
     assert getattr(options, name) == value
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--load", "iperf3 -c 192.0.2.2"],
+        ["--source-command", "hping3 {destination}"],
+        ["--traffic", "udp"],
+        ["--rate", "1000"],
+        ["--size", "0"],
+        ["--port", "0"],
+    ],
+)
+def test_options_of_traffic_require_a_source(
+    capfd: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    passive = ["-n", "web1", "--hv", "hv1", "-d", "192.0.2.2", "--duration", "5"]
+    assert f"{arguments[0]} requires -s" in usage_error(capfd, *passive, *arguments)
+
+
+def test_existing_ipv6_traffic_can_be_measured() -> None:
+    """hping3, which has no IPv6, sends nothing here."""
+    done = offline("-n", "web1", "--hv", "127.0.0.1:1", "-d", "::1", "--duration", "5")
+    assert "127.0.0.1:1: " in failure(done, 3)
 
 
 def test_several_sources_in_one_argument() -> None:

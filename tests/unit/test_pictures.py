@@ -68,6 +68,17 @@ def test_several_runs_in_both_directions(tmp_path: Path) -> None:
     assert "%" in text
 
 
+def test_runs_of_two_vms_in_one_picture(tmp_path: Path) -> None:
+    save_runs(tmp_path / "runs", "a", runs=2)
+    save_runs(tmp_path / "runs", "b", runs=2, name_label="db1")
+    reports = [
+        json.loads((run / "report.json").read_text()) for run in sorted(tmp_path.glob("runs/*"))
+    ]
+    assert set(netweaver.run_curves(reports)) == {"web1 syn in", "db1 syn in"}
+    netweaver.plot_runs(str(tmp_path / "x.svg"), reports)
+    assert "web1, db1, 4 runs" in " ".join(words(tmp_path / "x.svg"))
+
+
 def test_names_in_a_picture(tmp_path: Path) -> None:
     """They are no formulas, and their control characters are escaped."""
     name = "$a^b_{c a$b$c ${x "

@@ -106,6 +106,12 @@ def test_two_measurements_of_a_vm_share_no_series() -> None:
         run_info("out", traffic=SYN),
         run_info("both", traffic=SYN),
         run_info(traffic=SYN, sources=["10.0.0.3"]),
+        run_info(traffic=replace(SYN, port=80)),
+        run_info(traffic=replace(SYN, port=443)),
+        run_info(traffic=replace(SYN, command="hping3 -S {destination}")),
+        run_info(traffic=replace(SYN, command="hping3 -A {destination}")),
+        run_info(traffic=replace(SYN, load="iperf3 -c 10.0.0.1")),
+        run_info(traffic=replace(SYN, load="iperf3 -u -c 10.0.0.1")),
     ]
     series: list[frozenset[tuple[str, str]]] = []
     for measurement in measurements:
@@ -154,6 +160,8 @@ def test_node_exporter_serves_two_measurements_of_a_vm(exporter: str, tmp_path: 
         netweaver.prometheus(run_info(traffic=None), 0, inward),
         netweaver.prometheus(run_info("both", traffic=SYN), 7, both),
         netweaver.prometheus(run_info("out", traffic=SYN), 3),
+        netweaver.prometheus(run_info(traffic=replace(SYN, port=80)), 0, inward),
+        netweaver.prometheus(run_info(traffic=replace(SYN, port=443)), 3),
     ]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.prom").write_text(text)
@@ -193,6 +201,31 @@ def test_a_failure_has_the_labels_of_a_success(tmp_path: Path) -> None:
         "measured": "in",
         "direction": "in",
     }
+
+
+@pytest.mark.parametrize("source", ["", "root@", "10.0.0.2:99999", "10.0.0.2 10.0.0.3"])
+def test_a_source_that_is_no_host_is_a_failure(source: str, tmp_path: Path) -> None:
+    """Such as an unset variable of a script: the file must not go on showing a success."""
+    target = tmp_path / "x.prom"
+    target.write_text("netweaver_success 1\n")
+    done = offline(
+        *("-n", "web1", "--hv", "127.0.0.1:1", "-s", source, "-d", "10.0.0.1"),
+        *("--format", "prometheus", "--output", str(target)),
+    )
+    assert done.returncode == 2
+    [success] = [s for s in samples(target.read_text()) if s.name == "netweaver_success"]
+    assert success.value == 0
+
+
+def test_a_dry_run_that_fails_is_no_failed_measurement(tmp_path: Path) -> None:
+    target = tmp_path / "x.prom"
+    target.write_text("netweaver_success 1\n")
+    done = offline(
+        *("-n", "web1", "--hv", "127.0.0.1:1", "-s", "127.0.0.1:1", "-d", "10.0.0.1"),
+        *("--format", "prometheus", "--output", str(target), "--dry-run"),
+    )
+    assert done.returncode == 3
+    assert target.read_text() == "netweaver_success 1\n"
 
 
 def test_only_one_series_knows_interfaces_and_logins(tmp_path: Path) -> None:

@@ -92,6 +92,30 @@ def test_a_reader_that_has_gone(option: str, tmp_path: Path) -> None:
     assert done.stdout.strip() in ("0", "141")  # 0 if the reader has outlived netweaver
 
 
+def test_a_reader_that_has_gone_after_another_error(tmp_path: Path) -> None:
+    """No further run is looked at: the last one is damaged, and nobody learns that."""
+    save_runs(tmp_path, "web1", runs=3)
+    last = max(tmp_path.iterdir())
+    (last / "vif.pcap").write_text("damaged")
+    # A document doesn't fit a pipe, so that the second run's waits until the reader has gone.
+    label = f"note={'x' * 100_000}"
+    command = [sys.executable, str(NETWEAVER), "--pcaps", str(tmp_path), "--label", label]
+    with subprocess.Popen(
+        [*command, "--csv", "/dev/full"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr is not None
+        errors = process.stderr.read()
+    assert process.returncode == 2
+    assert "No space left" in errors
+    assert "left out" not in errors
+
+
 def test_an_error_while_standard_error_is_closed() -> None:
     """It doesn't go to standard output instead."""
     done = shell("2>&-", "--pcaps", "none", "none")

@@ -198,6 +198,40 @@ def test_a_queue_without_a_length(tmp_path: Path) -> None:
     assert "vif5.0: noqueue, dropped 25 to the guest" in shown
 
 
+def test_a_table_of_two_vms(tmp_path: Path) -> None:
+    """Each has rows and means of its own."""
+    reports = []
+    for number, (vm, vif) in enumerate([("web1", "vif5.0"), ("db1", "vif7.0")] * 2):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        report = analyzed("--pcaps", *pair(directory, noisy(60, number, 1 + 9 * (vm == "db1"))))
+        traffic = netweaver.Traffic("syn", 100).to_json()
+        report["config"] |= {"name_label": vm, "pif": "eth0", "vif": vif, "traffic": traffic}
+        reports.append(report)
+    lines = netweaver.table(reports)
+    [other] = [number for number, line in enumerate(lines) if line.startswith("db1; ")]
+    assert lines[0].startswith("web1, 4 runs")
+    assert "vif7.0" in lines[other]
+    means = [number for number, line in enumerate(lines) if "mean" in line]
+    assert len(means) == 2
+    assert means[0] < other < means[1]
+    assert [line.split()[1] for line in lines[2:4]] == ["1", "3"]
+
+
+@pytest.mark.parametrize(
+    ("command", "rate"),
+    [
+        (None, "100/s"),
+        ("hping3 -i u{interval} {destination}", "100/s"),
+        ("hping3 --fast {destination}", ""),
+    ],
+)
+def test_the_rate_of_a_command(command: str | None, rate: str) -> None:
+    """Nobody knows it if the command has a rate of its own, and it wasn't measured."""
+    info = netweaver.RunInfo(traffic=netweaver.Traffic("syn", 100, command=command))
+    assert netweaver.rate_text(info) == rate
+
+
 def test_nothing_is_cut_where_names_are_long(tmp_path: Path) -> None:
     vif = "tapf81d4fae-7de"
     report = document(tmp_path, name_label=f"instance-{'7' * 36}", pif="enp65s0f0np0", vif=vif)
