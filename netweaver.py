@@ -1031,7 +1031,10 @@ class ProbeFilter:
         Over IPv6 all of ICMPv6 is captured, which is the only protocol of probes there.
         """
         if ipv6:
-            return f"{header}[{offset + 6}] = {ICMPV6}"
+            protocol = f"{header}[{offset + 6}]"
+            in_fragment = f"{header}[{offset + 40}]"  # in the header after the first one
+            fragment = f"{protocol} = {FRAGMENT} and {in_fragment} = {ICMPV6}"
+            return f"({protocol} = {ICMPV6} or ({fragment}))"
         expression = f"{header}[{offset + 9}] = {self.protocol}"
         if self.port is not None:  # the ports come after 20 bytes, a header without options
             source = f"{header}[{offset + 20}:2] = {self.port}"
@@ -1094,11 +1097,13 @@ class Selection:
         return inbound_source in self._excluded_sources
 
     def _is_inbound(self, source: bytes, destination: bytes) -> bool:
-        if self._sources and source not in self._sources:
-            return False
         if source in self._excluded_sources:
             return False
-        return not self._destinations or destination in self._destinations
+        from_source = not self._sources or source in self._sources
+        to_destination = not self._destinations or destination in self._destinations
+        if self.translated and self._sources and self._destinations:
+            return from_source or to_destination  # one of the two is unchanged
+        return from_source and to_destination
 
     def vif_filter(self, ethernet: bool) -> str:
         """Return the pcap-filter(7) expression that captures the packets on the vif.
@@ -2023,6 +2028,8 @@ def _find_arrivals(
                 delays[rank] = delay
                 missing[rank] = False
                 add_rank(rank)
+                if arrivals.strays:
+                    arrivals.strays.pop(rank, None)
             else:
                 arrivals.strays[rank] = delay
         elif rank == UNSENT:
@@ -2068,8 +2075,10 @@ def _classify_copies(
     for packet_id, times in arrivals.repeated.items():
         ranks = copies[packet_id]
         arrived = len(times)
-        if not window.is_live:  # later arrivals may be of packets that the first point has not seen
-            arrived = bisect(times, window.end + longest)
+        # Later arrivals may be of packets that the first point has not seen.
+        last_sent = max(window.watched_until, sent.times[-1]) if window.is_live else window.end
+        arrived = bisect(times, last_sent + longest)
+        if not window.is_live:
             arrivals.unwatched += len(times) - arrived
         if not arrived:
             continue
@@ -2393,11 +2402,14 @@ def _flow_by_datagram(result: DirectionResult) -> dict[bytes, bytes]:
     }
 
 
-def _datagram_key(identity: bytes) -> bytes:
-    """Return the parts that the fragments of a datagram share: protocol, IP id and addresses."""
+def _datagram_key(identity: bytes, translated: bool = False) -> bytes:
+    """Return the parts that the fragments of a datagram share: protocol, IP id and addresses.
+
+    With `translated` it has no addresses, so that both points have the same key.
+    """
     protocol = identity[1:2]
     ip_id = identity[4:ADDRESSES]
-    return protocol + ip_id + addresses_of(identity)
+    return protocol + ip_id + (b"" if translated else addresses_of(identity))
 
 
 # ---- Statistics: relations between packets ---------------------------------------------------
@@ -2408,6 +2420,7 @@ TRANSPORT_OFFSETS = {4: ADDRESSES + 8, 6: ADDRESSES + 32}
 # Addresses, ports and sequence number of a TCP segment, by IP version.
 SEGMENT_FIELDS = {4: Struct(">4s4s2s2sI"), 6: Struct(">16s16s2s2sI")}
 TCP_FLAGS = 13  # offset in the TCP header
+UDP_LENGTH = slice(4, 6)  # in the UDP header
 HANDSHAKE_FLAGS = FIN | SYN | RST | ACK
 SYN_ACK = SYN | ACK
 # Protocol and type of ICMP messages.
@@ -2427,12 +2440,16 @@ def resized(result: DirectionResult) -> int:
     """
     if not result.unsent_ids:
         return 0
-    lost = {_segment_key(result.identity(rank)) for rank in result.ranks(PacketClass.LOST)}
+    translated = result.translated
+    lost = {
+        _segment_key(result.identity(rank), translated) for rank in result.ranks(PacketClass.LOST)
+    }
     lost.discard(b"")
     fragmented = _unsent_fragments(result)
     unsent = [result.identities[packet_id] for packet_id in result.unsent_ids]
     return sum(
-        _segment_key(identity) in lost and _datagram_key(identity) not in fragmented
+        _segment_key(identity, translated) in lost
+        and _datagram_key(identity, translated) not in fragmented
         for identity in unsent
     )
 
@@ -2440,7 +2457,9 @@ def resized(result: DirectionResult) -> int:
 def _unsent_fragments(result: DirectionResult) -> set[bytes]:
     """Return the keys of datagrams of which only the second point saw later fragments."""
     unsent = (result.identities[packet_id] for packet_id in result.unsent_ids)
-    return {_datagram_key(identity) for identity in unsent if identity[0] & NOT_FIRST}
+    return {
+        _datagram_key(identity, result.translated) for identity in unsent if identity[0] & NOT_FIRST
+    }
 
 
 def fragmented_on_the_way(result: DirectionResult) -> int:
@@ -2449,21 +2468,26 @@ def fragmented_on_the_way(result: DirectionResult) -> int:
     if not fragmented:
         return 0
     lost = [result.identity(rank) for rank in result.ranks(PacketClass.LOST)]
-    return sum(_datagram_key(identity) in fragmented for identity in lost)
+    return sum(_datagram_key(identity, result.translated) in fragmented for identity in lost)
 
 
-def _segment_key(identity: bytes) -> bytes:
-    """Return what a TCP segment shares with the first of its parts; b"" for other packets.
+def _segment_key(identity: bytes, translated: bool) -> bytes:
+    """Return what a packet of TCP or UDP shares with the first of its parts; b"" for others.
 
-    Parts are what it was split into, or merged from; the others have other sequence numbers.
+    Parts are what it was split into, or merged from; the others have other sequence numbers, or
+    other data.  With `translated` addresses are ignored.
     """
-    if not _is_tcp(identity):
-        return b""
     header = bytearray(_transport_of(identity))
-    # These flags can differ: only the last part has PSH and FIN, and only the first one CWR.
-    header[TCP_FLAGS] &= ~(PSH | FIN | CWR)
+    if _is_tcp(identity):
+        # These flags can differ: only the last part has PSH and FIN, and only the first one CWR.
+        header[TCP_FLAGS] &= ~(PSH | FIN | CWR)
+    elif identity[0] in TRANSPORT_OFFSETS and identity[1] == UDP:
+        del header[UDP_LENGTH]
+    else:
+        return b""
     ip_id = identity[4:ADDRESSES]
-    return identity[:2] + ip_id + addresses_of(identity) + header
+    addresses = b"" if translated else addresses_of(identity)
+    return identity[:2] + ip_id + addresses + header
 
 
 def sent_datagrams(result: DirectionResult) -> int:
@@ -6934,7 +6958,8 @@ for bridge in $bridges; do
   echo "ovs `ask br-to-parent $bridge` $bridge "`ask list-ifaces $bridge`
 done
 columns=name,type,options,external_ids,ofport
-echo "ovs-interfaces `ask -f json --columns=$columns list Interface | tr -d '\n'`"
+# Not echo, which changes backslashes in some shells.
+printf 'ovs-interfaces %s\n' "`ask -f json --columns=$columns list Interface | tr -d '\n'`"
 """
 
 
@@ -6946,6 +6971,7 @@ class Link:
     index: str = ""  # no other interface ever gets it; empty if only Open vSwitch knows this one
     kind: str = ""  # "bridge", "veth", "tun" ...; empty for hardware
     medium: str = ""  # "ether", "loopback" ...
+    is_up: bool = True  # by the administrator, with or without a carrier
     address: str = ""  # MAC
     master: str = ""  # the bridge or bond that it belongs to
     switch: str = ""  # the bridge of Open vSwitch that it belongs to, as "ovs NAME"
@@ -7023,6 +7049,7 @@ def parse_link(line: str) -> Link | None:
         index=parts["index"],
         kind=parts["kind"],
         medium=parts["medium"],
+        is_up="UP" in re.split("[<,>]", parts["state"]),
         address=parts["address"],
         master=state.get("master", ""),
         switch=switch,
@@ -7187,7 +7214,7 @@ class Links:
             table = json.loads(text)
             for values in table["data"]:
                 self._add_setting(dict(zip(table["headings"], values)))
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             return
 
     def _add_setting(self, row: Report) -> None:
@@ -7311,8 +7338,11 @@ class Ways:
     def _end(self, link: Link) -> None:
         """Decide whether an interface leads out of the host or to a guest.
 
-        A host without hardware is a container or a namespace: veths lead out of it, too.
+        A host without hardware is a container or a namespace: veths lead out of it, too.  By an
+        interface that is down nothing comes in, and tcpdump can't capture there.
         """
+        if not link.is_up and not link.is_guest:
+            return
         is_virtual = link.kind in ("veth", "dummy")
         if link.is_guest or (is_virtual and self._links.has_hardware):
             self.guests.append(link)
@@ -7724,8 +7754,9 @@ PATTERNS = {
         largest_size=65507,
     ),
 }
-# For IPv6, which hping3 lacks, and for sources without hping3.  All versions of ping understand an
-# interval in seconds.  The summary goes to standard error, as hping3's does.
+# For IPv6, which hping3 lacks, for the largest echoes, and for sources without hping3.  All
+# versions of ping understand an interval in seconds.  The summary goes to standard error, as
+# hping3's does.
 PING_COMMAND = "ping -q -c {count} -i {seconds} -s {size} -W 1 {destination} >&2"
 # -1 stands for a protocol that no pattern has.
 HPING3_PROTOCOLS = {
@@ -7737,6 +7768,7 @@ HPING3_PROTOCOLS = {
     "--udp": UDP,
 }
 FASTEST_PING = 1000  # packets a second
+LARGEST_ECHO_OF_HPING3 = 65495  # bytes of payload
 
 
 @dataclass(frozen=True)
@@ -7775,8 +7807,10 @@ class Traffic:
         """Return the command that sends the packets, with placeholders as {count}."""
         if self.command:
             return self.command
-        if self.pattern == "ping" and (":" in destination or not has_hping3):
-            return PING_COMMAND
+        if self.pattern == "ping":
+            is_too_large = (self.size or 0) > LARGEST_ECHO_OF_HPING3
+            if ":" in destination or is_too_large or not has_hping3:
+                return PING_COMMAND
         return PATTERNS[self.pattern].command
 
     def source_command(self, count: int, destination: str, has_hping3: bool = True) -> str:
@@ -7802,6 +7836,8 @@ class Traffic:
         if template == PING_COMMAND:  # A user's command has no such placeholder.
             values["seconds"] = f"{interval / 1_000_000:.6f}".rstrip("0").rstrip(".")
         command = template
+        if not size and not self.command:  # hping3 refuses a file for data without a size
+            command = command.replace(" -E /dev/urandom", "")
         for name, value in values.items():
             command = command.replace(f"{{{name}}}", value)
         return command
@@ -7834,8 +7870,8 @@ class Traffic:
             raise UsageError(f"{chosen}: hping3 has no IPv6. Use {others}")
         if template == PING_COMMAND and self.rate > FASTEST_PING:
             raise UsageError(
-                f"--rate {self.rate}: ping (used over IPv6 and where hping3 is missing) sends "
-                f"at most {FASTEST_PING} packets a second"
+                f"--rate {self.rate}: ping (used over IPv6, for large sizes, and where hping3 is "
+                f"missing) sends at most {FASTEST_PING} packets a second"
             )
         largest = PATTERNS[self.pattern].largest_size
         if self.size is not None and self.size > largest:
@@ -8179,7 +8215,7 @@ def _selection_from_json(config: Report) -> Selection:
 
 # ---- Planning --------------------------------------------------------------------------------
 
-SNAPLEN = 128  # bytes of a frame: Ethernet, two tags, IPv6, and TCP with options
+SNAPLEN = 192  # bytes of a frame: Ethernet, two tags, IPv6, and TCP, also in a tunnel of the VM's
 OVERLAY_SNAPLEN = 448  # the same inside a tunnel
 BUFFER_KIB = 16384  # of tcpdump
 SMALLEST_FILE = 1 << 16  # bytes for which there must be room
@@ -8556,9 +8592,10 @@ def captured_selection(
     the user's filter, if there is one: it may capture packets of any source.
     """
     both = len(selection.directions) > 1
-    if both or (interfaces.tunnelled and not selection.translated):
-        # The filter doesn't distinguish directions, and can't always look into a tunnel. Under NAT
-        # the analysis can't look either, since the addresses differ on the pif and the vif.
+    # Under NAT the VM's own address is unknown. A packet is recognised by its source's, if at all.
+    recognisable = not selection.translated or (selection.sources and not capture_filter)
+    if both or (interfaces.tunnelled and recognisable):
+        # The filter doesn't distinguish directions, and can't always look into a tunnel.
         sources = [] if capture_filter else selection.sources
         return replace(selection, sources=sources)
     answering: Sequence[str] = ()
@@ -9325,6 +9362,7 @@ def open_capture(path: str, stack: ExitStack) -> BinaryIO:
     """Open a capture until the stack is closed; "-" is standard input, which stays open."""
     try:
         if path == "-":
+            os.set_blocking(0, True)  # another process may have changed that
             return os.fdopen(0, "rb", closefd=False)
         file = stack.enter_context(open(path, "rb"))
         file.peek(0)  # some files, such as /proc/self/mem, can be opened, but not read
@@ -9419,8 +9457,15 @@ def load_run(directory: str) -> SavedRun:
         names = sorted(os.listdir(directory))
     except OSError as error:
         raise UsageError(f"{directory}: not a saved run: report.json: {error.strerror}") from None
-    # JSON that is no report, or is nested too deep, raises one of these.
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    # JSON that is no report, is nested too deep, or has a number that is too large.
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         raise UsageError(
             f"{directory}: can't read the saved run: report.json is damaged: {error}"
         ) from None
@@ -9489,13 +9534,19 @@ def load_runs(directory: str, warn: Callable[[str], None]) -> list[SavedRun]:
     return runs
 
 
-def delete_old_runs(directory: str, kind: RunKind, keep: int) -> list[str]:
+def delete_old_runs(directory: str, kind: RunKind, keep: int, newest: str = "") -> list[str]:
     """Delete all but the `keep` newest saved runs of a kind; return the paths of those deleted.
 
+    `newest` is the one that was just saved: others seem newer if the clock has been wrong.
     Directories that --save didn't make, or that have other files, stay.
     """
+
+    def age(run: SavedRun) -> tuple[bool, int, str]:
+        path = run.files.directory
+        return path == newest, run.info.started or 0, path
+
     runs = [run for run in load_runs(directory, lambda _: None) if run.info.kind == kind]
-    runs.sort(key=lambda run: (run.info.started or 0, run.files.directory), reverse=True)
+    runs.sort(key=age, reverse=True)
     deleted = []
     for run in runs[keep:]:
         path = run.files.directory
@@ -9540,6 +9591,9 @@ def save_run(directory: str, info: RunInfo, files: CaptureFiles, report: Report)
     return made
 
 
+SAVE_ATTEMPTS = 10
+
+
 def check_can_save(directory: str) -> None:
     """Raise UsageError if --save can't make directories in a directory; leave none behind."""
     missing = []  # directories that don't exist yet, the deepest one first
@@ -9548,9 +9602,15 @@ def check_can_save(directory: str) -> None:
         missing.append(ancestor)
         ancestor = os.path.dirname(ancestor)
     try:
-        if missing:
-            os.makedirs(directory)
-        os.rmdir(tempfile.mkdtemp(dir=directory))
+        for attempt in range(1, SAVE_ATTEMPTS + 1):
+            try:
+                if not os.path.exists(directory):
+                    os.makedirs(directory, exist_ok=True)
+                os.rmdir(tempfile.mkdtemp(dir=directory))
+                break
+            except FileNotFoundError:  # another run, which tries the same, has removed it
+                if attempt == SAVE_ATTEMPTS:
+                    raise
     except OSError as error:
         raise UsageError(f"can't save in {directory}: {error.strerror}") from error
     finally:
@@ -9608,6 +9668,8 @@ class Settings:
             raise UsageError(f"toolstack must be one of auto, {', '.join(TOOLSTACKS)}")
         if self.direction not in DIRECTIONS:
             raise UsageError(f"direction must be one of {', '.join(DIRECTIONS)}")
+        if "auto" in self.pifs and len(self.pifs) > 1:
+            raise UsageError("-i auto can't be used with other interfaces: name them all, or none")
         if self.direction == "both" and self.match_nat:
             raise UsageError(
                 "--direction both can't be used with --match-nat: translated addresses don't tell "
@@ -10409,7 +10471,8 @@ def _other_vif_advice(info: RunInfo) -> str:
     if info.filter:
         other_vif += " Does --filter match them there?"
     elif info.selection.translated:
-        other_vif += " If both addresses are translated, give --filter."
+        which = "both addresses are" if info.sources else "the address given as -d is"
+        other_vif += f" If {which} translated, give --filter."
     elif info.route is RouteKind.ROUTED:
         other_vif += f" Are addresses translated ({match_nat_option(info)})?"
     return other_vif
@@ -10640,11 +10703,11 @@ FEWEST_FOR_RATE = 50  # packets of a source
 
 def captured_probes(result: DirectionResult, info: RunInfo) -> int:
     """Return how many packets of the sources' traffic the pif has seen."""
-    packets = sent_datagrams(result)
+    # hping3's SYNs open no socket, so the source's kernel answers each SYN-ACK with an RST.
+    packets = sent_datagrams(result) - resets_of_own_syns(result)
     if info.transmitted is not None:
         return min(packets, info.transmitted)  # any more are of other traffic
-    # hping3's SYNs open no socket, so the source's kernel answers each SYN-ACK with an RST.
-    return packets - resets_of_own_syns(result)
+    return packets
 
 
 def measure_rate(result: DirectionResult, info: RunInfo) -> float | None:
@@ -10672,14 +10735,18 @@ def rate_warnings(result: DirectionResult, info: RunInfo) -> list[str]:
         return []
     warnings = []
     paced = not traffic.command or "{interval}" in traffic.command  # by --rate
-    if paced and info.achieved_rate and info.achieved_rate < 0.95 * traffic.rate:
+    reached = info.achieved_rate  # at the pif
+    if reached and info.transmitted:  # what was lost before the pif was sent, too
+        reached *= info.transmitted / captured_probes(result, info)
+    # The user's own filter may select fewer packets than those of the sources.
+    if paced and reached and not info.filter and reached < 0.95 * traffic.rate:
         warnings.append(
             f"each source reached less than 95 % of --rate {traffic.rate}. Use a lower one, "
             "or more sources"
         )
     if traffic.load and info.duration:
-        # Both rate and duration are only kept approximately.
-        most_sent = 1.1 * traffic.rate * info.duration * len(info.sources)
+        # Both rate and duration are only kept approximately; each source sends one at the start.
+        most_sent = (1.1 * traffic.rate * info.duration + 1) * len(info.sources)
         packets = captured_probes(result, info)
         if packets > most_sent:
             warnings.append(
@@ -10709,9 +10776,8 @@ def traffic_warnings(
     # The user's own filter may select other packets than those of the sources.
     if sent is None or result.direction is not IN or info.filter:
         return warnings
-    seen = sent_datagrams(result) + under_way
-    if seen > sent:
-        seen -= resets_of_own_syns(result)  # the sources' kernels send them, and hping3 not
+    # The sources' kernels send the RSTs, and hping3 doesn't count them.
+    seen = sent_datagrams(result) - resets_of_own_syns(result) + under_way
     if seen > sent:
         warnings.append(
             f"{counted(seen, 'packet was', 'packets were')} captured on the pif, but this run sent "
@@ -10810,7 +10876,7 @@ def _no_match(result: DirectionResult, info: RunInfo, advice: Advice, cut: int) 
         direction.first: counts.first + counts.undecided.sent,
         direction.second: counts.second + counts.undecided.unwatched_first,
     }
-    if cut:
+    if cut and 2 * cut >= sum(seen.values()):
         cause = (
             f"The snap length was too short to identify {counted(cut, 'packet')}. Capture more of "
             "each packet (tcpdump -s)"
@@ -10846,6 +10912,8 @@ def _cause_of_no_match(result: DirectionResult, advice: Advice) -> str:
             "They differ in length, since segments were merged or split (GRO, TSO). Measure with "
             "small packets"
         )
+    if not advice.translation:
+        return "The packets differ. Is there other traffic?"
     return f"The packets differ. Is there {advice.translation}or other traffic?"
 
 
@@ -13606,7 +13674,7 @@ def measure(
                 screen.note(f"saved in {directory}")
             if directory and options.keep:  # a run that isn't saved replaces no other
                 kind = info_of(report).kind
-                outcome.attempt(delete_old_runs, options.save, kind, options.keep)
+                outcome.attempt(delete_old_runs, options.save, kind, options.keep, directory)
         yield RunResult(index, report, weaver.results, ends_series=weaver.interrupted)
         if weaver.interrupted:
             break

@@ -16,6 +16,8 @@ import pytest
 from helpers import FAST, check_failures, failure, report, run_all
 from laboratory import DATA, Lab, wait_until
 
+import netweaver
+
 pytestmark = pytest.mark.lab
 
 
@@ -293,6 +295,14 @@ def test_traffic_that_is_there_anyway(lab: Lab) -> None:
     assert 2 <= document["config"]["duration"] < 3
     assert document["config"]["source_command"] is None
     assert document["config"]["sources"] == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 1400])
+def test_hping3_accepts_the_sizes(lab: Lab, size: int) -> None:
+    for pattern in netweaver.PATTERNS:
+        traffic = netweaver.Traffic(pattern, size=size)
+        command = f"{traffic.source_command(1, lab.destination)} 2>&1 || :"
+        assert re.search("1 packets tra(ns)?mitted", lab.source.run("sh", "-c", command)), pattern
 
 
 def test_no_traffic_at_all(lab: Lab) -> None:

@@ -94,6 +94,17 @@ def test_a_translated_address_is_captured_on_the_vif(
         assert kept(selected.pif_filter(ethernet=True, overlay=False), frames, tmp_path) == [0, 1]
 
 
+@pytest.mark.parametrize("tags", TAGS, ids=len)
+def test_fragments_of_probes_beside_a_load(tmp_path: Path, tags: list[tuple[int, int]]) -> None:
+    """Over IPv6 the header of a fragment names the protocol."""
+    echo = [ipv6(bytes([58, 0, 0, 1]) + bytes(60), 44), ipv6(bytes([58, 0, 0, 96]) + bytes(60), 44)]
+    load = [ipv6(bytes([6, 0, 0, 1]) + bytes(60), 44), ipv6(tcp())]
+    frames = [ethernet(packet, tags=tags) for packet in [*echo, *load]]
+    probes = netweaver.ProbeFilter(1, None)
+    selected = netweaver.Selection(sources=["fd00::2"], destinations=["fd00::1"], probes=probes)
+    assert kept(selected.vif_filter(ethernet=True), frames, tmp_path) == [0, 1]
+
+
 def tunnels(frame: bytes, packet: bytes) -> dict[str, bytes]:
     """IP packets of tunnels around a frame or its packet."""
     kind = 0x0800 if packet[0] >> 4 == 4 else 0x86DD

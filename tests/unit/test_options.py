@@ -164,6 +164,11 @@ def test_existing_ipv6_traffic_can_be_measured() -> None:
     assert "127.0.0.1:1: " in failure(done, 3)
 
 
+def test_automatic_and_named_interfaces(capfd: pytest.CaptureFixture[str]) -> None:
+    """One of the two would be ignored."""
+    assert "-i auto can't be used with" in usage_error(capfd, *COMPLETE, "-i", "auto,eth1")
+
+
 def test_several_sources_in_one_argument() -> None:
     options = netweaver.parse_options([*COMPLETE, "-s", "a, root@b:22"])
     assert options.sources == ["192.0.2.1", "a", "root@b:22"]

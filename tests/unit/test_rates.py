@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from frames import ethernet, ipv4, pcap, udp
-from helpers import T, analyzed, save_runs
+from frames import ethernet, ipv4, pcap, tcp, udp
+from helpers import T, analyzed, paired, save_runs
 
+import netweaver
 from netweaver import Traffic
 
 # Saved runs have 600 packets, one each millisecond.
@@ -92,6 +93,50 @@ def test_fragments_count_as_their_datagram(tmp_path: Path) -> None:
 def test_traffic_of_others_has_no_rate(tmp_path: Path) -> None:
     document = analyzed_with(tmp_path, Traffic(), sources=[])
     assert rate_of(document) is None
+
+
+def test_a_source_that_is_fast_enough(tmp_path: Path) -> None:
+    """Seven of each hundred packets don't reach the pif: the source has sent them all the same."""
+    document = analyzed_with(tmp_path, Traffic(rate=1075), transmitted=645)
+    assert rate_of(document) == RATE
+    [warning] = document["warnings"]
+    assert "only 600 of 645 packets sent reached the pif" in warning
+
+
+def test_a_filter_may_select_one_of_two_sources(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"sources": ["one", "two"], "filter": "src host one"}
+    document = analyzed_with(tmp_path, Traffic(rate=RATE), **config)
+    assert not any("less than 95 %" in warning for warning in document["warnings"])
+
+
+def test_one_packet_more_than_the_seconds_allow(tmp_path: Path) -> None:
+    """Each source sends its first packet at once."""
+    traffic = Traffic(rate=1, load="sh load.sh")
+    info = netweaver.RunInfo(traffic=traffic, sources=["one"], duration=5.06)
+    probes = [(str(number), number * 10**9) for number in range(6)]
+    result = paired(probes, [(name, time + 1000) for name, time in probes])
+    assert netweaver.rate_warnings(result, info) == []
+
+
+@pytest.mark.parametrize(("sent", "reached"), [(600, 300), (600, 270)])
+def test_resets_do_not_stand_in_for_probes(tmp_path: Path, sent: int, reached: int) -> None:
+    """The source's kernel rejects each answer of an open port, by the same way."""
+    traffic = Traffic("syn", RATE).to_json()
+    sources = ["root@source"]
+    save_runs(tmp_path, "web1", runs=1, transmitted=sent, sources=sources, traffic=traffic)
+    for point, delay in (("pif", 0), ("vif", 5000)):
+        records = []
+        for number in range(reached):
+            time = T + number * 10**6 + delay
+            syn = tcp(sport=1024 + number, seq=number)
+            reset = tcp(sport=1024 + number, seq=number + 1, flags=4)
+            records.append((time, ethernet(ipv4(syn, ident=number))))
+            records.append((time + 300_000, ethernet(ipv4(reset, ident=0))))
+        [path] = tmp_path.glob(f"*/{point}*")
+        path.write_bytes(pcap(records))
+    document = analyzed("--pcaps", str(tmp_path))
+    assert any(f"only {reached} of {sent} packets" in text for text in document["warnings"])
+    assert rate_of(document) == pytest.approx(RATE, rel=0.01)
 
 
 @pytest.mark.parametrize(("duration", "warns"), [(0.6, False), (0.55, False), (0.5, True)])

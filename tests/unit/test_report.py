@@ -195,6 +195,74 @@ def test_merged_segments_are_recognised(flags: int, tmp_path: Path) -> None:
     assert "--match-nat" not in warnings
 
 
+def moved(content: bytes) -> bytes:
+    """Return an IPv4 packet whose destination was translated."""
+    return content[:16] + bytes([192, 168, 122, 5]) + content[20:]
+
+
+def test_merged_segments_behind_a_translated_address(tmp_path: Path) -> None:
+    pif = [(T + n * 10_000, segment(10 * n, 2000, 0x18)) for n in range(100)]
+    vif = []
+    for number, (time, _) in enumerate(pif):
+        for part, flags in enumerate((0x10, 0x18)):
+            content = moved(segment(10 * number + part, 1000, flags))
+            vif.append((time + 100 + part, content))
+    line = failure(offline("--pcaps", *captures(tmp_path, pif, vif), "--match-nat"), 6)
+    assert "GRO, TSO" in line
+
+
+def test_datagrams_that_are_fragmented_behind_a_translated_address(tmp_path: Path) -> None:
+    pif = packets(100, 1_000_000, lambda n: ipv4(udp(payload=bytes(1000)), 17, n + 1))
+    vif = []
+    for number, (time, content) in enumerate(pif):
+        body = content[20:]
+        parts = (ipv4(body[:504], 17, number + 1, fragment=0x2000), time + 5000)
+        rest = (ipv4(body[504:], 17, number + 1, fragment=504 // 8), time + 5001)
+        vif += [(when, moved(part)) for part, when in (parts, rest)]
+    line = failure(offline("--pcaps", *captures(tmp_path, pif, vif), "--match-nat"), 6)
+    assert "as fragments" in line
+
+
+def test_other_packets_behind_a_translated_address(tmp_path: Path) -> None:
+    pif = packets(60, 1_000_000, lambda n: ipv4(tcp(seq=n), ident=n))
+    vif = packets(60, 1_000_000, lambda n: moved(ipv4(tcp(seq=n + 1000), ident=n)))
+    line = failure(offline("--pcaps", *captures(tmp_path, pif, vif), "--match-nat"), 6)
+    assert "Is there other traffic?" in line
+
+
+def test_split_datagrams_are_recognised(tmp_path: Path) -> None:
+    """By UDP's segmentation offload, as for QUIC: the first part keeps number and ports."""
+    pif = packets(100, 1_000_000, lambda n: ipv4(udp(payload=bytes(2400)), 17, 2 * n + 1))
+    vif = []
+    for number, (time, _) in enumerate(pif):
+        for part in range(2):
+            content = ipv4(udp(payload=bytes(1200)), 17, 2 * number + 1 + part)
+            vif.append((time + 5000 + part, content))
+    line = failure(offline("--pcaps", *captures(tmp_path, pif, vif)), 6)
+    assert "merged or split" in line
+
+
+def test_a_truncated_frame_is_not_the_cause(tmp_path: Path) -> None:
+    """One among many packets: the others would not match with a whole frame, either."""
+    records = [(time, ethernet(content)) for time, content in distinct(60)]
+    cut = pcap(records) + pcap(records[-1:], snaplen=30)[24:]  # without the file's header
+    others = pcap([(time, ethernet(content)) for time, content in distinct(60, source="10.9.9.9")])
+    paths = [write(tmp_path / "pif", cut), write(tmp_path / "vif", others)]
+    line = failure(offline("--pcaps", *paths, "-d", "10.0.0.1"), 6)
+    assert "snap length" not in line
+    assert "--match-nat" in line
+
+
+def test_a_packet_that_was_seen_long_before_it_was_sent(tmp_path: Path) -> None:
+    """Its number came up earlier: that arrival is nobody's, and the packet is matched."""
+    pif = packets(60, 100_000_000, lambda n: ipv4(tcp(seq=n), ident=n))
+    early = (T + 10**9, pif[50][1])  # four seconds before the packet
+    vif = sorted([early, *through(pif, [900] * 60)])
+    report = document(tmp_path, pif, vif)
+    assert report["packets"]["matched"] == 60
+    assert not any("clock" in warning for warning in report["warnings"])
+
+
 @pytest.mark.parametrize("coarse", ["pif", "vif"])
 def test_stamps_of_two_precisions(coarse: str, tmp_path: Path) -> None:
     """A warning names both units."""

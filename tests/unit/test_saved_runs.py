@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import analyzed, failure, noisy, offline, pair, save_runs
+from laboratory import NETWEAVER
 
 import netweaver
 
@@ -65,6 +68,7 @@ def test_the_advice_for_version_1_works(run: Path) -> None:
         '{"config": {"window": {}}}',
         '{"config": {"selection": {"sources": ["x"]}}}',
         '{"config": {"traffic": {"rate": "fast"}}}',
+        f'{{"config": {{"wait": {"9" * 400}}}}}',
         '{"config": {}}',
         '{"config": {}, "capture": {}}',
         '{"config": {}, "capture": {"pif": {}}}',
@@ -168,6 +172,27 @@ def test_the_newest_runs_of_a_kind_are_kept(tmp_path: Path) -> None:
         "20260101T000004Z",
     ]
     assert len(list(tmp_path.glob("2020*"))) == 3
+
+
+def test_the_run_that_was_just_saved_is_kept(tmp_path: Path) -> None:
+    """The others were saved while the clock was wrong: they seem to be newer."""
+    save_runs(tmp_path, "web1", runs=4)
+    just_saved, *others = sorted(tmp_path.iterdir())
+    kind = netweaver.load_run(str(just_saved)).info.kind
+    deleted = netweaver.delete_old_runs(str(tmp_path), kind, 2, str(just_saved))
+    assert deleted == [str(others[1]), str(others[0])]
+    assert just_saved.exists()
+
+
+def test_runs_that_try_a_new_directory_at_once(tmp_path: Path) -> None:
+    """Each removes what it has made, also from under the others."""
+    code = (
+        f"import netweaver\nfor _ in range(200): netweaver.check_can_save({str(tmp_path / 'd')!r})"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(NETWEAVER.parent)}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    assert list((tmp_path / "d").glob("*")) == []
 
 
 def test_trying_a_directory_leaves_nothing(tmp_path: Path) -> None:

@@ -122,6 +122,21 @@ def test_nat_changes_the_address_of_answers() -> None:
         assert selection.direction_of(bytes([10, 0, 0, 1, 10, 0, 0, 2])) is direction
 
 
+def test_a_tunnel_has_packets_of_other_vms_too() -> None:
+    """The capture's filter lets all of a tunnel through, also if addresses are translated."""
+    selection = netweaver.Selection(
+        sources=["10.0.0.2"], destinations=["10.0.0.1"], translated=True
+    )
+    interfaces = netweaver.Interfaces(
+        "tap1", ("eth0",), True, {}, netweaver.RouteKind.SWITCHED, None
+    )
+    captured = netweaver.captured_selection(selection, interfaces, None)
+    source, vm, other, private = (bytes([10, 0, 0, n]) for n in (2, 1, 9, 77))
+    assert captured.direction_of(source + vm) is netweaver.IN
+    assert captured.direction_of(source + private) is netweaver.IN  # after the translation
+    assert captured.direction_of(other + private) is None
+
+
 def test_a_tunnel_around_an_answer_is_left_out_with_it() -> None:
     answer = ipv4(tcp(), source="10.0.0.1", destination="10.0.0.2")
     frame = ethernet(ipv4(udp(*vxlan(ethernet(answer))), 17, source="10.9.0.1"))

@@ -41,6 +41,12 @@ def test_sizes_are_bounded_by_what_a_packet_can_carry(pattern: str, largest: int
         Traffic(pattern, size=largest + 1).source_command(1, "10.0.0.1")
 
 
+def test_the_largest_echoes_are_sent_by_ping() -> None:
+    """hping3 refuses them."""
+    assert Traffic("ping", size=65495).source_command(1, "10.0.0.1").startswith("hping3 ")
+    assert Traffic("ping", size=65496).source_command(1, "10.0.0.1").startswith("ping ")
+
+
 @pytest.mark.parametrize(
     ("command", "sent"),
     [

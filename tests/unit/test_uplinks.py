@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -696,6 +698,21 @@ def test_eth0_is_not_assumed(tmp_path: Path, interfaces: str, vif: str) -> None:
         netweaver.physical_interfaces(host, (), vif, host.links)
 
 
+@pytest.mark.parametrize("flags", ["BROADCAST,MULTICAST", "BROADCAST,MULTICAST,DOWN"])
+def test_a_port_that_is_down(tmp_path: Path, flags: str) -> None:
+    """No packet comes in by it, and tcpdump can't capture there."""
+    spare = nic("eno2", "br0").replace("BROADCAST,MULTICAST,UP,LOWER_UP", flags)
+    host = Host(tmp_path, nic("eno1", "br0") + spare + bridge("br0") + tap("vnet0", "br0"), {})
+    assert host.find("vnet0")[0] == ["eno1"]
+
+
+def test_a_port_without_a_carrier(tmp_path: Path) -> None:
+    flags = "NO-CARRIER,BROADCAST,MULTICAST,UP"
+    spare = nic("eno2", "br0").replace("BROADCAST,MULTICAST,UP,LOWER_UP", flags)
+    host = Host(tmp_path, nic("eno1", "br0") + spare + bridge("br0") + tap("vnet0", "br0"), {})
+    assert host.find("vnet0")[0] == ["eno1", "eno2"]
+
+
 def test_eth0_is_assumed(tmp_path: Path) -> None:
     """Nothing is known of the way."""
     host = Host(tmp_path, nic("eth0") + nic("eth1") + tap("vnet0"), {})
@@ -825,6 +842,45 @@ def test_many_tunnels(tmp_path: Path) -> None:
     with pytest.raises(RemoteCommandError, match="tunnel"):
         host.find("vnet0")
     assert len(host.commands) < 10
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash"])
+def test_backslashes_in_open_vswitch(tmp_path: Path, shell: str) -> None:
+    """The settings are JSON also where the shell's echo knows escapes."""
+    rows = [
+        ["eth0", "", ["map", []], ["map", [["note", "CORP\\web1"]]], 1],
+        ["patch1", "patch", ["map", [["peer", "patch2"]]], ["map", []], 2],
+        ["patch2", "patch", ["map", [["peer", "patch1"]]], ["map", []], 1],
+    ]
+    headings = ["name", "type", "options", "external_ids", "ofport"]
+    (tmp_path / "settings").write_text(json.dumps({"headings": headings, "data": rows}))
+    bridges = "br-int) echo tap1 patch1 ;; br-ex) echo patch2 eth0 ;;"
+    script(
+        tmp_path / "ovs-vsctl",
+        f"""case "$*" in
+*list-br*) echo br-int br-ex ;;
+*br-to-parent*) for name; do :; done; echo $name ;;
+*list-ifaces*) for name; do :; done; case $name in {bridges} esac ;;
+*) cat {tmp_path}/settings ;; esac""",
+    )
+    done = subprocess.run(
+        [shell, "-c", netweaver.OPEN_VSWITCH_COMMAND],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answer = port("eth0") + port("tap1") + done.stdout.partition("\n")[2]
+    found, _ = Host(tmp_path, answer, {}).find("tap1")
+    assert found == ["eth0"]
+
+
+@pytest.mark.parametrize("options", ["[]", "5", '["map"]', '["map", 5]'])
+def test_damaged_settings_of_open_vswitch(options: str) -> None:
+    headings = '["name", "type", "options", "external_ids", "ofport"]'
+    data = f'[["eth0", "", {options}, ["map", []], 1]]'
+    answer = f'{BRIDGED}ovs-interfaces {{"headings": {headings}, "data": {data}}}\n'
+    assert "eth0" in netweaver.Links(answer).by_name
 
 
 def test_open_vswitch_does_not_answer() -> None:
