@@ -88,6 +88,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -235,6 +236,7 @@ DEAD_PEER_SECONDS = IDLE_SECONDS - HEARTBEAT_SECONDS  # 8
 ANSWER_SECONDS = IDLE_SECONDS + HEARTBEAT_SECONDS  # 12, for a look-up, or a tool's start or end
 LONG_ANSWER_SECONDS = 2 * ANSWER_SECONDS  # 24, for a look-up by many commands, on a busy host
 KILL_SECONDS = ANSWER_SECONDS // 4  # 3, from TERM to KILL
+PERSON_SECONDS = 600  # for a person who is asked for a passphrase
 GRACE_SECONDS = 0.5  # after a signal, for the calls in other threads to remove their files
 
 # ---- Model -----------------------------------------------------------------------------------
@@ -3972,9 +3974,9 @@ def _loss_text(loss: Report, info: RunInfo, direction: Direction) -> str:
 # (end the command) or "bye" (end everything).
 #
 # The command ends, and its private directory is removed, when the lease ends because the client
-# died, when it is not renewed for IDLE seconds because the network did, and after LIMIT seconds. If
-# all processes are killed at once, the next wrapper removes the directory. Only POSIX sh and
-# coreutils are used: dom0s have no Python, and some no timeout(1).
+# died, when it is not renewed for IDLE seconds because the network did, and after LIMIT seconds of
+# the command. If all processes are killed at once, the next wrapper removes the directory. Only
+# POSIX sh and coreutils are used: dom0s have no Python, and some no timeout(1).
 
 WRAPPER = r"""
 unset TMOUT  # bash's `read` would end after so many seconds
@@ -4062,11 +4064,12 @@ make_directory() {
   remove_stale
 }
 
-# End the wrapper after LIMIT seconds, or IDLE seconds after the last "alive" of the lease.
+# End the wrapper after LIMIT seconds, or IDLE seconds after the last "alive" of the lease. Once the
+# command has ended, only the lease counts: fetching large files can take long.
 watch() {
   trap 'idle=0' USR1
   seconds=0 idle=0
-  while [ $seconds -lt "$LIMIT" ] && [ $idle -lt "$IDLE" ]; do
+  while [ $idle -lt "$IDLE" ] && { [ $seconds -lt "$LIMIT" ] || ! kill -s 0 "$job"; }; do
     sleep 1
     seconds=$((seconds + 1)) idle=$((idle + 1))
     kill -s 0 $$ || break
@@ -4090,7 +4093,7 @@ watch() {
 read_lease() {
   while read -r line; do
     case $line in
-      alive) kill -s USR1 $watchdog; printf '\n%s alive\n' "$TOKEN" >&4 ;;
+      alive) kill -s USR1 $watchdog; printf '%s alive\n' "$TOKEN" >&4 ;;  # in one write
       mark) kill -s USR1 "$job" ;;
       stop) signal_job TERM ;;
       kill) signal_job KILL ;;
@@ -4168,7 +4171,8 @@ SUDO_SHELL = (
     """exec sh -c 'if [ "$(id -u)" = 0 ]; then exec sh; """
     "elif sudo -n sh </dev/null; then exec sudo -n sh; else read line; exit 1; fi'"
 )
-LARGEST_ANSWER = 1 << 20  # bytes of a command's output, of ssh-agent, or of a file of ssh
+LARGEST_OUTPUT = 8 << 20  # bytes of a command's output; `ip` prints 1.5 KB for an interface
+LARGEST_ANSWER = 1 << 20  # bytes of a command's errors, of ssh-agent, or of a file of ssh
 SFTP_BLOCK = 32768  # bytes that every SFTP server can send at once (draft-ietf-secsh-filexfer, 3)
 
 
@@ -4398,10 +4402,10 @@ class Job:
         with self._changed:
             stream += data
             # The answers to "alive" are no output of the command.
-            self._output[:] = self._output.replace(b"\n%b alive\n" % self._token, b"")
+            self._output[:] = self._output.replace(b"%b alive\n" % self._token, b"")
             # Of standard error only the end is needed; too much standard output ends the job.
             del self._errors[:-LARGEST_ANSWER]
-            if len(self._output) > LARGEST_ANSWER:
+            if len(self._output) > LARGEST_OUTPUT:
                 self.flooded = True
             # The command has ended when both streams report it: they can come in any order.
             if self.has_all_errors and self.status is not None:
@@ -4569,7 +4573,7 @@ class Host:
         if not job.ended:
             return "timed out"
         if job.flooded:
-            return f"its output is larger than {LARGEST_ANSWER} bytes"
+            return f"its output is larger than {LARGEST_OUTPUT} bytes"
         return f"could not be run: {last_line(job.errors)}{sudo_hint(job.errors)}"
 
     def open_files(self) -> FileSource:
@@ -8218,6 +8222,7 @@ def _selection_from_json(config: Report) -> Selection:
 SNAPLEN = 192  # bytes of a frame: Ethernet, two tags, IPv6, and TCP, also in a tunnel of the VM's
 OVERLAY_SNAPLEN = 448  # the same inside a tunnel
 BUFFER_KIB = 16384  # of tcpdump
+LARGEST_PACKET_LIMIT = (1 << 31) - 1  # that tcpdump accepts
 SMALLEST_FILE = 1 << 16  # bytes for which there must be room
 USUAL_FILE = 256_000_000  # bytes that a capture may have however few packets are sent
 SHORTEST_WAIT = 0.1  # seconds to wait for the last packets
@@ -8278,7 +8283,8 @@ def make_captures(
     """Return the capture commands, their packet limit, and the size (bytes) of the largest file.
 
     `expression` replaces the filter; `commands` are the user's own capture commands by point, or
-    None. With one of these there is no packet limit (None).
+    None. With one of these there is no packet limit (None).  `count` is the number of packets that
+    all sources send.
     """
     pifs = interfaces.pifs
     if commands["pif"]:
@@ -8287,10 +8293,10 @@ def make_captures(
     points.append(("vif", interfaces.vif))
     snaplen = OVERLAY_SNAPLEN if interfaces.tunnelled else SNAPLEN
     largest_record = RECORD_HEADER + snaplen
-    # Four times the packets leave room for several sources and for both directions.
+    # Four times the packets leave room for both directions, and for an open port's handshakes.
     wanted = max(USUAL_FILE, 4 * count * largest_record)
     room = capture_room(facts, wanted, len(points))
-    packet_limit = room // largest_record
+    packet_limit = min(room // largest_record, LARGEST_PACKET_LIMIT)
     captures = []
     for point, interface in points:
         command = commands[point]
@@ -8374,6 +8380,7 @@ class Hosts:
         self.hypervisor = hypervisor
         self.sources = sources
         self.failed = failed  # the errors of the other sources, by name
+        self._connected = {hypervisor, *sources.values()}  # also sources that fail later
         self.exclude({})  # raises an error if no source is left
 
     def exclude(self, errors: Mapping[str, NetWeaverError]) -> None:
@@ -8392,21 +8399,20 @@ class Hosts:
 
     def close(self, wait: bool) -> None:
         """End all that still runs; without `wait` the hosts do so when the connections are gone."""
-        hosts = {self.hypervisor, *self.sources.values()}
         try:
             if wait:
-                in_parallel(*(host.leave for host in hosts))
+                in_parallel(*(host.leave for host in self._connected))
         finally:
-            for host in hosts:
+            for host in self._connected:
                 host.close()
 
 
 def attempt_all(
-    call: Callable[[str], T], names: Iterable[str]
+    call: Callable[[str], T], names: Iterable[str], seconds: float = 5 * CONNECT_SECONDS
 ) -> tuple[dict[str, T], dict[str, NetWeaverError]]:
     """Call a function with each name, all in parallel; return its answers and errors by name.
 
-    Raises NoAnswerError if a call doesn't end in time.
+    Raises NoAnswerError if a call doesn't end within so many seconds.
     """
     answers: dict[str, T] = {}
     errors: dict[str, NetWeaverError] = {}
@@ -8419,20 +8425,24 @@ def attempt_all(
 
     names = list(names)
     calls = [partial(attempt, name) for name in names]
-    in_parallel(*calls, seconds=5 * CONNECT_SECONDS)
+    in_parallel(*calls, seconds=seconds)
     in_order = {name: answers[name] for name in names if name in answers}
     return in_order, errors
 
 
 def connect_hosts(
-    settings: Sequence[HostSettings], connect: Callable[[HostSettings], Host]
+    settings: Sequence[HostSettings], connect: Callable[[HostSettings], Host], asks: bool
 ) -> Hosts:
     """Connect to all hosts at once: the hypervisor, which is the first, and the sources.
 
-    Sources that can't be reached are left out, unless none is left.
+    Sources that can't be reached are left out, unless none is left.  With `asks` there is time for
+    a person who is asked for a passphrase.
     """
     by_name = {host_settings.name: host_settings for host_settings in settings}
-    hosts, failed = attempt_all(lambda name: connect(by_name[name]), by_name)
+    seconds = 5 * CONNECT_SECONDS
+    if asks:
+        seconds += PERSON_SECONDS
+    hosts, failed = attempt_all(lambda name: connect(by_name[name]), by_name, seconds)
     hypervisor, *sources = [host_settings.name for host_settings in settings]
     try:
         if hypervisor in failed:
@@ -8482,8 +8492,9 @@ def try_traffic(traffic: Traffic, destination: str, has_hping3: bool, host: Host
     if traffic.load:
         commands.append(traffic.load)
     for command in commands:
-        program = command.split()[0]  # or an assignment to a variable of its environment
-        if "=" not in program and host.run(f"command -v {quote(program)}").status:
+        program = command.split()[0]
+        is_plain = re.fullmatch(r"[\w./+-]+", program, re.ASCII)  # not the shell's own syntax
+        if is_plain and host.run(f"command -v {program}").status:
             raise RemoteCommandError(
                 f"{host.name}: {program}: not found. Install it there, or send other traffic"
             )
@@ -8547,7 +8558,12 @@ def make_plan(
     count = settings.packets(traffic)
     check_can_capture(facts, interfaces)
     captures, packet_limit, largest_file = make_captures(
-        facts, interfaces, selection, settings.capture_filter, commands, count
+        facts,
+        interfaces,
+        selection,
+        settings.capture_filter,
+        commands,
+        count * max(1, len(info.sources)),
     )
     trace = ""
     if settings.stages:
@@ -8607,6 +8623,7 @@ def captured_selection(
 
 # ---- Recording -------------------------------------------------------------------------------
 
+CLOCK_DRIFT = 200e-6  # by which the rates of two clocks may differ, if one is free-running
 HANDED_OVER_SECONDS = 1.0  # for which the kernel keeps blocks of captured packets at most
 LOAD_SECONDS = 1.0  # from the start of the load to that of the probes
 SIGTERM_STATUS = "143"  # the exit status that shells report of a command that SIGTERM has ended
@@ -8689,8 +8706,7 @@ class RunningCaptures:
         for number, command in enumerate(commands, 1):
             script.append(f"capture {number} {quote(command)}")
         script.append("until wait; do :; done")  # a trapped signal ends a wait
-        # Captures also run while the sources start and end, and their files stay until they are
-        # fetched: there is time for six answers.
+        # Captures also run while the sources start and end: there is time for six answers.
         seconds = plan.info.timeout + plan.info.wait + 6 * ANSWER_SECONDS
         self.job = host.start("\n".join(script), seconds, private=True, shown=commands)
 
@@ -8933,6 +8949,8 @@ def check_generator(job: Job, command: str, sudo: bool) -> None:
         hint = sudo_hint(job.errors)
     elif job.status == 127:
         hint = ". Install it there, or send other traffic"
+    elif "sendto: Operation not permitted" in job.errors:  # in the path of output
+        hint = ". A firewall on the source drops them, or its table of connections is full (dmesg)"
     elif re.search("not permitted|raw socket", job.errors) and not sudo:
         hint = ". Log in as root, or use --sudo"
     raise RemoteCommandError(f"{job.name}: {what}: {last_line(job.errors)}{hint}")
@@ -9096,7 +9114,8 @@ def measured_window(
         )
         rounding = NANOSECONDS
     step = clock_step(start, stop)
-    if abs(step) > NANOSECONDS + rounding:
+    drift = CLOCK_DRIFT * (stop.answered - start.asked)
+    if abs(step) > NANOSECONDS + rounding + drift:
         info.incidents.append(
             f"the hypervisor's clock jumped by about {step / NANOSECONDS:.0f} s during the run: "
             "delays across that moment are wrong. Measure again"
@@ -10039,6 +10058,7 @@ class NetWeaver:
                         settings.log,
                         settings.sudo,
                     ),
+                    asks=settings.ask is not None,
                 )
             return self._hosts
 
@@ -13245,6 +13265,20 @@ def _check_files(options: Options) -> None:
         flag_of[target] = flag
 
 
+def ask_person(question: str) -> str:
+    """Return a person's answer, which the terminal doesn't show.
+
+    This is called in threads that end with the program: the terminal shows what is typed again
+    also if that comes before an answer.
+    """
+    restore = partial(quietly, termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
+    atexit.register(restore)
+    try:
+        return getpass(question)
+    finally:
+        atexit.unregister(restore)
+
+
 def new_weaver(options: Options, screen: Screen, progress: Progress) -> NetWeaver:
     """Return a NetWeaver that measures as the options say, and reports its progress."""
     if not options.verbose:
@@ -13272,7 +13306,7 @@ def new_weaver(options: Options, screen: Screen, progress: Progress) -> NetWeave
         labels=dict(options.labels),
         sudo=options.sudo,
         ssh_options=options.ssh_options,
-        ask=getpass if on_terminal else None,
+        ask=ask_person if on_terminal else None,
         progress=progress.step,
         log=screen.log,
         tick=progress.tick,

@@ -553,7 +553,7 @@ class Network:
         """Return the ids of the lab's own processes on the hosts."""
         return []
 
-    def wait_clean(self, seconds: float = 15) -> None:
+    def wait_clean(self, seconds: float = 30) -> None:
         """Wait until a run has left nothing."""
         try:
             wait_until(lambda: not self.leftovers(), "no leftovers", seconds)

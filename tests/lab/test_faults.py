@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import termios
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def are_clean(lab: Lab) -> bool:
 
 
 def wait_for_clean_hosts(lab: Lab) -> None:
-    wait_until(lambda: are_clean(lab), "clean hosts", 15)
+    wait_until(lambda: are_clean(lab), "clean hosts", 30)
 
 
 def client_files(lab: Lab) -> list[Path]:
@@ -211,7 +212,7 @@ def test_a_client_that_is_suspended_for_a_moment(lab: Lab) -> None:
 def test_a_client_that_is_suspended_for_long(lab: Lab) -> None:
     process = start_endless(lab)
     process.send_signal(signal.SIGSTOP)
-    wait_until(lambda: are_clean(lab), "clean hosts", 20)
+    wait_until(lambda: are_clean(lab), "clean hosts", 30)
     process.send_signal(signal.SIGCONT)
     assert "is lost" in failure(finished(process), 3)
 
@@ -551,11 +552,9 @@ def test_arguments_are_no_code(lab: Lab, option: str, tmp_path: Path) -> None:
     assert not [path for host in lab.hosts for path in host.files() if "OWNED" in path]
 
 
-@pytest.mark.parametrize(("phrase", "code"), [("open sesame", 0), ("wrong", 3)])
-def test_a_passphrase_is_asked_for_at_a_terminal(
-    lab: Lab, tmp_path: Path, phrase: str, code: int
-) -> None:
-    secret = tmp_path / "secret"
+def wait_for_prompt(lab: Lab, directory: Path) -> tuple[int, int, bytes]:
+    """Start netweaver with an encrypted key; return pid, terminal and what is shown."""
+    secret = directory / "secret"
     shutil.copy(lab.key, secret)
     secret.chmod(0o600)
     change = ["ssh-keygen", "-q", "-p", "-P", "", "-N", "open sesame", "-f", str(secret)]
@@ -564,12 +563,38 @@ def test_a_passphrase_is_asked_for_at_a_terminal(
     seen = b""
     while b"Passphrase for" not in seen:
         seen += os.read(terminal, 1000)
-    os.write(terminal, phrase.encode() + b"\n")
+    return pid, terminal, seen
+
+
+def read_to_its_end(terminal: int) -> bytes:
+    """Return what a terminal shows until its program has ended."""
+    seen = b""
     try:
         while more := os.read(terminal, 1000):
             seen += more
     except OSError:  # that is how a terminal ends
         pass
+    return seen
+
+
+def test_an_interrupt_at_the_prompt_for_a_passphrase(lab: Lab, tmp_path: Path) -> None:
+    """The terminal shows again what is typed."""
+    pid, terminal, _ = wait_for_prompt(lab, tmp_path)
+    assert not termios.tcgetattr(terminal)[3] & termios.ECHO
+    os.write(terminal, b"\x03")
+    read_to_its_end(terminal)
+    assert exit_code(pid) == 130
+    assert termios.tcgetattr(terminal)[3] & termios.ECHO
+    os.close(terminal)
+
+
+@pytest.mark.parametrize(("phrase", "code"), [("open sesame", 0), ("wrong", 3)])
+def test_a_passphrase_is_asked_for_at_a_terminal(
+    lab: Lab, tmp_path: Path, phrase: str, code: int
+) -> None:
+    pid, terminal, seen = wait_for_prompt(lab, tmp_path)
+    os.write(terminal, phrase.encode() + b"\n")
+    seen += read_to_its_end(terminal)
     os.close(terminal)
     assert exit_code(pid) == code, seen
     assert b"secret: " + phrase.encode() not in seen  # no echo

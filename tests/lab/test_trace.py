@@ -75,7 +75,7 @@ def test_both_directions_of_a_bridge() -> None:
         assert all(0 < error < 20 for error in errors.values())
         lab.wait_clean()
     with tracefs() as path:
-        wait_until(lambda: not instances(path), "the trace to go", 5)
+        wait_until(lambda: not instances(path), "the trace to go", 8)
 
 
 @pytest.mark.lab

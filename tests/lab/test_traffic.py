@@ -149,7 +149,11 @@ def test_three_sources_at_once() -> None:
             )
         )
         table = (lab.directory / "table.csv").read_text().splitlines()[1:]
+        planned = lab.netweaver(*lab.arguments("-c", "200000", "--dry-run"))
         lab.wait_clean()
+    # An open port has four packets in both directions: SYN, SYN-ACK, RST, and one to spare.
+    limits = map(int, re.findall(r"tcpdump .* -c (\d+) ", planned.stdout))
+    assert [limit >= 3 * 4 * 200_000 for limit in limits] == [True, True], planned.stdout
     assert (
         document["packets"]["pif"]
         == document["packets"]["vif"]

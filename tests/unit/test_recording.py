@@ -35,6 +35,33 @@ def test_what_tcpdump_says_at_its_end() -> None:
     assert netweaver.tcpdump_counts(["tcpdump: eth9: No such device exists"]) == {}
 
 
+@pytest.mark.parametrize("count", [1000, 999_999_999])
+def test_a_packet_limit_that_tcpdump_accepts(count: int) -> None:
+    facts = netweaver.Facts("= free\n9999999999 1% /tmp\n")
+    interfaces = netweaver.Interfaces(
+        "vif5.0", ("eth0",), False, {}, netweaver.RouteKind.GIVEN, None
+    )
+    commands = {"pif": None, "vif": None}
+    selection = netweaver.Selection()
+    captures, limit, _ = netweaver.make_captures(
+        facts, interfaces, selection, "tcp", commands, count
+    )
+    assert limit is not None
+    assert count < limit < 1 << 31
+    for capture in captures:
+        assert f" -c {limit} " in capture.command
+
+
+def test_a_firewall_on_the_source() -> None:
+    """The packets that it drops are refused to root, too."""
+    errors = "[send_ip] sendto: Operation not permitted\n"
+    job = SimpleNamespace(name="root@source", ended=True, stopped=False, status=1, errors=errors)
+    with pytest.raises(netweaver.RemoteCommandError) as failure:
+        netweaver.check_generator(cast(netweaver.Job, job), "hping3 -S 192.0.2.2", False)
+    assert "firewall" in str(failure.value)
+    assert "--sudo" not in str(failure.value)
+
+
 @pytest.mark.parametrize(
     ("errors", "hint"),
     [
