@@ -1059,7 +1059,7 @@ class Selection:
     translated: bool = False  # addresses change on the way, so that matching has to ignore them
     probes: ProbeFilter | None = None
     tunnel_ports: Mapping[int, str] = field(default_factory=TUNNEL_PORTS.copy)
-    captures_either: bool = False  # in a filter, one of a packet's two addresses suffices
+    captures_either: bool = False  # one of a packet's two addresses suffices
     excluded_sources: Sequence[str] = ()  # no packet from these goes IN, and none to them OUT
 
     def __post_init__(self) -> None:
@@ -1103,8 +1103,8 @@ class Selection:
             return False
         from_source = not self._sources or source in self._sources
         to_destination = not self._destinations or destination in self._destinations
-        if self.translated and self._sources and self._destinations:
-            return from_source or to_destination  # one of the two is unchanged
+        if self.captures_either and self._sources and self._destinations:
+            return from_source or to_destination
         return from_source and to_destination
 
     def vif_filter(self, ethernet: bool) -> str:
@@ -1113,8 +1113,11 @@ class Selection:
         The vif of a guest that uses VLANs itself carries tagged frames, too.  If addresses are
         translated, only one of a packet's two addresses is unchanged on the vif: either suffices.
         """
-        selection = replace(self, captures_either=self.translated)
-        return selection.pif_filter(ethernet, overlay=False)
+        return self.on_vif().pif_filter(ethernet, overlay=False)
+
+    def on_vif(self) -> Selection:
+        """Return the selection of the same packets on the vif."""
+        return replace(self, captures_either=self.translated)
 
     def pif_filter(self, ethernet: bool, overlay: bool) -> str:
         """Return the expression that captures the packets on a pif, under up to two VLAN tags.
@@ -1789,8 +1792,8 @@ EARLY = -3  # the packet was sent before the period that is measured
 def collect(captures: Mapping[str, Sequence[Capture]], selection: Selection) -> list[Sightings]:
     """Read the captures of each point, once, and return the sightings of each direction."""
     sightings = [Sightings(direction, selection.translated) for direction in selection.directions]
-    selector = _Selector(selection)
     for point, files in captures.items():
+        selector = _Selector(selection.on_vif() if point == "vif" else selection)
         for capture in files:
             for block in capture:
                 if selection.selects_everything:
@@ -2077,10 +2080,8 @@ def _classify_copies(
     for packet_id, times in arrivals.repeated.items():
         ranks = copies[packet_id]
         arrived = len(times)
-        # Later arrivals may be of packets that the first point has not seen.
-        last_sent = max(window.watched_until, sent.times[-1]) if window.is_live else window.end
-        arrived = bisect(times, last_sent + longest)
-        if not window.is_live:
+        if not window.is_live:  # later arrivals may be of packets that the first point has not seen
+            arrived = bisect(times, window.end + longest)
             arrivals.unwatched += len(times) - arrived
         if not arrived:
             continue
@@ -2436,37 +2437,36 @@ def _is_tcp(identity: bytes) -> bool:
 
 
 def resized(result: DirectionResult) -> int:
-    """Return how many packets that only the second point saw are lost segments of another length.
+    """Return how many packets that only the second point saw are lost ones of another length.
 
-    They were merged (GRO) or split (TSO) between the points.
+    Segments or datagrams were merged (GRO) or split (TSO, USO) between the points.
     """
     if not result.unsent_ids:
         return 0
-    translated = result.translated
-    lost = {
-        _segment_key(result.identity(rank), translated) for rank in result.ranks(PacketClass.LOST)
-    }
-    lost.discard(b"")
-    fragmented = _unsent_fragments(result)
+    lost = [result.identity(rank) for rank in result.ranks(PacketClass.LOST)]
     unsent = [result.identities[packet_id] for packet_id in result.unsent_ids]
-    return sum(
-        _segment_key(identity, translated) in lost
-        and _datagram_key(identity, translated) not in fragmented
-        for identity in unsent
-    )
+    translated = result.translated
+    fragmented = _fragmented(lost, translated) | _fragmented(unsent, translated)
+
+    def key_of(identity: bytes) -> bytes:
+        if _datagram_key(identity, translated) in fragmented:
+            return b""
+        return _segment_key(identity, translated)
+
+    lost_keys = set(map(key_of, lost)) - {b""}
+    return sum(key_of(identity) in lost_keys for identity in unsent)
 
 
-def _unsent_fragments(result: DirectionResult) -> set[bytes]:
-    """Return the keys of datagrams of which only the second point saw later fragments."""
-    unsent = (result.identities[packet_id] for packet_id in result.unsent_ids)
-    return {
-        _datagram_key(identity, result.translated) for identity in unsent if identity[0] & NOT_FIRST
-    }
+def _fragmented(identities: Iterable[bytes], translated: bool) -> set[bytes]:
+    """Return the `_datagram_key` of each datagram that has later fragments among some packets."""
+    later = (identity for identity in identities if identity[0] & NOT_FIRST)
+    return {_datagram_key(identity, translated) for identity in later}
 
 
 def fragmented_on_the_way(result: DirectionResult) -> int:
     """Return how many lost packets only the second point saw, as fragments."""
-    fragmented = _unsent_fragments(result)
+    unsent = (result.identities[packet_id] for packet_id in result.unsent_ids)
+    fragmented = _fragmented(unsent, result.translated)
     if not fragmented:
         return 0
     lost = [result.identity(rank) for rank in result.ranks(PacketClass.LOST)]
@@ -2480,14 +2480,14 @@ def _segment_key(identity: bytes, translated: bool) -> bytes:
     other data.  With `translated` addresses are ignored.
     """
     header = bytearray(_transport_of(identity))
+    ip_id = identity[4:ADDRESSES]  # without one, datagrams that begin alike may differ
     if _is_tcp(identity):
         # These flags can differ: only the last part has PSH and FIN, and only the first one CWR.
         header[TCP_FLAGS] &= ~(PSH | FIN | CWR)
-    elif identity[0] in TRANSPORT_OFFSETS and identity[1] == UDP:
+    elif identity[0] in TRANSPORT_OFFSETS and identity[1] == UDP and any(ip_id):
         del header[UDP_LENGTH]
     else:
         return b""
-    ip_id = identity[4:ADDRESSES]
     addresses = b"" if translated else addresses_of(identity)
     return identity[:2] + ip_id + addresses + header
 
@@ -3929,10 +3929,7 @@ def loss_lines(name: str, part: Report, info: RunInfo, most: int | None = None) 
     if most and 1 < most < len(places):
         shown = places[: most - 1]
         others = places[most - 1 :]
-    texts = []
-    for loss in shown:
-        [direction] = DIRECTIONS[name]
-        texts.append(_loss_text(loss, info, direction))
+    texts = [_loss_text(loss, info, DIRECTIONS[name][0]) for loss in shown]  # never the guest's
     if others:
         packets = sum(loss["packets"] for loss in others)
         texts.append(f"{packets:>5} lost in {len(others)} other places")
@@ -3974,9 +3971,9 @@ def _loss_text(loss: Report, info: RunInfo, direction: Direction) -> str:
 # (end the command) or "bye" (end everything).
 #
 # The command ends, and its private directory is removed, when the lease ends because the client
-# died, when it is not renewed for IDLE seconds because the network did, and after LIMIT seconds of
-# the command. If all processes are killed at once, the next wrapper removes the directory. Only
-# POSIX sh and coreutils are used: dom0s have no Python, and some no timeout(1).
+# died, when it is not renewed for IDLE seconds because the network failed, and once the command has
+# run for LIMIT seconds. If all processes are killed at once, the next wrapper removes the
+# directory. Only POSIX sh and coreutils are used: dom0s have no Python, and some no timeout(1).
 
 WRAPPER = r"""
 unset TMOUT  # bash's `read` would end after so many seconds
@@ -4056,7 +4053,7 @@ is_in_use() {
 
 make_directory() {
   directory=`mktemp -d "${TMPDIR:-/tmp}/netweaver.XXXXXXXXXX"` && cd "$directory" &&
-    directory=`pwd -P` && echo $$ >pid || exit 70  # EX_SOFTWARE
+    directory=`pwd -P` && echo $$ >pid && : >running || exit 70  # EX_SOFTWARE
   if [ -n "$SUDO_UID" ]; then  # SFTP reads the files with the rights of the user, not of root
     chown "$SUDO_UID" "$directory"
     umask 022
@@ -4064,12 +4061,15 @@ make_directory() {
   remove_stale
 }
 
+# Succeed if the command has ended, and its directory is still needed.
+has_ended() { [ -n "$directory" ] && [ ! -e "$directory/running" ]; }
+
 # End the wrapper after LIMIT seconds, or IDLE seconds after the last "alive" of the lease. Once the
 # command has ended, only the lease counts: fetching large files can take long.
 watch() {
   trap 'idle=0' USR1
   seconds=0 idle=0
-  while [ $idle -lt "$IDLE" ] && { [ $seconds -lt "$LIMIT" ] || ! kill -s 0 "$job"; }; do
+  while [ $idle -lt "$IDLE" ] && { [ $seconds -lt "$LIMIT" ] || has_ended; }; do
     sleep 1
     seconds=$((seconds + 1)) idle=$((idle + 1))
     kill -s 0 $$ || break
@@ -4093,7 +4093,7 @@ watch() {
 read_lease() {
   while read -r line; do
     case $line in
-      alive) kill -s USR1 $watchdog; printf '%s alive\n' "$TOKEN" >&4 ;;  # in one write
+      alive) kill -s USR1 $watchdog; printf '%s alive\n' "$TOKEN" >&4 ;;  # in bash a write
       mark) kill -s USR1 "$job" ;;
       stop) signal_job TERM ;;
       kill) signal_job KILL ;;
@@ -4125,6 +4125,7 @@ main() {
   status=$?
   end_group
   job=  # nothing remains for `finish` to end
+  [ -z "$directory" ] || rm -f "$directory/running"
   printf '\n%s end %s\n' "$TOKEN" "$status"
   printf '\n%s end %s\n' "$TOKEN" "$status" >&2
   [ -z "$directory" ] || wait "$lease"  # the client fetches the files, then says "bye"
@@ -5242,8 +5243,8 @@ def check_authorities(settings: HostSettings, title: str) -> None:
             if known.marker == "REVOKED":
                 raise HostConnectionError(
                     f"{title} has a certificate, which paramiko can't check, and {known.place} "
-                    "revokes a key that may be its authority's: remove the certificate algorithms "
-                    "from HostKeyAlgorithms or, if it revokes another host's key, that line"
+                    "revokes a key that may be its authority's: if that line is about another "
+                    "host, remove it; else remove the certificate algorithms from HostKeyAlgorithms"
                 )
 
 
@@ -6303,7 +6304,7 @@ class Access:
         def expand(path: str) -> str:
             if "%" not in path and "${" not in path:
                 return home_path(path)
-            # ssh -G prints ControlPath expanded, so it is asked to take this path for that.
+            # ssh -G prints ControlPath expanded, so this path is given as one.
             return self._ask_ssh(target, user, f'ControlPath="{path}"').text("controlpath")
 
         return read_settings(target, options, expand, partial(self._split_files, target, options))
@@ -7260,6 +7261,7 @@ class Ways:
         self.tunnels: list[Link] = []
         self.guests: list[Link] = []  # interfaces of other VMs and containers
         self.dpdk: list[str] = []
+        self.down: list[str] = []  # interfaces by which packets could come in if they were up
         self._links = links
         self._cards: set[str] = set()
         self._substitutes: set[str] = set()  # what may lead out of a host without cards
@@ -7346,6 +7348,7 @@ class Ways:
         interface that is down nothing comes in, and tcpdump can't capture there.
         """
         if not link.is_up and not link.is_guest:
+            self.down.append(link.name)
             return
         is_virtual = link.kind in ("veth", "dummy")
         if link.is_guest or (is_virtual and self._links.has_hardware):
@@ -7423,6 +7426,8 @@ def _why_no_uplink(vif: str, links: Links, ways: Ways, kind: RouteKind) -> str:
     elif ways.tunnels:
         names = [tunnel.name for tunnel in ways.tunnels]
         reason = f"the interface that carries the tunnel {shortened(names)} isn't known"
+    elif ways.down:
+        reason = f"{vif} is connected to {shortened(ways.down)}, which is down"
     if kind is RouteKind.ROUTED:
         reason += " (the host routes its packets)"
     if ways.guests:
@@ -8380,7 +8385,7 @@ class Hosts:
         self.hypervisor = hypervisor
         self.sources = sources
         self.failed = failed  # the errors of the other sources, by name
-        self._connected = {hypervisor, *sources.values()}  # also sources that fail later
+        self._all = {hypervisor, *sources.values()}  # also sources that fail later
         self.exclude({})  # raises an error if no source is left
 
     def exclude(self, errors: Mapping[str, NetWeaverError]) -> None:
@@ -8401,9 +8406,9 @@ class Hosts:
         """End all that still runs; without `wait` the hosts do so when the connections are gone."""
         try:
             if wait:
-                in_parallel(*(host.leave for host in self._connected))
+                in_parallel(*(host.leave for host in self._all))
         finally:
-            for host in self._connected:
+            for host in self._all:
                 host.close()
 
 
@@ -8608,7 +8613,7 @@ def captured_selection(
     the user's filter, if there is one: it may capture packets of any source.
     """
     both = len(selection.directions) > 1
-    # Under NAT the VM's own address is unknown. A packet is recognised by its source's, if at all.
+    # Under NAT a packet can only be recognised by the address of its source.
     recognisable = not selection.translated or (selection.sources and not capture_filter)
     if both or (interfaces.tunnelled and recognisable):
         # The filter doesn't distinguish directions, and can't always look into a tunnel.
@@ -8875,7 +8880,7 @@ def capture_hint(
     if capture.point == "vif":
         siblings = [name for name in names if _stem(name) == _stem(capture.interface)]
         if siblings:
-            return f" (interfaces with such a name: {', '.join(siblings)})"
+            return f" (similar names: {', '.join(siblings)})"
         advice = "the hypervisor can't see an SR-IOV function that was given to a VM"
     return f" (there are: {shorten(', '.join(names), 400, placeholder=' ...')}): {advice}"
 
@@ -8950,7 +8955,9 @@ def check_generator(job: Job, command: str, sudo: bool) -> None:
     elif job.status == 127:
         hint = ". Install it there, or send other traffic"
     elif "sendto: Operation not permitted" in job.errors:  # in the path of output
-        hint = ". A firewall on the source drops them, or its table of connections is full (dmesg)"
+        hint = (
+            ". A firewall on the source drops the packets, or its conntrack table is full (dmesg)"
+        )
     elif re.search("not permitted|raw socket", job.errors) and not sudo:
         hint = ". Log in as root, or use --sudo"
     raise RemoteCommandError(f"{job.name}: {what}: {last_line(job.errors)}{hint}")
@@ -9627,7 +9634,8 @@ def check_can_save(directory: str) -> None:
                     os.makedirs(directory, exist_ok=True)
                 os.rmdir(tempfile.mkdtemp(dir=directory))
                 break
-            except FileNotFoundError:  # another run, which tries the same, has removed it
+            # Another run, which tries the same, has made it or removed it meanwhile.
+            except (FileNotFoundError, FileExistsError):
                 if attempt == SAVE_ATTEMPTS:
                     raise
     except OSError as error:
@@ -9983,7 +9991,7 @@ class NetWeaver:
         tried_plan, warnings = without_absent_vif(plan, self.settings)
         warnings += plan.info.incidents + try_captures(hosts.hypervisor, tried_plan, self._control)
         commands: list[str] = []
-        for traffic in dict.fromkeys(probes):
+        for traffic in dict.fromkeys(probes if hosts.sources else []):
             hosts.on_sources(partial(try_traffic, traffic, destination, has_hping3))
             if traffic.load:
                 commands.append(traffic.load)
@@ -9997,7 +10005,7 @@ class NetWeaver:
         found = "everything needed"
         if tried_plan is not plan:  # it lacks the vif, which doesn't exist yet
             found += f" but {plan.info.vif}"
-        lines.append(f"Dry run: {found} was found; no traffic was sent.")
+        lines.append(f"Dry run: {found} was found; the VM was sent no traffic.")
         return lines
 
     # -- for subclasses and callers --
@@ -10309,7 +10317,7 @@ def build_report(
     result, *outbound_results = analysis.results  # there is one of these with --direction both
     captured = {point: {**capture[point], **analysis.counts[point]} for point in analysis.counts}
     advice = file_advice(info) if files else measuring_advice(info)
-    cut = sum(counts.get("cut", 0) for counts in captured.values())
+    cut = {point: counts.get("cut", 0) for point, counts in captured.items()}
     problem = no_delay(result, info, advice, cut)
     if problem:
         raise NoMatchError(problem + main_loss(result.trace))
@@ -10599,7 +10607,7 @@ def matching_warnings(result: DirectionResult, advice: Advice) -> list[str]:
     if resized_packets:
         warnings.append(
             f"{counted(resized_packets, 'packet is', 'packets are')} not matched: segments were "
-            f"merged or split (GRO, TSO), so lengths on the {second} differ from those on the "
+            f"merged or split (GRO, TSO, USO), so lengths on the {second} differ from those on the "
             f"{first}. Measure with small packets, or switch that off (ethtool -K)"
         )
     mostly_fragmented = 2 * fragmented >= counts.lost > 0
@@ -10796,8 +10804,11 @@ def traffic_warnings(
     # The user's own filter may select other packets than those of the sources.
     if sent is None or result.direction is not IN or info.filter:
         return warnings
-    # The sources' kernels send the RSTs, and hping3 doesn't count them.
-    seen = sent_datagrams(result) - resets_of_own_syns(result) + under_way
+    # The sources' kernels send RSTs, which hping3 doesn't count.
+    resets = resets_of_own_syns(result)
+    if resets and under_way:  # it isn't known how many of those under way are RSTs, too
+        return warnings
+    seen = sent_datagrams(result) - resets + under_way
     if seen > sent:
         warnings.append(
             f"{counted(seen, 'packet was', 'packets were')} captured on the pif, but this run sent "
@@ -10864,10 +10875,15 @@ def percentile_warning(reports: Iterable[Report], percentiles: Iterable[str]) ->
     return f"with {counted(fewest, 'packet')} {subject} close to the maximum"
 
 
-def no_delay(result: DirectionResult, info: RunInfo, advice: Advice, cut: int = 0) -> str:
+def no_delay(
+    result: DirectionResult,
+    info: RunInfo,
+    advice: Advice,
+    cut: Mapping[str, int] = MappingProxyType({}),
+) -> str:
     """Return why no packet has a delay that can be true, or "" if one has.
 
-    `cut` is the number of packets that were captured too short to identify them.
+    `cut` is the number of packets, by point, that were captured too short to identify them.
     """
     counts = result.counts
     if not counts.matched:
@@ -10888,7 +10904,9 @@ def no_delay(result: DirectionResult, info: RunInfo, advice: Advice, cut: int = 
     )
 
 
-def _no_match(result: DirectionResult, info: RunInfo, advice: Advice, cut: int) -> str:
+def _no_match(
+    result: DirectionResult, info: RunInfo, advice: Advice, cut: Mapping[str, int]
+) -> str:
     """Return why no packet was seen at both points."""
     direction = result.direction
     counts = result.counts
@@ -10896,10 +10914,10 @@ def _no_match(result: DirectionResult, info: RunInfo, advice: Advice, cut: int) 
         direction.first: counts.first + counts.undecided.sent,
         direction.second: counts.second + counts.undecided.unwatched_first,
     }
-    if cut and 2 * cut >= sum(seen.values()):
+    if any(cut.get(point, 0) > packets for point, packets in seen.items()):
         cause = (
-            f"The snap length was too short to identify {counted(cut, 'packet')}. Capture more of "
-            "each packet (tcpdump -s)"
+            f"The snap length was too short to identify {counted(sum(cut.values()), 'packet')}. "
+            "Capture more of each packet (tcpdump -s)"
         )
     elif counts.strays:
         cause = _stray_arrivals(result, advice)
@@ -10929,8 +10947,8 @@ def _cause_of_no_match(result: DirectionResult, advice: Advice) -> str:
         )
     if resized(result):
         return (
-            "They differ in length, since segments were merged or split (GRO, TSO). Measure with "
-            "small packets"
+            "They differ in length, since segments were merged or split (GRO, TSO, USO). Measure "
+            "with small packets"
         )
     if not advice.translation:
         return "The packets differ. Is there other traffic?"
@@ -11118,7 +11136,8 @@ def _parse_figure_limit(text: str, direction: str, stages: bool) -> FigureLimit:
     unit = re.sub("us|\u03bcs", "µs", unit)  # U+03BC is the Greek letter mu, not the micro sign
     value = _threshold(name, figure.unit, threshold, unit)
     if figure.unit is Unit.RATIO and value == 1 and comparator == ">":
-        raise UsageError(f"{name} is never more than 1, or 100 %")
+        hint = "" if unit else f". Did you mean {threshold}%?"
+        raise UsageError(f"{name} is never more than 1, or 100 %{hint}")
     full_name = f"{part}.{name}" if part else name
     return FigureLimit(text, full_name, figure, path, comparator, value, unit)
 
@@ -11240,7 +11259,7 @@ def _replace_file(path: str, write: Callable[[BinaryIO], object]) -> None:
         with open(temporary, "xb") as file:
             if os.path.exists(path):
                 before = os.stat(path)
-                # Not by its name, for which another user of the directory may have put a link.
+                # By the descriptor: another user of the directory may have put a link in its place.
                 os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode) & 0o777)
                 if os.geteuid() == 0:
                     os.fchown(file.fileno(), before.st_uid, before.st_gid)
@@ -11261,13 +11280,13 @@ def _open_special(path: str, flags: int) -> int:
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
         try:
-            descriptor = os.open(path, flags | os.O_NONBLOCK)
+            descriptor = os.open(path, flags & ~os.O_CREAT | os.O_NONBLOCK)
             break
         except OSError as error:
-            if error.errno != errno.ENXIO:  # of a pipe without a reader
+            if error.errno != errno.ENXIO or not stat.S_ISFIFO(os.stat(path).st_mode):
                 raise
         if time.monotonic() > deadline:
-            raise OSError(errno.ENXIO, f"nobody has read it within {ANSWER_SECONDS} s")
+            raise OSError(errno.ENXIO, f"nobody has opened it to read within {ANSWER_SECONDS} s")
         time.sleep(0.05)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -11603,7 +11622,7 @@ def wrap_for_terminal(lines: Iterable[str]) -> list[str]:
         if len(line) <= WIDTH:
             fitted.append(line)
         else:
-            # Deeper than any line begins, so that it can't be taken for one.
+            # Indented more than any first line, so that it isn't taken for one.
             fitted += _wrapped(line, " " * 13)
     return fitted
 
@@ -11730,14 +11749,15 @@ def queue_lines(report: Report) -> list[str]:
 def table(reports: Sequence[Report]) -> list[str]:
     """Return lines for people on several runs, with the means of those of one kind."""
     info = info_of(reports[0])
+    vms = ", ".join(dict.fromkeys(info_of(report).subject for report in reports))
     lines = [
-        *_wrapped(f"{info.subject}, {counted(len(reports), 'run')}; {_interfaces(info)}", " "),
+        *_wrapped(f"{vms}, {counted(len(reports), 'run')}; {_interfaces(info)}", " "),
         f"{'Traffic':<19}{'run':>5}{'rate':>15}{_cells(RUN_COLUMNS)}",
     ]
     runs: defaultdict[RunKind, list[tuple[int, Report]]] = defaultdict(list)
     for number, report in enumerate(reports, 1):
         runs[info_of(report).kind].append((number, report))
-    vm = info.subject  # which the lines above are about
+    vm = info.subject  # whose interfaces the lines above name
     for kind, numbered_reports in runs.items():
         info = info_of(numbered_reports[0][1])
         if kind.vm != vm:
@@ -11986,8 +12006,8 @@ PROMETHEUS_HELP = {
 }
 # Labels that netweaver sets itself, or to which Prometheus gives a meaning.
 RESERVED_LABELS = frozenset(
-    "hypervisor name_label destination source traffic port command load measured direction"
-    " statistic kind stage login pif vif version le quantile".split()
+    "hypervisor name_label destination source traffic traffic_port traffic_command traffic_load"
+    " measured direction statistic kind stage login pif vif version le quantile".split()
 )
 
 
@@ -12079,9 +12099,9 @@ def series_labels(info: RunInfo) -> dict[str, str]:
         labels["hypervisor"] = _host_of(info.hypervisor)
     if info.traffic:
         details = {
-            "port": info.traffic.port,
-            "command": info.traffic.command,
-            "load": info.traffic.load,
+            "traffic_port": info.traffic.port,
+            "traffic_command": info.traffic.command,
+            "traffic_load": info.traffic.load,
         }
         labels |= {name: str(value) for name, value in details.items() if value}
     return labels
@@ -12561,7 +12581,7 @@ class Outcome:
 
     @property
     def reader_is_gone(self) -> bool:
-        """Whether nobody reads standard output any more."""
+        """Whether nobody reads one of the outputs any more."""
         return any(isinstance(problem, ReaderGone) for problem in self._problems)
 
     @property
@@ -13268,8 +13288,7 @@ def _check_files(options: Options) -> None:
 def ask_person(question: str) -> str:
     """Return a person's answer, which the terminal doesn't show.
 
-    This is called in threads that end with the program: the terminal shows what is typed again
-    also if that comes before an answer.
+    The program may end while a thread waits here: the terminal's echo is restored then, too.
     """
     restore = partial(quietly, termios.tcsetattr, 0, termios.TCSADRAIN, termios.tcgetattr(0))
     atexit.register(restore)
@@ -13484,7 +13503,7 @@ class Baseline:
 
 def baseline_selection(options: Options, direction: Direction) -> Selection:
     """Return the packets of one direction to compare, where the baseline is a pair of captures."""
-    if options.pcaps:  # select as in other captures of which only the options are known
+    if options.pcaps:  # the same packets as in those captures
         return replace(select_packets(RunInfo(), options).selection, directions=[direction])
     selection = Selection([direction], translated=options.match_nat)
     # In captures of both directions, only the VM's address tells their packets apart.

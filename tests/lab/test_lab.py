@@ -161,7 +161,7 @@ def test_an_interface_that_can_not_be_used(lab: Lab) -> None:
         (["-i", "nope0"], 5, "nope0: No such device exists"),
         (["-i", "nope0"], 5, f"{there}: -i auto finds the physical interface"),
         (["--num", "7"], 5, "vif5.7: No such device exists"),
-        (["--num", "7"], 5, "(interfaces with such a name: vif5.0)\n"),
+        (["--num", "7"], 5, "(similar names: vif5.0)\n"),
         (["--vif", "enp9s0v1"], 5, function),
     ]
     check_failures(lab, cases)

@@ -151,7 +151,7 @@ def test_three_sources_at_once() -> None:
         table = (lab.directory / "table.csv").read_text().splitlines()[1:]
         planned = lab.netweaver(*lab.arguments("-c", "200000", "--dry-run"))
         lab.wait_clean()
-    # An open port has four packets in both directions: SYN, SYN-ACK, RST, and one to spare.
+    # An open port has three packets in both directions, SYN, SYN-ACK and RST; one is a reserve.
     limits = map(int, re.findall(r"tcpdump .* -c (\d+) ", planned.stdout))
     assert [limit >= 3 * 4 * 200_000 for limit in limits] == [True, True], planned.stdout
     assert (
@@ -307,6 +307,15 @@ def test_hping3_accepts_the_sizes(lab: Lab, size: int) -> None:
         traffic = netweaver.Traffic(pattern, size=size)
         command = f"{traffic.source_command(1, lab.destination)} 2>&1 || :"
         assert re.search("1 packets tra(ns)?mitted", lab.source.run("sh", "-c", command)), pattern
+
+
+def test_a_dry_run_of_existing_ipv6_traffic(lab: Lab) -> None:
+    """hping3, which has no IPv6, sends nothing here."""
+    arguments = [*lab.passive_arguments("1"), "-d", "fd83:1::100", "--dry-run"]
+    done = lab.netweaver(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "tcpdump -i vif5.0 " in done.stdout
+    assert "hping3" not in done.stdout
 
 
 def test_no_traffic_at_all(lab: Lab) -> None:

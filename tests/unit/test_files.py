@@ -263,7 +263,7 @@ def test_a_pipe_that_nobody_reads(tmp_path: Path) -> None:
         timeout=20,
     )
     assert "UsageError: can't write" in done.stderr
-    assert "nobody has read it" in done.stderr
+    assert "nobody has opened it" in done.stderr
 
 
 def test_a_link_in_place_of_the_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,6 +242,38 @@ def test_split_datagrams_are_recognised(tmp_path: Path) -> None:
     assert "merged or split" in line
 
 
+def test_other_datagrams_are_not_split_ones(tmp_path: Path) -> None:
+    """They have no IP number, and begin alike, as lines of a log do."""
+    sent = packets(60, 1_000_000, lambda n: ipv4(udp(payload=bytes(40) + bytes([n])), 17, n + 1))
+    lost = (T + 500_000, ipv4(udp(payload=bytes(100)), 17, 0))
+    other = (T + 900_000, ipv4(udp(payload=bytes(200)), 17, 0))
+    vif = through(sent, [500] * 60)
+    warnings = document(tmp_path, sorted([*sent, lost]), sorted([*vif, other]))["warnings"]
+    assert not any("merged or split" in warning for warning in warnings)
+
+
+def test_datagrams_that_are_whole_again(tmp_path: Path) -> None:
+    """They came in as fragments: nothing was merged by GRO."""
+    sent = packets(60, 1_000_000, lambda n: ipv4(tcp(seq=n), ident=n))
+    pif = list(sent)
+    vif = through(sent, [500] * 60)
+    for number in range(100, 110):
+        time = T + number * 10_000
+        body = udp(payload=bytes(1000))
+        pif.append((time, ipv4(body[:504], 17, number, fragment=0x2000)))
+        pif.append((time + 1, ipv4(body[504:], 17, number, fragment=504 // 8)))
+        vif.append((time + 500, ipv4(body, 17, number)))
+    warnings = document(tmp_path, sorted(pif), sorted(vif))["warnings"]
+    assert not any("merged or split" in warning for warning in warnings)
+
+
+def test_all_frames_of_one_point_are_truncated(tmp_path: Path) -> None:
+    records = [(time, ethernet(content)) for time, content in distinct(200)]
+    whole, cut = pcap(records), pcap(records[:60], snaplen=30)
+    line = failure(offline("--pcaps", write(tmp_path / "a", whole), write(tmp_path / "b", cut)), 6)
+    assert "snap length was too short to identify 60 packets" in line
+
+
 def test_a_truncated_frame_is_not_the_cause(tmp_path: Path) -> None:
     """One among many packets: the others would not match with a whole frame, either."""
     records = [(time, ethernet(content)) for time, content in distinct(60)]

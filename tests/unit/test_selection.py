@@ -133,8 +133,27 @@ def test_a_tunnel_has_packets_of_other_vms_too() -> None:
     captured = netweaver.captured_selection(selection, interfaces, None)
     source, vm, other, private = (bytes([10, 0, 0, n]) for n in (2, 1, 9, 77))
     assert captured.direction_of(source + vm) is netweaver.IN
-    assert captured.direction_of(source + private) is netweaver.IN  # after the translation
-    assert captured.direction_of(other + private) is None
+    for packet in (source + other, other + vm, other + private):
+        assert captured.direction_of(packet) is None
+    on_vif = captured.on_vif()
+    assert on_vif.direction_of(source + private) is netweaver.IN
+    assert on_vif.direction_of(other + private) is None
+
+
+def test_translated_packets_beside_others(tmp_path: Path) -> None:
+    """On the pif both addresses are known, on the vif one of them."""
+    flows = {"10.0.0.1": "10.0.0.2", "10.0.0.8": "10.0.0.2", "10.0.0.7": "10.0.0.9"}
+    pif = []
+    for number in range(60):
+        for shift, (destination, source) in enumerate(flows.items()):
+            content = ipv4(tcp(seq=number), ident=number, source=source, destination=destination)
+            pif.append((T + number * 1000 + shift, content))
+    vif = [
+        (T + n * 1000 + 500, ipv4(tcp(seq=n), ident=n, destination="10.0.0.77")) for n in range(60)
+    ]
+    arguments = ("--pcaps", *captures(tmp_path, pif, vif), "--match-nat")
+    document = analyzed(*arguments, "-s", "10.0.0.2", "-d", "10.0.0.1")
+    assert (document["packets"]["matched"], document["packets"]["lost"]) == (60, 0)
 
 
 def test_a_tunnel_around_an_answer_is_left_out_with_it() -> None:

@@ -210,7 +210,7 @@ def test_a_table_of_two_vms(tmp_path: Path) -> None:
         reports.append(report)
     lines = netweaver.table(reports)
     [other] = [number for number, line in enumerate(lines) if line.startswith("db1; ")]
-    assert lines[0].startswith("web1, 4 runs")
+    assert lines[0].startswith("web1, db1, 4 runs")
     assert "vif7.0" in lines[other]
     means = [number for number, line in enumerate(lines) if "mean" in line]
     assert len(means) == 2

@@ -706,6 +706,13 @@ def test_a_port_that_is_down(tmp_path: Path, flags: str) -> None:
     assert host.find("vnet0")[0] == ["eno1"]
 
 
+def test_the_only_port_is_down(tmp_path: Path) -> None:
+    card = nic("eno1", "br0").replace("UP,LOWER_UP", "DOWN")
+    host = Host(tmp_path, card + bridge("br0") + tap("vnet0", "br0"), {})
+    with pytest.raises(RemoteCommandError, match="eno1, which is down"):
+        host.find("vnet0")
+
+
 def test_a_port_without_a_carrier(tmp_path: Path) -> None:
     flags = "NO-CARRIER,BROADCAST,MULTICAST,UP"
     spare = nic("eno2", "br0").replace("BROADCAST,MULTICAST,UP,LOWER_UP", flags)
