@@ -4774,6 +4774,7 @@ KEY_ADVICE = {
     "sk-ecdsa-sha2-nistp256@openssh.com": f"it is a security key: {USE_AGENT}",
 }
 SYSTEM_DIRECTORY = "/etc/ssh"
+VENDOR_DIRECTORY = "/usr/etc/ssh"  # of openSUSE, for an ssh_config that isn't in /etc/ssh
 # Options that restrict algorithms, and paramiko's names for them.
 ALGORITHM_OPTIONS = {
     "KexAlgorithms": "kex",
@@ -4876,6 +4877,7 @@ class SshOptions:
             self._values.setdefault(keyword.lower(), []).append(value)
         # ssh ends the lines of its log by CR and LF.
         files = re.findall(r"Reading configuration data (.*?)\r?\n", os.fsdecode(log))
+        self.is_read_twice = files.count(own_file) > 1  # "Match final" and the like ask for that
         self.files_read = [name for name in files if name != own_file]
 
     def every(self, keyword: str) -> list[str]:
@@ -5034,7 +5036,7 @@ def find_agent(options: SshOptions) -> str:
         return ""
     if path == "SSH_AUTH_SOCK" or path.startswith("$"):  # names a variable
         return os.environ.get(path.lstrip("$"), "")
-    return path
+    return home_path(path)  # older versions of `ssh -G` leave a ~ as it is
 
 
 def home_path(path: str) -> str:
@@ -5050,14 +5052,23 @@ def home_path(path: str) -> str:
 
 
 def run_openssh(*command: str) -> subprocess.CompletedProcess[bytes]:
-    """Run one of OpenSSH's programs to its end; raise HostConnectionError if it can't be run."""
+    """Run one of OpenSSH's programs to its end; raise HostConnectionError if it can't be run.
+
+    It writes into files, since what it starts (Match exec) may hold a pipe open after its end.
+    """
+    words = [os.fsencode(word) for word in command]
     try:
-        return subprocess.run(
-            [os.fsencode(word) for word in command],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=CONNECT_SECONDS,
-        )
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            done = subprocess.run(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                timeout=CONNECT_SECONDS,
+            )
+            for file in (output, errors):
+                file.seek(0)
+            return subprocess.CompletedProcess(words, done.returncode, output.read(), errors.read())
     except FileNotFoundError as error:
         raise HostConnectionError(f"can't find {command[0]}: install OpenSSH's client") from error
     except subprocess.TimeoutExpired as error:
@@ -5532,7 +5543,11 @@ class Agent:
         flags = AGENT_SIGNATURE_FLAGS.get(algorithm.replace(CERTIFICATE, ""), 0)
         request = bytes([self.SIGN_REQUEST]) + ssh_string(blob) + ssh_string(data)
         request += flags.to_bytes(4, "big")
-        return self._exchange(request, self.SIGN_RESPONSE).string()
+        signature = self._exchange(request, self.SIGN_RESPONSE).string()
+        kind = key_kind(signature)
+        if algorithm.startswith("rsa-") and kind != algorithm.replace(CERTIFICATE, ""):
+            raise ValueError(f"ssh-agent signed by {kind}")  # by SHA-1
+        return signature
 
     def _exchange(self, request: bytes, answer_type: int) -> SshReader:
         """Return a reader of the answer after its type; raise OSError or ValueError for another."""
@@ -5595,7 +5610,8 @@ def list_file_identities(settings: HostSettings) -> list[Identity]:
         if blob or os.path.exists(path):
             files.append(Identity(f"the key {path}", blob, path))
         if not settings.certificates:
-            files += read_certificate(f"{path}-cert.pub", path)
+            certificate = read_certificate(f"{path}-cert.pub", path)
+            files += certificate or read_certificate(f"{path}-cert", path)
     return files
 
 
@@ -5642,8 +5658,14 @@ def signature_algorithm(
 # -- connections --
 
 
+SMALLEST_GROUP_BITS = 2048  # of Diffie-Hellman
+
+
 def new_transport(sock: socket.socket) -> Any:
-    """Return a paramiko.Transport that records what the server offers and why it disconnects."""
+    """Return a paramiko.Transport that records what the server offers and why it disconnects.
+
+    It refuses two answers in the exchange of keys that ssh refuses, too.
+    """
     import paramiko
 
     class Transport(paramiko.Transport):
@@ -5663,6 +5685,18 @@ def new_transport(sock: socket.socket) -> Any:
             reader.number()  # a code for the reason, which follows in words (RFC 4253, 11.1)
             self.farewell = reader.string().decode(errors="replace")
             super()._parse_disconnect(message)  # type: ignore[misc]
+
+        def _set_K_H(self, k: int, h: bytes) -> None:
+            # Of a group that the server has chosen; paramiko accepts 1024 bits.
+            prime = getattr(self.kex_engine, "p", None)
+            if prime and prime.bit_length() < SMALLEST_GROUP_BITS:
+                raise paramiko.SSHException(f"its group has only {prime.bit_length()} bits")
+            super()._set_K_H(k, h)  # type: ignore[misc]
+
+        def _verify_key(self, host_key: bytes, sig: bytes) -> None:
+            if key_kind(sig) != self.host_key_type:  # such as one by SHA-1
+                raise paramiko.SSHException(f"it signed by {key_kind(sig)}")
+            super()._verify_key(host_key, sig)  # type: ignore[misc]
 
     transport = Transport(sock)
     transport.offers = {}
@@ -6013,9 +6047,14 @@ class SshConnection:
             except (SSHException, EOFError, OSError) as error:
                 # All else is a refusal, but its type can't be tested: when several threads are
                 # refused at once, paramiko gives the right exception to one of them only.
-                if not self.is_active() or str(error).startswith("Timeout"):
+                reason = ""
+                if not self.is_active():
+                    reason = self.transport.farewell or self.error() or "connection closed"
+                elif str(error).startswith("Timeout"):
+                    reason = "no answer"
+                if reason:
                     raise HostConnectionError(
-                        f"{self.name}: can't start a session: no answer"
+                        f"{self.name}: can't start a session: {reason}"
                     ) from error
             time.sleep(0.02 * 2**attempt)  # 1.26 s in all
         raise HostConnectionError(
@@ -6232,15 +6271,12 @@ class Access:
 
     @cached_property
     def _config(self) -> str:
-        """The configuration for ssh."""
+        """The configuration for ssh, to which `_config_file` adds the defaults."""
         lines = [
             "BatchMode yes",
             f"ServerAliveInterval {HEARTBEAT_SECONDS}",
             f'Include "{home_path("~/.ssh/config")}"',  # its own ~ would be $HOME
             *system_configuration(),
-            "Host *",
-            "StrictHostKeyChecking accept-new",
-            f"ConnectTimeout {CONNECT_SECONDS}",
             "",
         ]
         if self._key_path:
@@ -6248,17 +6284,27 @@ class Access:
         return "\n".join(lines)
 
     @cached_property
-    def _default_host_key_algorithms(self) -> list[str] | None:
-        """ssh's list without any configuration; None if it has no such option."""
-        answer = run_openssh("ssh", "-G", "-F", "/dev/null", "host")
-        return SshOptions(answer.stdout).algorithms("hostkeyalgorithms")
+    def _defaults(self) -> SshOptions:
+        """ssh's options without any configuration."""
+        return SshOptions(run_openssh("ssh", "-G", "-F", "/dev/null", "host").stdout)
 
     @contextmanager
-    def _config_file(self, default_user: str = "root") -> Iterator[str]:
-        """Write the configuration into a private file that exists only while ssh needs it."""
+    def _config_file(self, default_user: str = "root", read_twice: bool = False) -> Iterator[str]:
+        """Write the configuration into a private file that exists only while ssh needs it.
+
+        The first value of an option counts, and netweaver's defaults come last.  If ssh reads the
+        file twice, they must not count in its first reading: "Match canonical" is for the second.
+        """
+        defaults = [
+            "Match canonical all" if read_twice else "Host *",
+            "StrictHostKeyChecking accept-new",
+            f"ConnectTimeout {CONNECT_SECONDS}",
+            f"User {default_user}",
+            "",
+        ]
         try:
             file = tempfile.NamedTemporaryFile(prefix="netweaver.", suffix=".ssh_config")
-            file.write(os.fsencode(f"{self._config}User {default_user}\n"))
+            file.write(os.fsencode(self._config + "\n".join(defaults)))
             file.flush()
         except OSError as error:
             raise NetWeaverError(
@@ -6320,12 +6366,16 @@ class Access:
             words.append(f"-l{user}")
         if target.port:
             words.append(f"-p{target.port}")
-        with self._config_file(default_user) as path:
-            answer = run_openssh("ssh", "-G", "-T", "-v", "-F", path, *words, "--", target.host)
-        if answer.returncode:
-            reason = one_line(os.fsdecode(answer.stderr))
-            raise HostConnectionError(f"{target.host}: ssh_config can't be used: {reason}")
-        return SshOptions(answer.stdout, answer.stderr, own_file=path)
+        for read_twice in (False, True):
+            with self._config_file(default_user, read_twice) as path:
+                answer = run_openssh("ssh", "-G", "-T", "-v", "-F", path, *words, "--", target.host)
+            if answer.returncode:
+                reason = one_line(os.fsdecode(answer.stderr))
+                raise HostConnectionError(f"{target.host}: ssh_config can't be used: {reason}")
+            ssh_options = SshOptions(answer.stdout, answer.stderr, own_file=path)
+            if not ssh_options.is_read_twice:
+                break
+        return ssh_options
 
     def _split_files(self, target: Target, options: SshOptions, keyword: str) -> tuple[str, ...]:
         """Return the names of files in a keyword's value, which `ssh -G` printed joined by blanks.
@@ -6345,8 +6395,12 @@ class Access:
         blank_makers = r"[\"'\\#$]"
         if " " in options.text("hostkeyalias") + options.text("user"):  # of the tokens %k and %r
             blank_makers = r"[\"'\\#$%]"
+        is_default = len(names) > 1 and joined == self._defaults.text(keyword.lower())
         for line in lines:
             is_relevant = keyword.lower() in line.lower() and not line.strip().startswith("#")
+            # A line that has neither the first default name nor a variable did not set the default.
+            if is_default and "$" not in line and os.path.basename(names[0]) not in line:
+                is_relevant = False
             # Quotes around a word are harmless; any other of these characters can make a blank.
             is_doubtful = re.search(blank_makers, re.sub(r'"[^"\s]*"', "", line))
             if is_relevant and is_doubtful and len(names) > 1:
@@ -6354,7 +6408,8 @@ class Access:
                     f"{target.host}: the file names in {keyword} {joined} are ambiguous: "
                     "avoid quotes and blanks in them"
                 )
-        return tuple(name.replace("\0", home) for name in names)
+        # `ssh -G` leaves some ~ as they are.
+        return tuple(home_path(name.replace("\0", home)) for name in names)
 
     def log_in(self, settings: HostSettings | LocalConnection) -> Connection:
         """Log in; try again if sshd drops the connection. Raise HostConnectionError on failure."""
@@ -6372,10 +6427,11 @@ class Access:
         known_keys = find_known_keys(settings.known_names[0], settings.known_hosts_files)
         known_kinds = {known.kind for known in known_keys if not known.marker}
         algorithms = settings.options.algorithms("hostkeyalgorithms")
-        if known_kinds and has_own_order(algorithms, self._default_host_key_algorithms):
+        default_algorithms = self._defaults.algorithms("hostkeyalgorithms")
+        if known_kinds and has_own_order(algorithms, default_algorithms):
             known_kinds = set()  # known keys don't change that order
         try:
-            with self._config_file() as config:
+            with self._config_file(read_twice=settings.options.is_read_twice) as config:
                 connection = SshConnection(settings, self._proxy_command(settings, config))
                 try:
                     host_key = connection.negotiate(known_kinds)
@@ -6423,7 +6479,7 @@ def check_includes(host: str, paths: Iterable[str]) -> None:
     Only those in ssh_config itself are made absolute, by `system_configuration`.
     """
     for path in paths:
-        if not path.startswith(f"{SYSTEM_DIRECTORY}/"):
+        if not path.startswith((f"{SYSTEM_DIRECTORY}/", f"{VENDOR_DIRECTORY}/")):
             continue
         for _, names in INCLUDE.findall(os.fsdecode(read_start(path))):
             if any(map(RELATIVE_NAME_START.match, included_names(names))):
@@ -6447,7 +6503,10 @@ def system_configuration() -> list[str]:
             names.append(RELATIVE_NAME_START.sub(rf"\g<0>{SYSTEM_DIRECTORY}/", name))
         return keyword + " ".join(names)
 
-    text = os.fsdecode(read_start(f"{SYSTEM_DIRECTORY}/ssh_config"))
+    path = f"{SYSTEM_DIRECTORY}/ssh_config"
+    if not os.path.exists(path):
+        path = f"{VENDOR_DIRECTORY}/ssh_config"
+    text = os.fsdecode(read_start(path))
     return INCLUDE.sub(with_absolute_names, text).split("\n")
 
 
@@ -6532,6 +6591,12 @@ class Authentication:
                 if login.sign(algorithm, blob, self._signer(identity, blob, algorithm)):
                     return True
                 if login.is_partial:  # the key was accepted, but isn't enough
+                    return False
+                if identity.blob:  # which was accepted before the signature
+                    self._unusable.append(
+                        f"{identity.title} is authorized for {self._settings.user}, but the login "
+                        "was refused: see sshd's log (PermitRootLogin no?)"
+                    )
                     return False
             self._refused.append(identity.title)
         except DroppedConnectionError:  # which `log_in` tries again

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -348,6 +349,49 @@ def test_runs_that_meet_a_host_for_the_first_time_at_once(server: Loopback) -> N
     assert second.startswith(f"{server.name} ")
 
 
+@pytest.mark.parametrize("option", ["GlobalKnownHostsFile", "UserKnownHostsFile"])
+def test_a_changed_key_in_a_file_below_the_home_directory(server: Loopback, option: str) -> None:
+    """`ssh -G` may print its name with the ~."""
+    (server.ssh / "site").write_text(f"{server.name} {server.other_keys['ed25519']}\n")
+    server.configure(f"IdentityFile {server.key}", f"{option} ~/.ssh/site")
+    assert server.both() == (False, False)
+    assert "does not match the known key" in server.login().stderr
+    (server.ssh / "site").write_text(f"{server.name} {server.host_keys['ed25519']}\n")
+    assert server.both() == (True, True)
+
+
+SECOND_READINGS = {
+    "the name of the host that is meant": """Host 127.0.0.*
+ StrictHostKeyChecking yes
+Match final all
+ ForwardX11 no""",
+    "Match final": """Match final host 127.0.0.1
+ StrictHostKeyChecking yes""",
+    "Match canonical": """CanonicalizeHostname always
+Match canonical all
+ StrictHostKeyChecking yes""",
+}
+
+
+@pytest.mark.parametrize("case", SECOND_READINGS)
+def test_a_configuration_that_ssh_reads_twice(server: Loopback, case: str) -> None:
+    """What its second reading sets comes before netweaver's defaults."""
+    host = f"Host hv\n HostName 127.0.0.1\n Port {PORT}\n IdentityFile {server.key}\n"
+    (server.ssh / "config").write_text(host + SECOND_READINGS[case] + "\n")
+    assert server.both() == (False, False)
+    assert not (server.ssh / "known_hosts").exists()
+    (server.ssh / "known_hosts").write_text(f"{server.name} {server.host_keys['ed25519']}\n")
+    assert server.both() == (True, True)
+
+
+def test_a_user_of_the_second_reading(server: Loopback) -> None:
+    config = "Host hv\n HostName 127.0.0.1\nHost 127.*\n User admin\nMatch final all\n"
+    (server.ssh / "config").write_text(config)
+    code = "import netweaver; access = netweaver.Access('', []); target = netweaver.Target('hv')"
+    done = server.run(PYTHON, "-c", f"{code}; print(access.settings(target).user)")
+    assert done.stdout == "admin\n", done.stderr
+
+
 # -- options --
 
 # Lines of sshd_config, lines of ssh_config for the host, and whether the login succeeds by both.
@@ -545,6 +589,32 @@ def test_a_revoked_authority_of_the_hosts_certificate(server: Loopback) -> None:
         assert server.both() == (True, True)
     finally:
         server.start()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "UserKnownHostsFile /dev/null # throwaway VMs",
+        "UserKnownHostsFile '/dev/null'",
+        "GlobalKnownHostsFile '/dev/null'",
+    ],
+)
+def test_known_hosts_files_of_other_hosts(server: Loopback, line: str) -> None:
+    """A line whose names are hard to read has not set the names of all hosts."""
+    server.configure(f"IdentityFile {server.key}", before=f"Host lab-*\n {line}\n")
+    assert server.both() == (True, True)
+
+
+def test_a_match_that_leaves_something_running(server: Loopback) -> None:
+    """It holds ssh's standard error open, and ssh has ended all the same."""
+    pids = server.directory / "pids"
+    line = f'Match exec "sleep 60 & echo $! >>{pids}"'
+    server.configure(f"IdentityFile {server.key}", before=f"{line}\n")
+    try:
+        assert server.login().returncode == 0
+    finally:
+        for pid in pids.read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def test_a_match_of_a_user_who_is_configured_later(server: Loopback) -> None:
@@ -753,6 +823,19 @@ def certified_key(server: Loopback, kind: str, *options: str) -> Path:
     return key
 
 
+def test_a_certificate_without_an_ending(server: Loopback) -> None:
+    """ssh looks for KEY-cert, too."""
+    key = certified_key(server, "ed25519", "-n", "root")
+    Path(f"{key}-cert.pub").replace(f"{key}-cert")
+    server.start("AuthorizedKeysFile none", f"TrustedUserCAKeys {server.directory}/ca.pub")
+    try:
+        server.configure(f"IdentityFile {key}")
+        assert server.both() == (True, True)
+    finally:
+        server.start()
+        Path(f"{key}-cert").unlink()
+
+
 @pytest.mark.parametrize("content", ["", "nonsense", "ssh-ed25519-cert-v01@openssh.com AAAA"])
 def test_a_damaged_certificate(server: Loopback, content: str) -> None:
     key = certified_key(server, "ed25519", "-n", "root")
@@ -855,6 +938,7 @@ def test_a_passphrase_that_takes_longer_than_the_server_waits(own_server: Loopba
         ),
         (["AuthorizedKeysFile none"], "add the public key to root's"),
         (["DenyUsers root"], "add the public key to root's"),
+        (["PermitRootLogin no"], "is authorized for root, but the login was refused"),
         (["Ciphers chacha20-poly1305@openssh.com"], "offers only chacha20-poly1305"),
         (["KexAlgorithms sntrup761x25519-sha512@openssh.com"], "only sntrup761x25519-sha512"),
         (["MACs umac-64@openssh.com", "Ciphers aes128-ctr"], "only umac-64@openssh.com"),

@@ -13,6 +13,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import failure, offline
@@ -433,23 +434,85 @@ def test_rsa_signatures(
             assert outcome in str(error)
 
 
+@contextlib.contextmanager
+def careless_server(key_file: Path, signs_otherwise: bool) -> Iterator[int]:
+    """Provide the port of a server that lets everyone in, and chooses a small group.
+
+    Its signature can be by another algorithm than the one that was agreed on.
+    """
+    netweaver.import_paramiko()
+    import paramiko
+
+    class Gate(paramiko.ServerInterface):
+        def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
+            return paramiko.common.AUTH_SUCCESSFUL
+
+    class Key(paramiko.RSAKey):
+        def sign_ssh_data(self, data: bytes, algorithm: str | None = None) -> paramiko.Message:
+            return super().sign_ssh_data(data, "rsa-sha2-256" if signs_otherwise else algorithm)
+
+    class Server(paramiko.Transport):
+        _modulus_pack = SimpleNamespace(get_modulus=lambda *sizes: (2, (1 << 1023) + 1155))
+
+    def serve() -> None:
+        transport = Server(listener.accept()[0])
+        transport.add_server_key(Key(filename=str(key_file)))
+        with contextlib.suppress(paramiko.SSHException, EOFError):  # since the client goes
+            transport.start_server(server=Gate())
+            transport.join(10)
+        transport.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        thread.join(10)
+
+
+@pytest.mark.parametrize(
+    ("signs_otherwise", "exchange", "words"),
+    [
+        (False, "diffie-hellman-group14-sha256", ""),
+        (False, "diffie-hellman-group-exchange-sha256", "its group has only 1024 bits"),
+        (True, "diffie-hellman-group14-sha256", "it signed by rsa-sha2-256"),
+    ],
+)
+def test_an_exchange_of_keys_that_ssh_refuses(
+    tmp_path: Path, signs_otherwise: bool, exchange: str, words: str
+) -> None:
+    key = tmp_path / "key"
+    generate_key(key, "rsa")
+    options = ["StrictHostKeyChecking no", "UserKnownHostsFile none", "IdentitiesOnly yes"]
+    options += [f"KexAlgorithms {exchange}", "HostKeyAlgorithms rsa-sha2-512"]
+    with careless_server(key, signs_otherwise) as port:
+        access = netweaver.Access(str(key), options)
+        settings = access.settings(netweaver.Target(f"root@127.0.0.1:{port}"))
+        if not words:
+            access.log_in(settings).close()
+            return
+        with pytest.raises(netweaver.HostConnectionError) as caught:
+            access.log_in(settings)
+        assert words in str(caught.value)
+
+
 # -- ssh-agent --
 
 
 class FakeAgent(threading.Thread):
-    """An agent that gives one answer to everything."""
+    """An agent that gives each connection the same answers."""
 
-    def __init__(self, path: Path, answer: bytes) -> None:
+    def __init__(self, path: Path, *answers: bytes) -> None:
         super().__init__(daemon=True)
-        self._answer = answer
+        self._answers = answers
         self._listener = listen(path)
         self.start()
 
     def run(self) -> None:
         while True:
             client, _ = self._listener.accept()
-            client.recv(4096)
-            client.sendall(self._answer)
+            for answer in self._answers:
+                client.recv(4096)
+                client.sendall(answer)
             client.close()
 
 
@@ -481,6 +544,22 @@ def test_an_agent_that_fails(tmp_path: Path, answer: bytes) -> None:
     FakeAgent(tmp_path / "agent", answer)
     agent = netweaver.Agent(str(tmp_path / "agent"))
     assert agent.keys == []
+    agent.close()
+
+
+@pytest.mark.parametrize("kind", ["ssh-rsa", "rsa-sha2-256", "rsa-sha2-512"])
+def test_the_algorithm_of_an_agents_signature(tmp_path: Path, kind: str) -> None:
+    """An old agent signs by SHA-1, whatever it is asked for."""
+    signature = netweaver.ssh_string(kind.encode()) + netweaver.ssh_string(bytes(256))
+    answer = netweaver.ssh_string(b"\x0e" + netweaver.ssh_string(signature))
+    no_keys = b"\0\0\0\5\x0c\0\0\0\0"
+    FakeAgent(tmp_path / "agent", no_keys, answer)
+    agent = netweaver.Agent(str(tmp_path / "agent"))
+    if kind == "rsa-sha2-512":
+        assert agent.sign(b"key", b"data", kind) == signature
+    else:
+        with pytest.raises(ValueError, match=f"signed by {kind}"):
+            agent.sign(b"key", b"data", "rsa-sha2-512")
     agent.close()
 
 
