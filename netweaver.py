@@ -5054,20 +5054,24 @@ def home_path(path: str) -> str:
 def run_openssh(*command: str) -> subprocess.CompletedProcess[bytes]:
     """Run one of OpenSSH's programs to its end; raise HostConnectionError if it can't be run.
 
-    It writes into files, since what it starts (Match exec) may hold a pipe open after its end.
+    What it starts (Match exec) may hold a pipe open after its end, and a full disk would cut its
+    answer without an error.  So it writes into memory, where the system has files there.
     """
     words = [os.fsencode(word) for word in command]
+    nothing = subprocess.DEVNULL
+    seconds = CONNECT_SECONDS
     try:
-        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        if not hasattr(os, "memfd_create"):  # Linux has it
+            return subprocess.run(words, stdin=nothing, capture_output=True, timeout=seconds)
+        with (
+            os.fdopen(os.memfd_create("output"), "w+b") as output,
+            os.fdopen(os.memfd_create("errors"), "w+b") as errors,
+        ):
             done = subprocess.run(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=errors,
-                timeout=CONNECT_SECONDS,
+                words, stdin=nothing, stdout=output, stderr=errors, timeout=seconds
             )
-            for file in (output, errors):
-                file.seek(0)
+            output.seek(0)
+            errors.seek(0)
             return subprocess.CompletedProcess(words, done.returncode, output.read(), errors.read())
     except FileNotFoundError as error:
         raise HostConnectionError(f"can't find {command[0]}: install OpenSSH's client") from error
@@ -5694,7 +5698,8 @@ def new_transport(sock: socket.socket) -> Any:
             super()._set_K_H(k, h)  # type: ignore[misc]
 
         def _verify_key(self, host_key: bytes, sig: bytes) -> None:
-            if key_kind(sig) != self.host_key_type:  # such as one by SHA-1
+            agreed = str(self.host_key_type).replace(CERTIFICATE, "")
+            if key_kind(sig) != agreed:  # such as one by SHA-1
                 raise paramiko.SSHException(f"it signed by {key_kind(sig)}")
             super()._verify_key(host_key, sig)  # type: ignore[misc]
 
@@ -6431,7 +6436,8 @@ class Access:
         if known_kinds and has_own_order(algorithms, default_algorithms):
             known_kinds = set()  # known keys don't change that order
         try:
-            with self._config_file(read_twice=settings.options.is_read_twice) as config:
+            read_twice = any(map(self._is_read_twice, filter(None, settings.jumps.split(","))))
+            with self._config_file(read_twice=read_twice) as config:
                 connection = SshConnection(settings, self._proxy_command(settings, config))
                 try:
                     host_key = connection.negotiate(known_kinds)
@@ -6445,6 +6451,12 @@ class Access:
         except OSError as error:  # too few descriptors, or no such shell
             raise HostConnectionError(f"{settings.name}: can't log in: {error}") from error
         return connection
+
+    def _is_read_twice(self, jump: str) -> bool:
+        """Return whether ssh reads its configuration twice for a host of ProxyJump."""
+        with self._config_file() as path:
+            answer = run_openssh("ssh", "-G", "-T", "-v", "-F", path, *jump_words(jump))
+        return SshOptions(answer.stdout, answer.stderr, own_file=path).is_read_twice
 
     def _proxy_command(self, settings: HostSettings, config: str) -> list[str]:
         """Return the command that a connection goes through; empty for a direct one."""
@@ -8509,7 +8521,10 @@ def connect_hosts(
     a person who is asked for a passphrase.
     """
     by_name = {host_settings.name: host_settings for host_settings in settings}
-    seconds = 5 * CONNECT_SECONDS
+    slowest = max(
+        (host.connect_seconds for host in settings if isinstance(host, HostSettings)), default=0
+    )
+    seconds = 5 * max(CONNECT_SECONDS, slowest)
     if asks:
         seconds += PERSON_SECONDS
     hosts, failed = attempt_all(lambda name: connect(by_name[name]), by_name, seconds)
@@ -8811,6 +8826,9 @@ class RunningCaptures:
         """Return whether any of the captures has ended."""
         return self.job.ended or any(map(exit_status, self.messages()))
 
+    def _have_all_ended(self) -> bool:
+        return self.job.ended or all(map(exit_status, self.messages()))
+
     def check(self) -> None:
         """Raise CaptureError if a capture has ended unexpectedly."""
         self.host.check_job(self.job)
@@ -8853,7 +8871,10 @@ class RunningCaptures:
     def stop(self) -> bool:
         """End the captures, and check their ends; return False if one had to be killed."""
         self.job.stop()
-        if self._control.wait_until(lambda: self.job.ended, KILL_SECONDS):
+        # The trace may take longer to end, see `guard`; the job ends with it.
+        seconds = ANSWER_SECONDS if self._plan.trace else KILL_SECONDS
+        have_stopped = self._control.wait_until(self._have_all_ended, KILL_SECONDS)
+        if have_stopped and self._control.wait_until(lambda: self.job.ended, seconds):
             self.check()
             return True
         self.job.kill()

@@ -617,6 +617,45 @@ def test_a_match_that_leaves_something_running(server: Loopback) -> None:
             os.kill(int(pid), signal.SIGKILL)
 
 
+def test_a_server_with_certificates_alone(server: Loopback) -> None:
+    """Its signature has the name of the plain algorithm."""
+    authority = server.directory / "authority-of-hosts"
+    generate_key(authority, "ed25519")
+    host_key = server.directory / "host-ed25519"
+    command = ["ssh-keygen", "-q", "-s", str(authority), "-I", "hv", "-h", f"{host_key}.pub"]
+    subprocess.run(command, check=True)
+    server.start(
+        f"HostCertificate {host_key}-cert.pub",
+        "HostKeyAlgorithms ssh-ed25519-cert-v01@openssh.com",
+    )
+    try:
+        assert server.both() == (True, True)
+    finally:
+        server.start()
+
+
+def test_a_jump_whose_configuration_is_read_once(server: Loopback) -> None:
+    """netweaver's defaults hold for it, although that of the host behind it is read twice."""
+    (server.ssh / "config").write_text(
+        f"IdentityFile {server.key}\n"
+        f"Host hv\n HostName 127.0.0.1\n Port {PORT}\n ProxyJump web\n"
+        " CanonicalizeHostname always\n"
+    )
+    done = server.login()
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_jump_whose_configuration_is_read_twice(server: Loopback) -> None:
+    (server.ssh / "config").write_text(
+        f"IdentityFile {server.key}\n"
+        "Match final host 192.0.2.77\n StrictHostKeyChecking yes\n"
+        f"Host hv\n HostName 127.0.0.1\n Port {PORT}\n ProxyJump web\n"
+        "Host web\n HostName 192.0.2.77\n"
+    )
+    assert server.login().returncode == 1
+    assert server.by_ssh().returncode == 255
+
+
 def test_a_match_of_a_user_who_is_configured_later(server: Loopback) -> None:
     """At that line he isn't the user yet."""
     config = "Match user admin\nStrictHostKeyChecking no\nHost hv\nUser admin"

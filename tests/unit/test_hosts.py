@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from laboratory import NETWEAVER, wait_until
@@ -149,6 +151,18 @@ def test_output_without_end(host: netweaver.Host) -> None:
 def test_the_interfaces_of_a_large_host(host: netweaver.Host) -> None:
     """`ip` prints 1.5 KB for each, and a VM of Proxmox has four."""
     assert len(host.run("head -c 6000000 /dev/zero | tr '\\0' x").output) == 6_000_000
+
+
+def test_a_trace_that_ends_later_than_the_captures(host: netweaver.Host) -> None:
+    """It has time for that, and the captures were not killed."""
+    capture = netweaver.CaptureCommand("pif", "lo", "echo listening on >&2; exec sleep 60")
+    trace = """(trap 'sleep 4; exit' TERM; while :; do sleep 0.1; done) & all="$all $!" """
+    info = SimpleNamespace(timeout=5, wait=0, capture_limit=None)
+    plan = SimpleNamespace(captures=[capture], trace=trace, info=info)
+    control = netweaver.RunControl(lambda seconds: None)
+    running = netweaver.RunningCaptures(host, cast(netweaver.Plan, plan), control)
+    wait_until(lambda: netweaver.is_listening(running.messages()[0]), "the capture")
+    assert running.stop()
 
 
 @pytest.mark.parametrize(

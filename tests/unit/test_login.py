@@ -10,6 +10,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -457,7 +458,7 @@ def careless_server(key_file: Path, signs_otherwise: bool) -> Iterator[int]:
     def serve() -> None:
         transport = Server(listener.accept()[0])
         transport.add_server_key(Key(filename=str(key_file)))
-        with contextlib.suppress(paramiko.SSHException, EOFError):  # since the client goes
+        with contextlib.suppress(paramiko.SSHException, EOFError, OSError):  # as it goes
             transport.start_server(server=Gate())
             transport.join(10)
         transport.close()
@@ -493,6 +494,13 @@ def test_an_exchange_of_keys_that_ssh_refuses(
         with pytest.raises(netweaver.HostConnectionError) as caught:
             access.log_in(settings)
         assert words in str(caught.value)
+
+
+def test_a_full_disk_can_not_cut_the_answers_of_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer without its end has fewer restrictions, and ssh doesn't notice."""
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/no-files-can-be-made-here")
+    assert netweaver.run_openssh("ssh", "-V").stderr.startswith(b"OpenSSH")
+    assert b"\nhostkeyalgorithms " in netweaver.run_openssh("ssh", "-G", "host").stdout
 
 
 # -- ssh-agent --
