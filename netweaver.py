@@ -13508,7 +13508,10 @@ def select_packets(info: RunInfo, options: Options) -> RunInfo:
             "--direction both requires the VM's address (-d), and can't be used with --match-nat"
         )
     labels = {**info.labels, **dict(options.labels)}
-    return replace(info, version=__version__, labels=labels, selection=selection)
+    info = replace(info, version=__version__, labels=labels, selection=selection)
+    if sources and len(info.sources) > 1:  # nobody knows how much each of them has sent
+        info = replace(info, transmitted=None, senders=0)
+    return info
 
 
 def analyze_run(options: Options, run: SavedRun) -> tuple[Report, Sequence[DirectionResult]]:

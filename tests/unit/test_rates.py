@@ -43,6 +43,17 @@ def test_the_rate_of_each_of_two_sources(tmp_path: Path) -> None:
     assert document["warnings"] == []
 
 
+def test_one_of_two_sources_is_selected(tmp_path: Path) -> None:
+    """How much both have sent together is no measure of it."""
+    traffic = Traffic(rate=RATE).to_json()
+    sources = ["one", "two"]
+    save_runs(tmp_path, "web1", runs=1, sources=sources, traffic=traffic, transmitted=1200)
+    document = analyzed("--pcaps", str(tmp_path), "-s", "10.0.0.2")
+    assert document["packets"]["matched"] == 600
+    assert rate_of(document) is None
+    assert document["warnings"] == []
+
+
 def test_the_rate_is_unknown_if_a_source_failed_meanwhile(tmp_path: Path) -> None:
     document = analyzed_with(tmp_path, Traffic(rate=RATE), sources=["one", "two"], senders=0)
     assert rate_of(document) is None
