@@ -2033,8 +2033,6 @@ def _find_arrivals(
                 delays[rank] = delay
                 missing[rank] = False
                 add_rank(rank)
-                if arrivals.strays:
-                    arrivals.strays.pop(rank, None)
             else:
                 arrivals.strays[rank] = delay
         elif rank == UNSENT:
@@ -2042,6 +2040,9 @@ def _find_arrivals(
             arrivals.unsent.times.append(time_ns)
         elif rank == REPEATED:
             arrivals.repeated[packet_id].append(time_ns)
+    arrived_too = [rank for rank in arrivals.strays if not missing[rank]]
+    for rank in arrived_too:
+        del arrivals.strays[rank]
     return arrivals
 
 
@@ -6400,19 +6401,22 @@ class Access:
         blank_makers = r"[\"'\\#$]"
         if " " in options.text("hostkeyalias") + options.text("user"):  # of the tokens %k and %r
             blank_makers = r"[\"'\\#$%]"
-        is_default = len(names) > 1 and joined == self._defaults.text(keyword.lower())
-        for line in lines:
-            is_relevant = keyword.lower() in line.lower() and not line.strip().startswith("#")
+        is_default = joined == self._defaults.text(keyword.lower())
+
+        def may_make_blanks(line: str) -> bool:
+            if keyword.lower() not in line.lower() or line.strip().startswith("#"):
+                return False
             # A line that has neither the first default name nor a variable did not set the default.
             if is_default and "$" not in line and os.path.basename(names[0]) not in line:
-                is_relevant = False
+                return False
             # Quotes around a word are harmless; any other of these characters can make a blank.
-            is_doubtful = re.search(blank_makers, re.sub(r'"[^"\s]*"', "", line))
-            if is_relevant and is_doubtful and len(names) > 1:
-                raise HostConnectionError(
-                    f"{target.host}: the file names in {keyword} {joined} are ambiguous: "
-                    "avoid quotes and blanks in them"
-                )
+            return bool(re.search(blank_makers, re.sub(r'"[^"\s]*"', "", line)))
+
+        if len(names) > 1 and any(map(may_make_blanks, lines)):
+            raise HostConnectionError(
+                f"{target.host}: the file names in {keyword} {joined} are ambiguous: avoid quotes "
+                "and blanks in them"
+            )
         # `ssh -G` leaves some ~ as they are.
         return tuple(home_path(name.replace("\0", home)) for name in names)
 
@@ -6604,12 +6608,11 @@ class Authentication:
                     return True
                 if login.is_partial:  # the key was accepted, but isn't enough
                     return False
-                if identity.blob:  # which was accepted before the signature
-                    self._unusable.append(
+                if identity.blob:  # the offer was accepted before
+                    raise HostConnectionError(
                         f"{identity.title} is authorized for {self._settings.user}, but the login "
                         "was refused: see sshd's log (PermitRootLogin no?)"
                     )
-                    return False
             self._refused.append(identity.title)
         except DroppedConnectionError:  # which `log_in` tries again
             raise
@@ -10848,12 +10851,7 @@ def rate_warnings(result: DirectionResult, info: RunInfo) -> list[str]:
     if traffic is None or result.direction is not IN:
         return []
     warnings = []
-    paced = not traffic.command or "{interval}" in traffic.command  # by --rate
-    reached = info.achieved_rate  # at the pif
-    if reached and info.transmitted:  # what was lost before the pif was sent, too
-        reached *= info.transmitted / captured_probes(result, info)
-    # The user's own filter may select fewer packets than those of the sources.
-    if paced and reached and not info.filter and reached < 0.95 * traffic.rate:
+    if is_too_slow(result, info):
         warnings.append(
             f"each source reached less than 95 % of --rate {traffic.rate}. Use a lower one, "
             "or more sources"
@@ -10869,6 +10867,20 @@ def rate_warnings(result: DirectionResult, info: RunInfo) -> list[str]:
                 "counted. Give --load another protocol or port"
             )
     return warnings
+
+
+def is_too_slow(result: DirectionResult, info: RunInfo) -> bool:
+    """Return whether the sources sent less than 95 % of the rate that they were asked for."""
+    traffic = info.traffic
+    if traffic is None or not info.achieved_rate:
+        return False
+    is_paced = not traffic.command or "{interval}" in traffic.command  # by --rate
+    if not is_paced or info.filter:  # which may select fewer packets than those of the sources
+        return False
+    rate = info.achieved_rate  # at the pif
+    if info.transmitted:  # what was lost before the pif was sent, too
+        rate *= info.transmitted / captured_probes(result, info)
+    return rate < 0.95 * traffic.rate
 
 
 def traffic_warnings(
@@ -11212,33 +11224,34 @@ def _parse_figure_limit(text: str, direction: str, stages: bool) -> FigureLimit:
     if figure is None:
         raise UsageError(f"there is no figure {name!r}. Use one of {', '.join(figures)}")
     path = _part_path(part, direction, stages) + figure.path
-    if part in ("guest", *STAGES) and figure.scope is not Scope.DELAYS:
-        raise UsageError(f"{part} has no figure {name!r}")
-    if figure.scope is Scope.TRACE and not stages:
-        raise UsageError(f"{name} requires --stages")
-    is_outbound = direction == "out" or part in ("out", "outbound")
-    if is_outbound and (part == "to_guest" or figure.scope is Scope.TRACE):
-        raise UsageError(f"{part or name} is only known of packets to the VM")
+    _check_figure(part, name, figure.scope, direction, stages)
     unit = re.sub("us|\u03bcs", "µs", unit)  # U+03BC is the Greek letter mu, not the micro sign
     value = _threshold(name, figure.unit, threshold, unit)
-    if figure.unit is Unit.RATIO and value == 1 and comparator == ">":
+    if figure.unit is Unit.RATIO and value >= 1 and (value > 1 or comparator == ">"):
         hint = "" if unit else f". Did you mean {threshold}%?"
-        raise UsageError(f"{name} is never more than 1, or 100 %{hint}")
+        raise UsageError(f"{name} is at most 1, or 100 %{hint}")
     full_name = f"{part}.{name}" if part else name
     return FigureLimit(text, full_name, figure, path, comparator, value, unit)
 
 
+def _check_figure(part: str, name: str, scope: Scope, direction: str, stages: bool) -> None:
+    """Raise UsageError if a figure of this scope will not be known of a part."""
+    if part in ("guest", *STAGES) and scope is not Scope.DELAYS:
+        raise UsageError(f"{part} has no figure {name!r}")
+    if scope is Scope.TRACE and not stages:
+        raise UsageError(f"{name} requires --stages")
+    is_outbound = direction == "out" or part in ("out", "outbound")
+    if is_outbound and (part == "to_guest" or scope is Scope.TRACE):
+        raise UsageError(f"{part or name} is only known of packets to the VM")
+
+
 def _threshold(name: str, figure_unit: Unit, number: str, unit: str) -> float:
-    """Return a number of some unit in the figure's own unit; UsageError if it can't be a limit."""
+    """Return a number of some unit in the figure's own unit; UsageError for another unit."""
     units = LIMIT_UNITS[figure_unit]
     if unit not in units:
         accepted = ", ".join(symbol for symbol in units if symbol) or "none"
         raise UsageError(f"{unit!r} is not a unit of {name} (units: {accepted})")
-    value = float(Decimal(number) * units[unit])
-    if figure_unit is Unit.RATIO and value > 1:
-        hint = "" if unit else f". Did you mean {number}%?"
-        raise UsageError(f"{name} is at most 1, or 100 %{hint}")
-    return value
+    return float(Decimal(number) * units[unit])
 
 
 def _part_path(part: str, direction: str, stages: bool) -> tuple[str, ...]:
@@ -11816,9 +11829,7 @@ def queue_lines(report: Report) -> list[str]:
     if not queue:
         return []
     is_relevant = any(part.get("loss_ratio") for part in parts_of(report).values())
-    line = f" {info.vif}: {queue.get('qdisc') or 'unknown queue'}"
-    if queue.get("queue_length") is not None:
-        line += f", length {queue['queue_length']}"
+    line = f" {info.vif}: {_queue_text(queue)}"
     before = queue.get("before")
     after = queue.get("after")
     if before and after:
@@ -11830,6 +11841,13 @@ def queue_lines(report: Report) -> list[str]:
             line += " (not by tc)"
         is_relevant = is_relevant or to_guest > 0 or from_guest > 0
     return [line] if is_relevant else []
+
+
+def _queue_text(queue: Report) -> str:
+    """Return the queueing discipline of an interface, and its length if it has one."""
+    text = queue.get("qdisc") or "unknown queue"
+    length = queue.get("queue_length")
+    return text if length is None else f"{text}, length {length}"
 
 
 def table(reports: Sequence[Report]) -> list[str]:
@@ -13508,15 +13526,14 @@ def select_packets(info: RunInfo, options: Options) -> RunInfo:
             "--direction both requires the VM's address (-d), and can't be used with --match-nat"
         )
     labels = {**info.labels, **dict(options.labels)}
-    info = replace(info, version=__version__, labels=labels, selection=selection)
-    if sources and len(info.sources) > 1:  # nobody knows how much each of them has sent
-        info = replace(info, transmitted=None, senders=0)
-    return info
+    return replace(info, version=__version__, labels=labels, selection=selection)
 
 
 def analyze_run(options: Options, run: SavedRun) -> tuple[Report, Sequence[DirectionResult]]:
     """Return the report on a saved run, and the result of each direction."""
     info = select_packets(run.info, options)
+    if options.sources and len(info.sources) > 1:  # nobody knows how much each of them has sent
+        info = replace(info, transmitted=None, senders=0)
     analysis = analyze_measured(info, run.files, run.report["capture"])
     if info.backend is not None:  # the run was made with --stages
         trace = read_trace(run.files.directory, info.vif, info.pif.split(","))

@@ -121,7 +121,7 @@ def test_an_unknown_value_meets_every_limit(limit: str, tmp_path: Path) -> None:
         ("loss>5", "did you mean 5%?"),
         ("loss>101%", "at most 1, or 100 %"),
         ("loss>1", "did you mean 1%?"),
-        ("loss > 100%", "never more than 1"),
+        ("loss > 100%", "at most 1, or 100 %"),
         ("guest.p99>1", "requires --direction both"),
         ("outbound.loss>1%", "requires --direction both"),
         ("out.loss>1%", "requires --direction both"),
