@@ -4091,10 +4091,12 @@ watch() {
   rm -rf "$directory"
 }
 
+# The answer to "alive" is one line: bash writes each line by itself, and a reader could take one
+# of several for the command's.
 read_lease() {
   while read -r line; do
     case $line in
-      alive) kill -s USR1 $watchdog; printf '%s alive\n' "$TOKEN" >&4 ;;  # in bash a write
+      alive) kill -s USR1 $watchdog; printf '%s alive\n' "$TOKEN" >&4 ;;
       mark) kill -s USR1 "$job" ;;
       stop) signal_job TERM ;;
       kill) signal_job KILL ;;
@@ -6372,16 +6374,23 @@ class Access:
             words.append(f"-l{user}")
         if target.port:
             words.append(f"-p{target.port}")
+        words += ["--", target.host]
         for read_twice in (False, True):
-            with self._config_file(default_user, read_twice) as path:
-                answer = run_openssh("ssh", "-G", "-T", "-v", "-F", path, *words, "--", target.host)
+            answer, ssh_options = self._run_ssh(words, default_user, read_twice)
             if answer.returncode:
                 reason = one_line(os.fsdecode(answer.stderr))
                 raise HostConnectionError(f"{target.host}: ssh_config can't be used: {reason}")
-            ssh_options = SshOptions(answer.stdout, answer.stderr, own_file=path)
             if not ssh_options.is_read_twice:
                 break
         return ssh_options
+
+    def _run_ssh(
+        self, words: Sequence[str], default_user: str = "root", read_twice: bool = False
+    ) -> tuple[subprocess.CompletedProcess[bytes], SshOptions]:
+        """Run `ssh -G` with these words for a host, and return its answer and the options in it."""
+        with self._config_file(default_user, read_twice) as path:
+            answer = run_openssh("ssh", "-G", "-T", "-v", "-F", path, *words)
+        return answer, SshOptions(answer.stdout, answer.stderr, own_file=path)
 
     def _split_files(self, target: Target, options: SshOptions, keyword: str) -> tuple[str, ...]:
         """Return the names of files in a keyword's value, which `ssh -G` printed joined by blanks.
@@ -6401,16 +6410,16 @@ class Access:
         blank_makers = r"[\"'\\#$]"
         if " " in options.text("hostkeyalias") + options.text("user"):  # of the tokens %k and %r
             blank_makers = r"[\"'\\#$%]"
-        is_default = joined == self._defaults.text(keyword.lower())
 
         def may_make_blanks(line: str) -> bool:
             if keyword.lower() not in line.lower() or line.strip().startswith("#"):
                 return False
-            # A line that has neither the first default name nor a variable did not set the default.
-            if is_default and "$" not in line and os.path.basename(names[0]) not in line:
-                return False
             # Quotes around a word are harmless; any other of these characters can make a blank.
-            return bool(re.search(blank_makers, re.sub(r'"[^"\s]*"', "", line)))
+            if not re.search(blank_makers, re.sub(r'"[^"\s]*"', "", line)):
+                return False
+            # A line that has neither the first default name nor a variable did not set the default.
+            may_set_default = "$" in line or os.path.basename(names[0]) in line
+            return may_set_default or joined != self._defaults.text(keyword.lower())
 
         if len(names) > 1 and any(map(may_make_blanks, lines)):
             raise HostConnectionError(
@@ -6435,10 +6444,11 @@ class Access:
         """Connect and authenticate once."""
         known_keys = find_known_keys(settings.known_names[0], settings.known_hosts_files)
         known_kinds = {known.kind for known in known_keys if not known.marker}
-        algorithms = settings.options.algorithms("hostkeyalgorithms")
-        default_algorithms = self._defaults.algorithms("hostkeyalgorithms")
-        if known_kinds and has_own_order(algorithms, default_algorithms):
-            known_kinds = set()  # known keys don't change that order
+        if known_kinds:
+            algorithms = settings.options.algorithms("hostkeyalgorithms")
+            default_algorithms = self._defaults.algorithms("hostkeyalgorithms")
+            if has_own_order(algorithms, default_algorithms):
+                known_kinds = set()  # known keys don't change that order
         try:
             read_twice = any(map(self._is_read_twice, filter(None, settings.jumps.split(","))))
             with self._config_file(read_twice=read_twice) as config:
@@ -6458,9 +6468,8 @@ class Access:
 
     def _is_read_twice(self, jump: str) -> bool:
         """Return whether ssh reads its configuration twice for a host of ProxyJump."""
-        with self._config_file() as path:
-            answer = run_openssh("ssh", "-G", "-T", "-v", "-F", path, *jump_words(jump))
-        return SshOptions(answer.stdout, answer.stderr, own_file=path).is_read_twice
+        _, options = self._run_ssh(jump_words(jump))
+        return options.is_read_twice
 
     def _proxy_command(self, settings: HostSettings, config: str) -> list[str]:
         """Return the command that a connection goes through; empty for a direct one."""
@@ -10471,7 +10480,7 @@ def outbound_report(
     if not info.measured:
         other_pif = "Does a firewall drop them, or do they leave by another interface?"
     advice = replace(advice, other_pif=other_pif)
-    problem = no_delay(outbound, info, advice)
+    problem = no_delay(outbound, info, advice, cut={})
     if problem:
         warnings.append(f"outbound: {problem}{main_loss(outbound.trace)}")
         return None
@@ -10973,12 +10982,7 @@ def percentile_warning(reports: Iterable[Report], percentiles: Iterable[str]) ->
     return f"with {counted(fewest, 'packet')} {subject} close to the maximum"
 
 
-def no_delay(
-    result: DirectionResult,
-    info: RunInfo,
-    advice: Advice,
-    cut: Mapping[str, int] = MappingProxyType({}),
-) -> str:
+def no_delay(result: DirectionResult, info: RunInfo, advice: Advice, cut: Mapping[str, int]) -> str:
     """Return why no packet has a delay that can be true, or "" if one has.
 
     `cut` is the number of packets, by point, that were captured too short to identify them.
@@ -11632,6 +11636,11 @@ def side_names(info: RunInfo) -> dict[str, str]:
     }
 
 
+def vm_names(reports: Iterable[Report]) -> str:
+    """Return the VMs of several runs, each once."""
+    return ", ".join(dict.fromkeys(info_of(report).subject for report in reports))
+
+
 def run_name(info: RunInfo) -> str:
     """Return the VM and the traffic of a run, as its messages name it."""
     return f"{info.subject} {info.traffic_name}".strip()
@@ -11853,9 +11862,8 @@ def _queue_text(queue: Report) -> str:
 def table(reports: Sequence[Report]) -> list[str]:
     """Return lines for people on several runs, with the means of those of one kind."""
     info = info_of(reports[0])
-    vms = ", ".join(dict.fromkeys(info_of(report).subject for report in reports))
     lines = [
-        *_wrapped(f"{vms}, {counted(len(reports), 'run')}; {_interfaces(info)}", " "),
+        *_wrapped(f"{vm_names(reports)}, {counted(len(reports), 'run')}; {_interfaces(info)}", " "),
         f"{'Traffic':<19}{'run':>5}{'rate':>15}{_cells(RUN_COLUMNS)}",
     ]
     runs: defaultdict[RunKind, list[tuple[int, Report]]] = defaultdict(list)
@@ -12564,8 +12572,7 @@ def plot_runs(path: str, reports: Sequence[Report]) -> None:
 def _runs_title(reports: Sequence[Report]) -> list[str]:
     """Return the VMs, the number of runs and their time, and the traffic and directions."""
     infos = [info_of(report) for report in reports]
-    vms = ", ".join(dict.fromkeys(info.subject for info in infos))
-    heading = f"{shorten(vms, 60)}, {counted(len(reports), 'run')}"
+    heading = f"{shorten(vm_names(reports), 60)}, {counted(len(reports), 'run')}"
     if infos[0].started is not None:
         heading += f", {date_text(infos[0].started)}"
     names = ", ".join(dict.fromkeys(info.traffic_name for info in infos))

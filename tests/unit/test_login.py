@@ -12,9 +12,10 @@ import struct
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers import failure, offline
@@ -375,15 +376,32 @@ def test_the_algorithm_of_a_signature(
     assert netweaver.signature_algorithm(kind, allowed, server) == algorithm
 
 
-@contextlib.contextmanager
-def paramiko_server(version: str, lists_sha2: bool, has_list: bool) -> Iterator[int]:
-    """Provide the port of a server that lets everyone in, and lists its signature algorithms."""
-    netweaver.import_paramiko()
+def open_gate() -> Any:
+    """Return what lets everyone in who offers a key to a server of paramiko's."""
     import paramiko
 
     class Gate(paramiko.ServerInterface):
         def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
             return paramiko.common.AUTH_SUCCESSFUL
+
+    return Gate()
+
+
+@contextlib.contextmanager
+def serving(serve: Callable[[socket.socket], None]) -> Iterator[int]:
+    """Provide the port at which a function serves one connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=lambda: serve(listener.accept()[0]), daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        thread.join(10)
+
+
+@contextlib.contextmanager
+def paramiko_server(version: str, lists_sha2: bool, has_list: bool) -> Iterator[int]:
+    """Provide the port of a server that lets everyone in, and lists its signature algorithms."""
+    netweaver.import_paramiko()
+    import paramiko
 
     class Server(paramiko.Transport):
         if not has_list:  # it doesn't see that the client asks for it
@@ -391,18 +409,15 @@ def paramiko_server(version: str, lists_sha2: bool, has_list: bool) -> Iterator[
 
     disabled = {} if lists_sha2 else {"pubkeys": SHA2}
 
-    def serve() -> None:
-        transport = Server(listener.accept()[0], disabled_algorithms=disabled)
+    def serve(client: socket.socket) -> None:
+        transport = Server(client, disabled_algorithms=disabled)
         transport.local_version = f"SSH-2.0-{version}"
         transport.add_server_key(paramiko.ECDSAKey.generate())
-        transport.start_server(server=Gate())
+        transport.start_server(server=open_gate())
         transport.join(10)
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield listener.getsockname()[1]
-        thread.join(10)
+    with serving(serve) as port:
+        yield port
 
 
 @pytest.mark.parametrize(
@@ -444,10 +459,6 @@ def careless_server(key_file: Path, signs_otherwise: bool) -> Iterator[int]:
     netweaver.import_paramiko()
     import paramiko
 
-    class Gate(paramiko.ServerInterface):
-        def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
-            return paramiko.common.AUTH_SUCCESSFUL
-
     class Key(paramiko.RSAKey):
         def sign_ssh_data(self, data: bytes, algorithm: str | None = None) -> paramiko.Message:
             return super().sign_ssh_data(data, "rsa-sha2-256" if signs_otherwise else algorithm)
@@ -455,19 +466,16 @@ def careless_server(key_file: Path, signs_otherwise: bool) -> Iterator[int]:
     class Server(paramiko.Transport):
         _modulus_pack = SimpleNamespace(get_modulus=lambda *sizes: (2, (1 << 1023) + 1155))
 
-    def serve() -> None:
-        transport = Server(listener.accept()[0])
+    def serve(client: socket.socket) -> None:
+        transport = Server(client)
         transport.add_server_key(Key(filename=str(key_file)))
         with contextlib.suppress(paramiko.SSHException, EOFError, OSError):  # as it goes
-            transport.start_server(server=Gate())
+            transport.start_server(server=open_gate())
             transport.join(10)
         transport.close()
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield listener.getsockname()[1]
-        thread.join(10)
+    with serving(serve) as port:
+        yield port
 
 
 @pytest.mark.parametrize(
